@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+
+
+.PHONY: eval test test-slow lint clean
+
+# Fast and best on the bundled collection; ARGS="--dataset path/to/beir" for another.
+eval: $(VENV)/.installed
+	$(BIN)/python -m rerank_lab.eval $(ARGS)
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Full collections, long fuzzing, other versions.
+test-slow: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[offline,report,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,127 @@
+"""What the first stage hands over: candidates a query, hashed, with the recall and the ceiling they set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rerank_kernels import similarity_topk
+from rerank_lab.datasets import Dataset
+from rerank_lab.errors import UserError
+from rerank_lab.lexical import BM25, PARAMETERS
+from rerank_lab.run import Ranked, Run, order, read_trec
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+QUERY_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """First-stage results.
+
+    Attributes:
+        run: at most top_k documents a query, best first, with the first stage's scores; queries without any are absent.
+        about: the source and its parameters, the hash (SHA-256 over query ids and document ids in order) and counts.
+        notes: what a reader should know.
+    """
+
+    run: Run
+    about: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def make_candidates(
+    source: str,
+    dataset: Dataset,
+    top_k: int,
+    *,
+    encode: Callable[[list[str]], torch.Tensor],
+    corpus_vectors: Callable[[], torch.Tensor],
+    drop_identical: bool,
+    progress: Progress,
+) -> Candidates:
+    """Candidates for every query of a dataset.
+
+    Args:
+        source: "bm25", "dense" or "run:FILE".
+        dataset: the collection.
+        top_k: candidates a query at most.
+        encode: B queries → pooled vectors (B × d), for dense.
+        corpus_vectors: pooled vectors of the whole corpus in order (N × d), for dense.
+        drop_identical: leave out the document whose id is the query's.
+        progress: wraps an iterable in a progress bar with a title.
+
+    Raises:
+        UserError: an unknown source or a run file that does not fit.
+    """
+    ids, notes = list(dataset.corpus), []
+    kind, _, path = source.partition(":")
+    queries = {q: text for q, text in dataset.queries.items() if text.strip()}
+    fetch = top_k + 1 if drop_identical else top_k
+    run: Run = {}
+    if kind == "bm25" and not path:
+        index = BM25(list(dataset.corpus.values()))
+        for q, text in progress(queries.items(), "bm25"):
+            scores = index.scores(text)
+            best = order(scores)[:fetch]
+            best = best[scores[best] > 0]
+            run[q] = Ranked([ids[i] for i in best], scores[best])
+        about: dict[str, Any] = {"source": "bm25", "parameters": PARAMETERS}
+    elif kind == "dense" and not path:
+        vectors = corpus_vectors()
+        items = list(queries.items())
+        for start in progress(range(0, len(items), QUERY_BATCH), "dense retrieval"):
+            batch = items[start : start + QUERY_BATCH]
+            values, index_ = similarity_topk(encode([text for _, text in batch]), vectors, min(fetch, len(ids)))
+            for (q, _), row, places in zip(batch, values.numpy(), index_.tolist()):
+                run[q] = Ranked([ids[i] for i in places], row)
+        about = {"source": "dense"}
+    elif kind == "run" and path:
+        given = read_trec(Path(path))
+        unknown_queries = [q for q in given if q not in dataset.qrels]
+        unknown = sum(d not in dataset.corpus for q, r in given.items() if q in queries for d in r.documents)
+        if unknown_queries:
+            notes.append(f"{path}: {len(unknown_queries)} queries have no judgement in this split ({', '.join(unknown_queries[:3])} …); left out")
+        if unknown:
+            notes.append(f"{path}: {unknown} candidates are not in the corpus; left out")
+        for q in (q for q in queries if q in given):
+            known = np.array([i for i, d in enumerate(given[q].documents) if d in dataset.corpus][:fetch], dtype=np.int64)
+            run[q] = Ranked([given[q].documents[i] for i in known], given[q].scores[known])
+        if not any(r.documents for r in run.values()):
+            raise UserError(f"{path}: none of its queries and documents belong to {dataset.name} ({dataset.split})")
+        about = {"source": "run", "file": Path(path).name, "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    else:
+        raise UserError(f"candidates {source!r} are not known; valid: bm25, dense, run:FILE")
+    if drop_identical:
+        run = {q: _without(r, q, top_k) for q, r in run.items()}
+    run = {q: r for q, r in run.items() if r.documents}
+    digest = hashlib.sha256()
+    for q, r in run.items():
+        digest.update("\0".join([q, *r.documents, ""]).encode())
+    without = len(dataset.qrels) - len(run)
+    if without:
+        notes.append(f"{without} of {len(dataset.qrels)} judged queries have no candidates: they score 0 and count")
+    about |= {"top_k": top_k, "drop_identical_ids": drop_identical, "hash": digest.hexdigest(), "queries_without": without}
+    about["documents_per_query"] = float(np.mean([len(r.documents) for r in run.values()])) if run else 0.0
+    return Candidates(run, about, notes)
+
+
+def oracle(run: Run, dataset: Dataset) -> Run:
+    """The same candidates in the best order that judgements allow: the ceiling of any reranker."""
+    best: Run = {}
+    for q, ranked in run.items():
+        grades = np.array([dataset.qrels[q].get(d, 0) for d in ranked.documents], dtype=np.float32)
+        places = order(grades)
+        best[q] = Ranked([ranked.documents[i] for i in places], grades[places])
+    return best
+
+
+def _without(ranked: Ranked, identifier: str, top_k: int) -> Ranked:
+    kept = np.array([i for i, d in enumerate(ranked.documents) if d != identifier][:top_k], dtype=np.int64)
+    return Ranked([ranked.documents[i] for i in kept], ranked.scores[kept])

@@ -1,0 +1,249 @@
+"""A retrieval collection from where people keep them: BEIR folder or zip, Hugging Face hub, ir_datasets, or bundled."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from rerank_lab.errors import UserError
+
+BUNDLED = Path(__file__).parent / "data"
+MISSING_SHOWN = 3
+
+Qrels = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a collection.
+
+    Attributes:
+        name, split: as results call them.
+        corpus: document id → text (title and text joined by a space), in file order.
+        queries: query id → text, the judged queries of the split alone, in file order.
+        qrels: query id → document id → grade; complete, whatever corpus and queries lack.
+        hash: SHA-256 over corpus, queries and qrels as loaded.
+        notes: what a reader of results should know (unknown ids, overlap with another split, …).
+        facts: the same as figures, for results.json.
+    """
+
+    name: str
+    split: str
+    corpus: dict[str, str]
+    queries: dict[str, str]
+    qrels: Qrels
+    hash: str
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a loader gives: streams of (id, text, where), and the qrels of every split it has."""
+
+    name: str
+    documents: Callable[[], Iterable[tuple[str, str, str]]]
+    queries: Callable[[], Iterable[tuple[str, str, str]]]
+    qrels: dict[str, Callable[[], Qrels]]
+
+
+def bundled_names() -> list[str]:
+    """Collections that come with the package."""
+    return sorted(p.parent.name for p in BUNDLED.glob("*/corpus.jsonl"))
+
+
+def load_dataset(spec: str, split: str = "test") -> Dataset:
+    """Loads a collection.
+
+    Args:
+        spec: a bundled name, a BEIR folder, a BEIR .zip, "hf:NAME" or "irds:ID".
+        split: which judgements, e.g. "test".
+
+    Raises:
+        UserError: not found, malformed (file and line are named), empty, or without this split.
+    """
+    source = _source(spec)
+    if split not in source.qrels:
+        raise UserError(f"{spec}: no split {split!r}; it has {', '.join(sorted(source.qrels)) or 'no judgements at all'}")
+    digest = hashlib.sha256()
+    corpus = _collect(source.documents(), "document", digest)
+    if not corpus:
+        raise UserError(f"{spec}: the corpus is empty")
+    qrels = source.qrels[split]()
+    all_queries = _collect(source.queries(), "query", None)
+    queries = {q: text for q, text in all_queries.items() if q in qrels}
+    for q, text in queries.items():
+        digest.update(f"{q}\0{text}\0".encode("utf-8", "surrogatepass"))
+    digest.update(json.dumps(qrels, sort_keys=True).encode())
+    if not queries:
+        raise UserError(f"{spec}: no query of split {split!r} has both a text and a judgement")
+    notes, facts = _check(split, corpus, all_queries, qrels, {s: load for s, load in source.qrels.items() if s != split})
+    return Dataset(source.name, split, corpus, queries, qrels, digest.hexdigest(), notes, facts)
+
+
+def _source(spec: str) -> Source:
+    scheme, colon, rest = spec.partition(":")
+    if colon and scheme == "hf":
+        from rerank_lab.remote_datasets import hub_source
+
+        return hub_source(rest)
+    if colon and scheme == "irds":
+        from rerank_lab.remote_datasets import ir_datasets_source
+
+        return ir_datasets_source(rest)
+    path = Path(spec)
+    if path.is_dir():
+        return _folder_source(path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        return _zip_source(path)
+    if path.is_file():
+        raise UserError(f"{spec}: a file, but no zip archive; a BEIR collection is a folder or a .zip of one")
+    if spec in bundled_names():
+        return _folder_source(BUNDLED / spec)
+    raise UserError(f"dataset {spec!r} is no folder, no .zip and not bundled ({', '.join(bundled_names())}); elsewhere: hf:NAME, irds:ID")
+
+
+def _folder_source(folder: Path) -> Source:
+    missing = [n for n in ("corpus.jsonl", "queries.jsonl", "qrels") if not (folder / n).exists()]
+    if missing:
+        raise UserError(f"{folder}: not in BEIR's layout, {', '.join(missing)} missing")
+    return _beir_source(folder.resolve().name, {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}, lambda p: p.open("rb"), str)
+
+
+def _zip_source(path: Path) -> Source:
+    archive = zipfile.ZipFile(path)
+    roots = [n.removesuffix("corpus.jsonl") for n in archive.namelist() if n == "corpus.jsonl" or n.endswith("/corpus.jsonl")]
+    if len(roots) != 1:
+        raise UserError(f"{path}: needs exactly one corpus.jsonl inside, found {len(roots)}")
+    members = {n.removeprefix(roots[0]): n for n in archive.namelist() if n.startswith(roots[0])}
+    return _beir_source(path.stem, members, archive.open, lambda n: f"{path}!{n}")
+
+
+def _beir_source(name: str, files: dict[str, Any], open_file: Callable[[Any], IO[bytes]], label: Callable[[Any], str]) -> Source:
+    def lines(relative: str) -> Iterator[tuple[str, str]]:
+        if relative not in files:
+            raise UserError(f"{name}: {relative} is missing")
+        try:
+            with open_file(files[relative]) as raw, io.TextIOWrapper(raw, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{label(files[relative])}:{number}", line
+        except UnicodeDecodeError as error:
+            raise UserError(f"{label(files[relative])}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{label(files[relative])}: {error}") from None
+
+    def texts(relative: str) -> Iterator[tuple[str, str, str]]:
+        for where, line in lines(relative):
+            yield *_record(line, where), where
+
+    def judgements(path: str) -> Qrels:
+        return _read_qrels(lines(path))
+
+    qrels: dict[str, Callable[[], Qrels]] = {
+        path.removeprefix("qrels/").removesuffix(".tsv"): partial(judgements, path)
+        for path in sorted(files)
+        if path.startswith("qrels/") and path.endswith(".tsv")
+    }
+    return Source(name, lambda: texts("corpus.jsonl"), lambda: texts("queries.jsonl"), qrels)
+
+
+def _record(line: str, where: str) -> tuple[str, str]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); each line must be one object") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return record_text(value, where)
+
+
+def record_text(value: dict[str, Any], where: str) -> tuple[str, str]:
+    """(id, text) of a BEIR or MTEB record; a title stands before the text, joined by a space."""
+    identifier = next((value[key] for key in ("_id", "id") if key in value), None)
+    if isinstance(identifier, bool) or not isinstance(identifier, (str, int)) or str(identifier).strip() == "":
+        raise UserError(f"{where}: no _id (a string)")
+    identifier = str(identifier)
+    if any(character.isspace() for character in identifier):
+        raise UserError(f"{where}: the _id {identifier!r} holds white space, which TREC run files cannot carry")
+    text, title = value.get("text"), value.get("title") or ""
+    if not isinstance(text, str) or not isinstance(title, str):
+        raise UserError(f"{where}: text (a string) is missing" if text is None else f"{where}: text and title must be strings")
+    return identifier, f"{title} {text}".strip() if title else text
+
+
+def _read_qrels(lines: Iterable[tuple[str, str]]) -> Qrels:
+    qrels: Qrels = {}
+    for i, (where, line) in enumerate(lines):
+        parts = line.rstrip("\r\n").split("\t")
+        if i == 0 and len(parts) >= 3 and not _is_integer(parts[-1]):
+            continue
+        if len(parts) == 4:  # TREC's second column
+            parts = [parts[0], parts[2], parts[3]]
+        if len(parts) != 3 or not _is_integer(parts[2]):
+            raise UserError(f"{where}: needs query-id, corpus-id and a whole-number score, separated by tabs: {line.strip()[:80]!r}")
+        add_judgement(qrels, parts[0].strip(), parts[1].strip(), int(parts[2]), where)
+    return qrels
+
+
+def add_judgement(qrels: Qrels, query: str, document: str, grade: int, where: str) -> None:
+    """Adds one judgement; a repeated pair must repeat its grade."""
+    if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
+        raise UserError(f"{where}: query {query} and document {document} are judged twice, {qrels[query][document]} and {grade}")
+
+
+def _is_integer(value: str) -> bool:
+    return value.strip().lstrip("+-").isdecimal()
+
+
+def _collect(records: Iterable[tuple[str, str, str]], kind: str, digest: Any) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for identifier, text, where in records:
+        if identifier in found:
+            raise UserError(f"{where}: {kind} id {identifier!r} stands here a second time")
+        found[identifier] = text
+        if digest is not None:
+            digest.update(f"{identifier}\0{text}\0".encode("utf-8", "surrogatepass"))
+    return found
+
+
+def _check(
+    split: str, corpus: dict[str, str], queries: dict[str, str], qrels: Qrels, others: dict[str, Callable[[], Qrels]]
+) -> tuple[list[str], dict[str, Any]]:
+    notes: list[str] = []
+    unknown = [f"{q}/{d}" for q, judged in qrels.items() for d in judged if d not in corpus]
+    if unknown:
+        notes.append(
+            f"{len(unknown)} judgements name documents that the corpus lacks ({', '.join(unknown[:MISSING_SHOWN])} …); they count in the ideal ranking"
+        )
+    silent = [q for q in qrels if q not in queries]
+    if silent:
+        notes.append(f"{len(silent)} judged queries have no text ({', '.join(silent[:MISSING_SHOWN])} …) and get no candidates and score 0")
+    blank = [q for q in qrels if q in queries and not queries[q].strip()]
+    if blank:
+        notes.append(f"{len(blank)} judged queries are blank ({', '.join(blank[:MISSING_SHOWN])} …): they get no candidates and score 0")
+    same = sorted(q for q in qrels if q in corpus and q in queries)
+    relevant = {d for judged in qrels.values() for d, grade in judged.items() if grade > 0}
+    overlap: dict[str, Any] = {}
+    for other, load in others.items():
+        known = load()
+        shared = relevant & {d for judged in known.values() for d, grade in judged.items() if grade > 0}
+        texts = {queries[q] for q in qrels if q in queries} & {queries[q] for q in known if q in queries}
+        if shared or texts:
+            overlap[other] = {"relevant_documents": len(shared), "query_texts": len(texts)}
+            notes.append(
+                f"{len(shared)} of {len(relevant)} documents relevant in {split} are relevant in {other} too, "
+                f"and {len(texts)} query texts stand in both: mind it with a model trained on {other}"
+            )
+    facts = {
+        "documents": len(corpus), "queries": sum(q in queries for q in qrels), "judgements": sum(map(len, qrels.values())),
+        "unknown_judged_documents": len(unknown), "judged_queries_without_text": len(silent), "ids_both_query_and_document": len(same), "overlap": overlap,
+    }  # fmt: skip
+    return notes, facts

@@ -1,0 +1,306 @@
+"""python -m rerank_lab.eval: which reranking method is best on a collection, by how much, and at what cost."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rerank_lab import results
+from rerank_lab.candidates import Candidates, make_candidates
+from rerank_lab.datasets import Dataset, bundled_names, load_dataset
+from rerank_lab.environment import describe
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.journal import RESULTS, Journal
+from rerank_lab.measures import DEFAULT, parse_measures
+from rerank_lab.methods import METHODS, Method, make_method
+from rerank_lab.models import REGISTRY
+from rerank_lab.models.cache import default_folder
+from rerank_lab.options import effective, parse
+from rerank_lab.reranker import Ranking, Reranker
+from rerank_lab.run import write_atomically
+from rerank_lab.timing import peak_memory_mb, reset_peak_memory
+
+log = logging.getLogger("rerank_lab")
+WARM_UP = 2
+CROSS = "+cross"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    logging.basicConfig(stream=sys.stderr, format="rerank_lab: %(message)s", level=logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    for noisy in ("httpx", "httpcore", "bm25s", "datasets", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        print(_listing() if options.list else evaluate(options))
+        return 0
+    except UserError as error:
+        print(f"rerank_lab: error: {error}", file=sys.stderr)
+        return 2
+    except (ModelError, MemoryError, OSError) as error:
+        print(f"rerank_lab: failed: {type(error).__name__}: {error}; --resume goes on from here", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrerank_lab: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+
+
+def evaluate(options: argparse.Namespace) -> str:
+    """Runs the evaluation that the options describe, writes its folder and returns the table for stdout."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    options.measures = options.measures or list(DEFAULT)
+    parse_measures(options.measures)
+    methods = _methods(options)
+    baseline = options.baseline or next(iter(methods))
+    if baseline not in methods:
+        raise UserError(f"--baseline {baseline!r} is not among the methods {', '.join(methods)}")
+    out = _out_folder(options)
+    journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
+    if journal.finished:
+        return results.table(json.loads((out / RESULTS).read_text(encoding="utf-8"))) + f"\n{out} was finished already; nothing done\n"
+
+    dataset = load_dataset(options.dataset, options.split)
+    if options.limit_queries:
+        dataset = _limited(dataset, options.limit_queries)
+    for note in dataset.notes:
+        log.warning("%s: %s", dataset.name, note)
+    reranker = _reranker(options, methods)
+    log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
+    candidates = _candidates(options, dataset, reranker, any(m.tokens for m in methods.values()))
+    for note in candidates.notes:
+        log.warning("%s", note)
+
+    depends = {"dataset": dataset.hash, "candidates": candidates.about["hash"], "models": reranker.fingerprints()}
+    journal.begin(effective(options) | depends)
+    reset = reset_peak_memory()
+    collected: dict[str, dict[str, Any]] = {}
+    for label, method in methods.items():
+        ready = reranker.using(method, cross=label.split(":")[0] != "best")
+        collected[label] = _run_method(label, ready, dataset, candidates, journal, options)
+    about = {
+        "environment": describe(reranker.device) | {"peak_memory_per_method": reset, "vector_cache": "memory" if options.no_cache else "disk"},
+        "config": effective(options) | {"methods": list(methods), "baseline": baseline},
+        "dataset": {"name": dataset.name, "split": dataset.split, "hash": dataset.hash, "notes": dataset.notes} | dataset.facts,
+        "models": reranker.fingerprints(),
+    }
+    result, files = results.summarize(about, dataset, candidates, methods, collected)
+    journal.finish(files)
+    return results.table(result) + f"\nWritten to {out}: report.md, results.json, per_query.csv, scores.parquet, runs/\n"
+
+
+def _methods(options: argparse.Namespace) -> dict[str, Method]:
+    """Label → method; every bad name or setting is reported at once."""
+    names = options.methods
+    if names is None:
+        names = [name for name, kind in METHODS.items() if options.model_cross or "cross-encoder" not in kind.roles]
+        if options.model_cross:
+            names.append("best" + CROSS)
+        else:
+            left_out = ", ".join(name for name in METHODS if name not in names)
+            print(f"{left_out} left out: they need a cross-encoder, named by --model-cross (a Hugging Face checkpoint or a folder)", file=sys.stderr)
+    methods: dict[str, Method] = {}
+    problems: list[str] = []
+    for label in names:
+        name, colon, settings = label.partition(":")
+        cross = name == "best" + CROSS
+        defaults = {"stage1_top_k": max(1, options.top_k // 2)} if name == "optimal" else {}
+        try:
+            methods[label] = make_method((name.removesuffix(CROSS) if cross else name) + colon + settings, **defaults)
+            if (cross or "cross-encoder" in methods[label].roles) and not options.model_cross:
+                raise UserError(f"method {label!r} needs a cross-encoder: name one by --model-cross, a hub name or a folder")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return methods
+
+
+def _out_folder(options: argparse.Namespace) -> Path:
+    if options.out is not None:
+        return Path(options.out)
+    stem = options.dataset.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1].removesuffix(".zip")
+    wanted = f"{datetime.date.today():%Y-%m-%d}-{stem}"
+    folders = sorted(Path("results").glob(f"*-{stem}*"), key=lambda p: p.stat().st_mtime)
+    if options.resume and folders:
+        return folders[-1]
+    names = [wanted, *(f"{wanted}-{n}" for n in range(2, 10_000))]
+    return next(path for path in (Path("results") / name for name in names) if options.overwrite or not path.exists())
+
+
+def _reranker(options: argparse.Namespace, methods: dict[str, Method]) -> Reranker:
+    needs_cross = any("cross-encoder" in m.roles or label.startswith("best" + CROSS) for label, m in methods.items())
+    return Reranker(
+        options.model,
+        next(iter(methods.values())),
+        options.model_cross if needs_cross else None,
+        max_tokens_per_doc=options.max_tokens_per_doc,
+        fuse_first_stage=options.fuse_first_stage,
+        cache_dir=None if options.no_cache else options.cache or default_folder(),
+        subspace=options.subspace,
+        device=options.device,
+    )
+
+
+def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, tokens: bool) -> Candidates:
+    """First stage, and the vectors of all documents that the methods will look at."""
+    texts = list(dataset.corpus.values())
+    # One forward gives both kinds of vectors: token vectors of the whole corpus unless few of its documents will be looked at.
+    whole = tokens and len(dataset.qrels) * options.top_k >= len(texts)
+
+    def corpus_vectors() -> torch.Tensor:
+        with _counting("encode corpus") as progress:
+            if whole:
+                reranker.encode(texts, tokens=True, progress=progress)
+            return reranker.pooled(texts, progress=progress)
+
+    found = make_candidates(
+        options.candidates,
+        dataset,
+        options.top_k,
+        encode=lambda queries: reranker.pooled(queries, kind="query"),
+        corpus_vectors=corpus_vectors,
+        drop_identical=options.drop_identical_ids,
+        progress=_bar,
+    )
+    needed = {d: None for ranked in found.run.values() for d in ranked.documents}
+    with _counting("encode candidates") as progress:
+        reranker.encode([dataset.corpus[d] for d in needed], tokens=tokens, progress=progress)
+    return found
+
+
+def _run_method(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, journal: Journal, options: argparse.Namespace) -> dict[str, Any]:
+    """Ranks every query that the journal lacks; gives all records, the cold timings and the peak memory."""
+    records = journal.records(label)
+    done = {r["query"] for r in records}
+    left = [q for q in candidates.run if q not in done]
+    reset_peak_memory()
+    for q in left[:WARM_UP]:
+        _rank(reranker, q, dataset, candidates)
+    for q in _bar(left, label):
+        start = time.perf_counter()
+        ranking = _rank(reranker, q, dataset, candidates)
+        record = _record(q, ranking, candidates, time.perf_counter() - start)
+        journal.append(label, record)
+        records.append(record)
+    peak = peak_memory_mb()
+    return {"records": records, "peak_rss_mb": peak, "cold": _cold(label, reranker, dataset, candidates, options)}
+
+
+def _cold(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, options: argparse.Namespace) -> dict[str, Any]:
+    """Latency with every document new, over the first few queries; kept beside the vectors, since only a change can change it."""
+    queries = list(candidates.run)[: options.cold_queries]
+    if "bi-encoder" not in reranker.method.roles:
+        return {"seconds": [], "documents": 0, "measured": "no vectors are cached for this method: each run is new"}
+    store = None if options.no_cache else (options.cache or default_folder()) / "timings"
+    key = results.digest(
+        [
+            label,
+            reranker.method.settings(),
+            reranker.fingerprints(),
+            candidates.about["hash"],
+            queries,
+            effective(options)["max_tokens_per_doc"],
+            describe(reranker.device),
+        ]
+    )
+    if store is not None and (store / f"{key}.json").is_file():
+        try:
+            kept: dict[str, Any] = json.loads((store / f"{key}.json").read_text(encoding="utf-8"))
+            return kept
+        except ValueError:
+            log.warning("timings: %s does not read back; measured again", store / f"{key}.json")
+    seconds, documents = [], 0
+    for q in _bar(queries, f"{label}, documents new"):
+        start = time.perf_counter()
+        _rank(reranker.without_cache(), q, dataset, candidates)
+        seconds.append(time.perf_counter() - start)
+        documents += len(candidates.run[q].documents)
+    cold = {"seconds": seconds, "documents": documents, "measured": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
+    if store is not None:
+        write_atomically(store / f"{key}.json", [json.dumps(cold)])
+    return cold
+
+
+def _rank(reranker: Reranker, q: str, dataset: Dataset, candidates: Candidates) -> Ranking:
+    ranked = candidates.run[q]
+    return reranker.score(dataset.queries[q], [dataset.corpus[d] for d in ranked.documents], first_stage=ranked.scores.tolist())
+
+
+def _record(q: str, ranking: Ranking, candidates: Candidates, seconds: float) -> dict[str, Any]:
+    documents = candidates.run[q].documents
+    return {
+        "query": q,
+        "documents": [documents[i] for i in ranking.order],
+        "scores": ranking.scores.tolist(),
+        "relevance": ranking.relevance.tolist(),
+        "candidates": len(documents),
+        "seconds": seconds,
+        "phases": ranking.seconds,
+        "flops": ranking.flops.seen,
+        "flops_new": ranking.flops.new,
+        "truncated": ranking.truncated,
+    }
+
+
+def _limited(dataset: Dataset, count: int) -> Dataset:
+    kept = list(dataset.qrels)[:count]
+    queries = {q: dataset.queries[q] for q in kept if q in dataset.queries}
+    return Dataset(
+        dataset.name, dataset.split, dataset.corpus, queries, {q: dataset.qrels[q] for q in kept}, dataset.hash,
+        [*dataset.notes, f"only the first {len(kept)} of {len(dataset.qrels)} judged queries (--limit-queries)"],
+        dataset.facts | {"queries": len(kept)},
+    )  # fmt: skip
+
+
+def _bar(items: Iterable[Any], title: str) -> Iterable[Any]:
+    shown: Iterable[Any] = tqdm(items, desc=title, disable=None)
+    return shown
+
+
+@contextmanager
+def _counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that learns its total from the first call, and never shows where there is nothing to do."""
+    bar: list[tqdm[Any]] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bar:
+            bar.append(tqdm(total=total, desc=title, unit="doc", disable=None))
+        bar[0].update(done)
+
+    try:
+        yield progress
+    finally:
+        for shown in bar:
+            shown.close()
+
+
+def _listing() -> str:
+    import ir_measures
+
+    lines = ["models (or any folder or hub name of the right kind):"]
+    lines += [f"  {m.id:<20} {m.role:<14} {m.token_limit} tokens, {m.dimensions} dimensions, {m.note}" for m in REGISTRY.values()]
+    lines += ["methods and their settings:"]
+    for name, kind in METHODS.items():
+        settings = ", ".join(f"{k}={v:g}" for k, v in kind().settings().items()) or "none"
+        lines += [f"  {name:<10} needs {' and '.join(kind.roles)}", f"  {'':<10} settings: {settings}"]
+    lines += ["  best+cross best, with the cross-encoder's logit in its sum"]
+    lines += [f"collections: {', '.join(bundled_names())}, a BEIR folder or .zip, hf:NAME, irds:ID"]
+    lines += [f"measures: {', '.join(DEFAULT)} by default; known: {', '.join(sorted(ir_measures.measures.registry))}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

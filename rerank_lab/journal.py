@@ -1,0 +1,107 @@
+"""What an evaluation has done so far, kept so that it survives Ctrl-C and kill -9.
+
+In OUT/partial: config.json, and for each method a file with one line a finished query.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rerank_lab.errors import UserError
+from rerank_lab.run import write_atomically
+
+RESULTS = "results.json"
+OURS = (RESULTS, "per_query.csv", "scores.parquet", "report.md", "runs", "partial")
+
+
+def file_name(label: str) -> str:
+    """A method's label as a file name: best:tau=0.05 → best-tau=0.05."""
+    return label.replace(":", "-").replace("/", "-")
+
+
+class Journal:
+    """The folder of one evaluation while it runs.
+
+    Args:
+        out: the results folder.
+        resume, overwrite: what to do with what is there.
+
+    Raises:
+        UserError: the folder holds results or an interrupted run and neither flag was given.
+    """
+
+    def __init__(self, out: Path, *, resume: bool, overwrite: bool):
+        self.out, self.partial = out, out / "partial"
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: a file, not a folder")
+        self.finished = (out / RESULTS).is_file()
+        if overwrite:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.finished = False
+        elif not resume and (self.finished or self.partial.is_dir()):
+            state = "holds results" if self.finished else "holds an interrupted run"
+            raise UserError(f"{out} {state}: --resume to go on, --overwrite to replace, or another --out")
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Fixes what the run depends on, or checks it against the interrupted one's.
+
+        Raises:
+            UserError: the interrupted run had another configuration, collection, model or candidates; each is named.
+        """
+        path = self.partial / "config.json"
+        config = json.loads(json.dumps(config))
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(k for k in before.keys() | config.keys() if before.get(k) != config.get(k))
+            if changed:
+                raise UserError(f"{self.out}: the interrupted run differs in {', '.join(changed)}; run it as it was, or --overwrite")
+        else:
+            write_atomically(path, [json.dumps(config, indent=1)])
+
+    def records(self, label: str) -> list[dict[str, Any]]:
+        """Finished queries of a method; a line cut short by a kill ends the list and is removed."""
+        path = self._path(label)
+        if not path.is_file():
+            return []
+        found = list(_whole_lines(path))
+        write_atomically(path, [json.dumps(r) + "\n" for r in found])
+        return found
+
+    def append(self, label: str, record: dict[str, Any]) -> None:
+        """Adds one finished query."""
+        with self._path(label).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def finish(self, files: dict[str, str | bytes]) -> None:
+        """Puts the finished files in place, results.json last, and removes what was partial or from an older run."""
+        for path in (self.out / "runs").glob("*.trec"):
+            if f"runs/{path.name}" not in files:
+                path.unlink()
+        for name in sorted(files, key=lambda n: n == RESULTS):
+            content = files[name]
+            if isinstance(content, str):
+                write_atomically(self.out / name, [content])
+            else:
+                temporary = self.out / (name + ".tmp")
+                temporary.write_bytes(content)
+                temporary.replace(self.out / name)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _path(self, label: str) -> Path:
+        return self.partial / f"{file_name(label)}.jsonl"
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                return
+            if not line.endswith("\n") or not isinstance(record, dict):
+                return
+            yield record

@@ -1,0 +1,48 @@
+"""The registry of methods. A new one is a file here, a line below, and a test."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import fields
+
+from rerank_lab.errors import UserError
+from rerank_lab.methods.base import DROPPED, Method, Pool
+from rerank_lab.methods.best import Best
+from rerank_lab.methods.fast import Fast
+from rerank_lab.methods.optimal import Optimal
+from rerank_lab.methods.standard import Standard
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal, Best)}
+
+__all__ = ["DROPPED", "METHODS", "Method", "Pool", "make_method"]
+
+
+def make_method(spec: str, **defaults: float) -> Method:
+    """A method from its name and settings: "best", "best:tau=0.05:gamma=0.25".
+
+    Args:
+        spec: NAME[:SETTING=VALUE]…
+        defaults: settings used where the spec does not name them; those that the method does not have are ignored.
+
+    Raises:
+        UserError: an unknown method or setting, or a value that does not fit; the message lists what is valid.
+    """
+    name, *parts = spec.split(":")
+    if name not in METHODS:
+        raise UserError(f"method {name!r} is not known; valid: {', '.join(METHODS)}")
+    kind = METHODS[name]
+    types = {f.name: typing.get_type_hints(kind)[f.name] for f in fields(kind)}
+    settings = {key: value for key, value in defaults.items() if key in types}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or key not in types:
+            valid = f"valid: {', '.join(types)}" if types else "it has none"
+            raise UserError(f"method {spec!r}: {part!r} is no setting of {name} ({valid}; written {name}:SETTING=VALUE)")
+        try:
+            settings[key] = types[key](value)
+        except ValueError:
+            raise UserError(f"method {spec!r}: {key} takes {types[key].__name__} values, not {value!r}") from None
+    try:
+        return kind(**settings)
+    except ValueError as error:
+        raise UserError(f"method {spec!r}: {error}") from None

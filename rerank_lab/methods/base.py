@@ -1,0 +1,175 @@
+"""What every method stands on: a pool (one query, its documents, the models that look at them) and the Method class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import similarity_topk
+from rerank_lab.lexical import BM25
+from rerank_lab.models.bi_encoder import BiEncoder, Vectors
+from rerank_lab.models.cache import VectorCache, ensure
+from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.timing import Clock
+
+DROPPED = -torch.inf
+
+
+@dataclass
+class Flops:
+    """Counted by formula as the work is done: matrix products only, a multiplication and an addition are two.
+
+    Attributes:
+        seen: with the documents' vectors in the cache.
+        new: what encoding the documents adds where they are not.
+    """
+
+    seen: int = 0
+    new: int = 0
+
+
+class Pool:
+    """One query with its n documents. Everything is computed on request, and what is asked for is what is paid for.
+
+    Args:
+        query: holds at least one non-blank character.
+        documents: n texts; empty and repeated ones are fine.
+        encoder, cache: the bi-encoder and its vectors.
+        cross: the cross-encoder, if the method uses one.
+        max_tokens: own tokens kept of each document.
+        clock: where time is booked, by phase.
+    """
+
+    def __init__(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        encoder: BiEncoder | None = None,
+        cache: VectorCache | None = None,
+        cross: CrossEncoder | None = None,
+        max_tokens: int = 512,
+        clock: Clock | None = None,
+    ):
+        self.query, self.documents, self.max_tokens = query, documents, max_tokens
+        self.encoder, self.cache, self.cross = encoder, cache, cross
+        self.clock, self.flops = clock or Clock(), Flops()
+        first: dict[str, int] = {}
+        self._first = torch.tensor([first.setdefault(text, i) for i, text in enumerate(documents)], dtype=torch.int64)
+        self._encoded: set[int] = set()
+        self._cut: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def truncated(self) -> int:
+        """Documents of which some model read only a part."""
+        return sum(position in self._cut for position in self._first.tolist())
+
+    def vectors(self, positions: Tensor | None = None, *, tokens: bool) -> Vectors:
+        """Vectors of the documents at these positions (all without), from the cache or encoded now."""
+        assert self.encoder is not None and self.cache is not None
+        first = self._first if positions is None else self._first[positions]
+        with self.clock.phase("encode"):
+            texts = [self.documents[i] for i in first.tolist()]
+            keys = ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=tokens)
+            vectors = self.cache.gather(keys, tokens).to(self.encoder.device)
+            self.cache.trim()
+        limit = min(self.max_tokens, self.encoder.limit)
+        for position, length in zip(first.tolist(), vectors.lengths.tolist()):
+            if length > limit:
+                self._cut.add(position)
+            if position not in self._encoded:
+                self._encoded.add(position)
+                self.flops.new += self.encoder.flops(min(length, limit), tokens)
+        return vectors
+
+    def query_vectors(self, *, tokens: bool) -> Vectors:
+        """Vectors of the query; never cached, since a query is new to the system that answers it."""
+        assert self.encoder is not None
+        with self.clock.phase("encode"):
+            vectors = self.encoder.encode([self.query], kind="query", tokens=tokens).to(self.encoder.device)
+        self.flops.seen += self.encoder.flops(int(vectors.lengths[0]), tokens)
+        return vectors
+
+    def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
+        """Stage 1: cosine with the query.
+
+        Returns:
+            cosine of all n documents (fp32) and the positions of the k largest, equal ones in input order.
+        """
+        with self.clock.phase("score"):
+            values, index = similarity_topk(query.pooled, documents.pooled, len(self))
+            cosine = self.unify(torch.empty_like(values[0]).index_copy_(0, index[0], values[0]))
+            kept = cosine.sort(descending=True, stable=True).indices[:k]
+        self.flops.seen += 2 * documents.pooled.numel()
+        return cosine, kept.cpu()
+
+    def logits(self, positions: Tensor) -> Tensor:
+        """The cross-encoder's logits of the documents at these positions, each distinct text once."""
+        assert self.cross is not None
+        own, inverse = torch.unique(self._first[positions], return_inverse=True)
+        with self.clock.phase("score"):
+            logits, lengths, cut = self.cross.score(self.query, [self.documents[i] for i in own.tolist()], max_tokens=self.max_tokens)
+        self._cut.update(own[cut].tolist())
+        self.flops.seen += sum(self.cross.flops(length) for length in lengths.tolist())
+        return logits[inverse]
+
+    def lexical(self, positions: Tensor) -> Tensor:
+        """BM25 with these documents as the whole collection: their own document frequencies and mean length."""
+        with self.clock.phase("score"):
+            scores = BM25([self.documents[i] for i in positions.tolist()]).scores(self.query)
+        return torch.from_numpy(scores)
+
+    def scatter(self, positions: Tensor, scores: Tensor) -> Tensor:
+        """Scores of some documents among all n, the others DROPPED."""
+        return torch.full((len(self),), DROPPED).index_copy_(0, positions, scores.float().cpu())
+
+    def unify(self, scores: Tensor) -> Tensor:
+        """Gives repeated documents exactly one score: rounding differs by a row's place in a matrix product.
+
+        A repeat that stage 1 dropped stays dropped.
+        """
+        return torch.where(scores == DROPPED, scores, scores[self._first])
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to score the documents of a pool; its fields are its settings, its docstring holds the formula.
+
+    Class attributes:
+        name: what the user types.
+        roles: model roles that it cannot do without.
+        tokens: whether it reads token vectors.
+        uses_cross: whether it uses a cross-encoder where one is given.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]] = ("bi-encoder",)
+    tokens: ClassVar[bool] = False
+    uses_cross: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("top_k") and value < 1:
+                raise ValueError(f"{self.name}: {field.name} must be at least 1, not {value}")
+            if not field.name.endswith("top_k") and not 0 <= value < float("inf"):
+                raise ValueError(f"{self.name}: {field.name} must be a finite number ≥ 0, not {value}")
+
+    def score(self, pool: Pool) -> Tensor:
+        """n scores, fp32, higher is better; DROPPED for what stage 1 left behind."""
+        raise NotImplementedError
+
+    def relevance(self, scores: Tensor) -> Tensor:
+        """The scores as they are shown: a strictly rising map, 0 to 1 unless the method says otherwise (fp64)."""
+        return torch.sigmoid(scores.double())
+
+    def settings(self) -> dict[str, Any]:
+        """The effective settings by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,66 @@
+"""best: subspace attention of the query's tokens over the documents' token vectors, contrasted over the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import contrast_score, subspace_attention
+from rerank_kernels.reference import MIN_TAU
+from rerank_lab.methods.base import Method, Pool
+
+
+@dataclass(frozen=True)
+class Best(Method):
+    """Over the stage1_top_k documents of largest cosine, with unit token vectors x on the model's subspace:
+
+        A_ik  = Σ_j exp((s_ij − 1)/tau) s_ij / Σ_j exp((s_ij − 1)/tau),  s_ij = x_i · x_kj   (tau = 0: max_j s_ij)
+        w_i   = max_k A_ik − mean_k A_ik                                     (uniform where they sum to 0)
+        a_k   = Σ_i w_i A_ik / Σ_i w_i
+        b     = z(z(cos) + alpha z(a) [+ lexical z(bm25)] [+ cross_weight z(logit), where a cross-encoder is given])
+        score = b + gamma z(e_k · f),  f = Σ_k softmax(b / 0.3)_k e_k
+
+    w, z and f look at the whole pool: scores rank within one request and are no calibrated probability. Shown as the sigmoid.
+    """
+
+    name: ClassVar[str] = "best"
+    tokens: ClassVar[bool] = True
+    uses_cross: ClassVar[bool] = True
+    stage1_top_k: int = 100
+    tau: float = 0.1
+    alpha: float = 2.0
+    gamma: float = 0.0
+    lexical: float = 0.0
+    cross_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.tau < MIN_TAU:
+            raise ValueError(f"best: tau must be 0 (MaxSim) or at least {MIN_TAU}, not {self.tau}")
+
+    def score(self, pool: Pool) -> Tensor:
+        query, documents = pool.query_vectors(tokens=True), pool.vectors(tokens=len(pool) <= self.stage1_top_k)
+        cosine, kept = pool.nearest(query, documents, self.stage1_top_k)
+        documents = pool.vectors(kept, tokens=True)
+        terms = [(pool.lexical(kept).to(cosine.device), self.lexical)] if self.lexical else []
+        if pool.cross is not None and self.cross_weight:
+            terms.append((pool.logits(kept).to(cosine.device), self.cross_weight))
+        with pool.clock.phase("score"):
+            count, length = len(kept), len(query.tokens)
+            pairs = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], 1)
+            A = subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, pairs, self.tau)
+            scores = contrast_score(
+                A,
+                torch.arange(count + 1) * length,
+                torch.tensor([0, count]),
+                cosine[kept],
+                alpha=self.alpha,
+                terms=terms,
+                gamma=self.gamma,
+                embeddings=documents.pooled,
+            )
+        pool.flops.seen += 2 * length * documents.tokens.numel()
+        return pool.scatter(kept, scores)

@@ -1,0 +1,29 @@
+"""optimal: the bi-encoder keeps the likely documents, the cross-encoder reads those alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rerank_kernels import zscore
+from rerank_lab.methods.base import Method, Pool
+
+
+@dataclass(frozen=True)
+class Optimal(Method):
+    """Over the stage1_top_k documents of largest cosine: score_k = z(logit_k) + cosine_weight · z(cos_k), shown as its sigmoid.
+
+    cosine_weight keeps the cross-encoder in the lead; it has not been tuned on any cross-encoder yet.
+    """
+
+    name: ClassVar[str] = "optimal"
+    roles: ClassVar[tuple[str, ...]] = ("bi-encoder", "cross-encoder")
+    uses_cross: ClassVar[bool] = True
+    stage1_top_k: int = 100
+    cosine_weight: float = 0.25
+
+    def score(self, pool: Pool) -> Tensor:
+        cosine, kept = pool.nearest(pool.query_vectors(tokens=False), pool.vectors(tokens=False), self.stage1_top_k)
+        return pool.scatter(kept, zscore(pool.logits(kept)) + self.cosine_weight * zscore(cosine[kept].cpu()))

@@ -1,0 +1,23 @@
+"""standard: the cross-encoder reads every (query, document) pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rerank_lab.methods.base import Method, Pool
+
+
+@dataclass(frozen=True)
+class Standard(Method):
+    """score_k = logit(q, k), every document; shown as its sigmoid."""
+
+    name: ClassVar[str] = "standard"
+    roles: ClassVar[tuple[str, ...]] = ("cross-encoder",)
+    uses_cross: ClassVar[bool] = True
+
+    def score(self, pool: Pool) -> Tensor:
+        return pool.logits(torch.arange(len(pool)))

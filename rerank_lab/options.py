@@ -1,0 +1,171 @@
+"""The command line of rerank_lab.eval and its TOML file."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rerank_lab.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EPILOG = """\
+examples:
+  python -m rerank_lab.eval
+      fast and best on the bundled numpydoc collection
+  python -m rerank_lab.eval --dataset path/to/scifact --methods fast,best
+      a BEIR folder; the second run finds the vectors in the cache
+  python -m rerank_lab.eval --dataset hf:mteb/nfcorpus --candidates bm25 \\
+      --model-cross cross-encoder/ms-marco-MiniLM-L6-v2
+      all four methods over BM25's top 100, models from the hub
+  python -m rerank_lab.eval --methods fast,best,best:tau=0.05:lexical=0.25
+      one method twice, under other settings
+
+exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
+(continue with --resume)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option with its default, so that --help teaches."""
+    p = argparse.ArgumentParser(
+        prog="python -m rerank_lab.eval",
+        description="Which reranking method is best on a collection, by how much, and at what cost.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--list", action="store_true", help="print models, methods with their settings, collections and measures, then exit")
+    data = p.add_argument_group("what to evaluate on")
+    data.add_argument("--dataset", default="numpydoc", metavar="NAME", help="bundled name, BEIR folder or .zip, hf:NAME, irds:ID (default: numpydoc)")
+    data.add_argument("--split", default="test", help="which judgements (default: test)")
+    data.add_argument("--candidates", default="dense", metavar="bm25|dense|run:FILE", help="the first stage (default: dense)")
+    data.add_argument("--top-k", type=_count, default=100, metavar="N", help="candidates a query (default: 100)")
+    data.add_argument(
+        "--drop-identical-ids", action="store_true", help="drop the candidate whose id is the query's; only for collections whose queries are documents"
+    )
+    data.add_argument("--limit-queries", type=_count, metavar="N", help="the first N judged queries only")
+    what = p.add_argument_group("methods and models")
+    what.add_argument("--methods", type=_names, metavar="LIST", help="comma-separated, settings by colon: fast,best:tau=0.05 (default: all that can run)")
+    what.add_argument("--model", default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name (default: all-MiniLM-L6-v2)")
+    what.add_argument("--model-cross", metavar="MODEL", help="cross-encoder for standard, optimal and best+cross: folder or hub name")
+    what.add_argument("--subspace", metavar="FILE", help="token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none")
+    what.add_argument(
+        "--max-tokens-per-doc", type=_count, default=512, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)"
+    )
+    what.add_argument(
+        "--fuse-first-stage",
+        type=_weight,
+        nargs="?",
+        const=1.0,
+        default=0.0,
+        metavar="WEIGHT",
+        help="add WEIGHT (1 where left out) x z(first-stage score) to every method",
+    )
+    measure = p.add_argument_group("measures")
+    measure.add_argument(
+        "--measures",
+        type=_names,
+        metavar="LIST",
+        help="any of ir-measures; the first is tested and plotted (default: nDCG@10,RR@10,AP@100,R@100,P@1,Judged@10)",
+    )
+    measure.add_argument("--baseline", metavar="METHOD", help="what the others are tested against (default: the first method)")
+    measure.add_argument("--cold-queries", type=_natural, default=10, metavar="N", help="queries timed with every document new, 0 for none (default: 10)")
+    measure.add_argument("--seed", type=_natural, default=0, help="of resampling (default: 0)")
+    out = p.add_argument_group("output")
+    out.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<date>-<dataset>)")
+    out.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same configuration")
+    out.add_argument("--overwrite", action="store_true", help="replace the results in --out")
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    machine.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
+    machine.add_argument("--cache", type=Path, metavar="DIR", help="vector cache (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")
+    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options by their long names; flags win over it")
+    return p
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags over the TOML file over defaults.
+
+    Raises:
+        UserError: a TOML file that is unreadable or has unknown keys. Wrong flags end in argparse's own exit 2.
+    """
+    p = parser()
+    options = p.parse_args(argv)
+    if options.config is not None:
+        options = p.parse_args([*_toml_flags(options.config, p), *argv])
+    if options.resume and options.overwrite:
+        p.error("--resume goes on with a run, --overwrite throws it away: give one of them")
+    return options
+
+
+def effective(options: argparse.Namespace) -> dict[str, Any]:
+    """The configuration as results keep it: what decides figures, without places on this machine."""
+    left_out = {"list", "config", "out", "resume", "overwrite", "cache", "no_cache"}
+    return {k: v for k, v in sorted(vars(options).items()) if k not in left_out}
+
+
+def _toml_flags(path: Path, p: argparse.ArgumentParser) -> list[str]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    actions = {a.dest: a for a in p._actions if a.option_strings and a.dest not in ("help", "config", "list")}
+    unknown = [key for key in table if key.replace("-", "_") not in actions]
+    if unknown:
+        raise UserError(f"{path}: unknown keys {', '.join(unknown)}; valid: {', '.join(actions)}")
+    flags: list[str] = []
+    for key, value in table.items():
+        action = actions[key.replace("-", "_")]
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"{path}: {key} must be true or false, not {value!r}")
+            flags += [action.option_strings[0]] if value else []
+        elif isinstance(value, (dict, bool)):
+            raise UserError(f"{path}: {key} must be a number, a string or a list, not {value!r}")
+        else:
+            flags += [f"{action.option_strings[0]}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+    return flags
+
+
+def _names(value: str) -> list[str]:
+    names = [name.strip() for name in re.split(r",(?![^(]*\))", value) if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("needs at least one name")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise argparse.ArgumentTypeError(f"{', '.join(repeated)} stands there twice")
+    return names
+
+
+def _count(value: str) -> int:
+    number = _natural(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return number
+
+
+def _natural(value: str) -> int:
+    if not value.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {value!r}")
+    return int(value)
+
+
+def _weight(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, not {value!r}")
+    return number

@@ -1,0 +1,224 @@
+"""The one call that the command line, the endpoint and a notebook share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import zscore
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.methods import DROPPED, Method, Pool, make_method
+from rerank_lab.methods.base import Flops
+from rerank_lab.models import DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
+from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.cache import Progress, VectorCache, ensure
+from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.run import order
+from rerank_lab.timing import Clock
+
+Document = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One document in its new place.
+
+    Attributes:
+        index: its place in the input.
+        relevance_score: as the method shows it (cosine for fast, 0 to 1 for the others).
+        document: as it was given.
+    """
+
+    index: int
+    relevance_score: float
+    document: Document
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a method made of one pool.
+
+    Attributes:
+        order: positions in the input, best first; those that stage 1 dropped are absent.
+        scores: the raw scores in that order, fp32.
+        relevance: the shown scores in that order, fp64.
+        seconds: by phase.
+        flops: counted by formula.
+        truncated: documents of which some model read only a part.
+    """
+
+    order: list[int]
+    scores: Tensor
+    relevance: Tensor
+    seconds: dict[str, float]
+    flops: Flops
+    truncated: int
+
+
+class Reranker:
+    """Models, a method and its settings, ready to rank.
+
+    Example:
+        >>> Reranker(model="all-MiniLM-L6-v2", method="best").rank("query", ["first text", {"text": "second"}], top_n=1)
+
+    Args:
+        model: bi-encoder, by registry id, folder or hub name.
+        method: "fast", "standard", "optimal" or "best", with settings as in "best:tau=0.05".
+        model_cross: cross-encoder; needed by standard and optimal, joins best where it is given.
+        max_tokens_per_doc: own tokens kept of each document; the model's limit applies too.
+        fuse_first_stage: weight of z(first-stage score), added to z(method's score) where `rank` is given such scores.
+        cache_dir: folder for vectors that outlive the process; None: in memory alone, at most 2 GiB.
+        subspace: safetensors file with the model's projection V; None: the shipped one, or none.
+        device: "auto", "cpu", "cuda", "mps".
+
+    Raises:
+        UserError (a ValueError): a model that is not to be found or has another role, an unknown method or setting,
+            a method without the model that it needs.
+    """
+
+    def __init__(
+        self,
+        model: str | None = DEFAULT_MODEL,
+        method: str | Method = "best",
+        model_cross: str | None = None,
+        *,
+        max_tokens_per_doc: int = 512,
+        fuse_first_stage: float = 0.0,
+        cache_dir: str | Path | None = None,
+        subspace: str | None = None,
+        device: str = "auto",
+    ):
+        if max_tokens_per_doc < 1:
+            raise UserError(f"max_tokens_per_doc must be at least 1, not {max_tokens_per_doc}")
+        self.max_tokens, self.fuse_first_stage = max_tokens_per_doc, fuse_first_stage
+        self.method = make_method(method) if isinstance(method, str) else method
+        _check_roles(self.method, model, model_cross)
+        self.encoder: BiEncoder | None = None if model is None else load_bi_encoder(model, subspace=subspace, device=device)
+        self.cross: CrossEncoder | None = None if model_cross is None else load_cross_encoder(model_cross, device=device)
+        self.cache = self._new_cache(None if cache_dir is None else Path(cache_dir))
+
+    def rank(self, query: str, documents: Sequence[Document], top_n: int | None = None, *, first_stage: Sequence[float] | None = None) -> list[Result]:
+        """Ranks documents for a query, best first, equal scores in input order.
+
+        Args:
+            query: holds at least one non-blank character.
+            documents: strings, or mappings with the string under `text`; at least one. Empty texts are fine.
+            top_n: results wanted; more than there are: all. optimal and best give at most stage1_top_k.
+            first_stage: scores of the documents, used by fuse_first_stage.
+
+        Raises:
+            UserError (a ValueError): wrong input, with its place. ModelError: a model gave a NaN.
+        """
+        if top_n is not None and top_n < 1:
+            raise UserError(f"top_n must be at least 1, not {top_n}")
+        ranking = self.score(query, [_text(document, i) for i, document in enumerate(documents)], first_stage=first_stage)
+        shown = zip(ranking.order[:top_n], ranking.relevance.tolist())
+        return [Result(i, relevance, documents[i]) for i, relevance in shown]
+
+    def score(self, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking:
+        """What `rank` does, with raw scores, time and FLOPs beside the order."""
+        if not isinstance(query, str) or not query.strip():
+            raise UserError("the query must be a string that holds at least one non-blank character")
+        if not texts:
+            raise UserError("documents must hold at least one item")
+        if first_stage is not None and len(first_stage) != len(texts):
+            raise UserError(f"first_stage has {len(first_stage)} scores for {len(texts)} documents")
+        clock = Clock(None if self.encoder is None else self.encoder.device)
+        cross = self.cross if self.cross is not None and self.method.uses_cross else None
+        pool = Pool(query, texts, encoder=self.encoder, cache=self.cache, cross=cross, max_tokens=self.max_tokens, clock=clock)
+        with torch.inference_mode():
+            scores = self.method.score(pool).cpu()
+            with clock.phase("rank"):
+                relevance = self.method.relevance(scores)
+                if self.fuse_first_stage and first_stage is not None:
+                    kept = (scores != DROPPED).nonzero()[:, 0]
+                    first = torch.tensor(first_stage, dtype=torch.float32)[kept]
+                    scores = pool.scatter(kept, zscore(scores[kept]) + self.fuse_first_stage * zscore(first))
+                    relevance = torch.sigmoid(scores.double())
+                if bool(scores.isnan().any()):
+                    raise ModelError(f"method {self.method.name} gave a NaN score with model {self._names()}")
+                scores, relevance = pool.unify(scores), pool.unify(relevance)
+                places = [i for i in order(scores.numpy()).tolist() if scores[i] != DROPPED]
+        return Ranking(places, scores[places], relevance[places], dict(clock.seconds), pool.flops, pool.truncated)
+
+    def using(self, method: str | Method, *, cross: bool = True) -> Reranker:
+        """The same loaded models and cache under another method; cross=False hides the cross-encoder."""
+        other = copy.copy(self)
+        other.method = make_method(method) if isinstance(method, str) else method
+        other.cross = self.cross if cross else None
+        _check_roles(other.method, self.encoder, other.cross)
+        return other
+
+    def without_cache(self) -> Reranker:
+        """The same with an empty cache in memory: every document is new."""
+        other = copy.copy(self)
+        other.cache = self._new_cache(None)
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(model.device for model in (self.encoder, self.cross) if model is not None)
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """What identifies models and their settings in results: name and hash of each."""
+        return {
+            "model": None if self.encoder is None else self.encoder.name,
+            "model_vectors": None if self.encoder is None else self.encoder.key(),
+            "model_cross": None if self.cross is None else self.cross.name,
+            "model_cross_files": None if self.cross is None else self.cross.fingerprint,
+        }
+
+    def encode(self, texts: Sequence[str], *, tokens: bool, progress: Progress = lambda done, total: None) -> None:
+        """Puts documents' vectors into the cache, so that ranking them later costs no forward."""
+        if self.encoder is not None and self.cache is not None:
+            ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=tokens, progress=progress)
+
+    def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: Progress = lambda done, total: None) -> Tensor:
+        """Pooled vectors, N × d: documents through the cache, queries anew."""
+        if self.encoder is None or self.cache is None:
+            raise UserError("a bi-encoder is needed for pooled vectors: name one as model")
+        if kind == "query":
+            return self.encoder.encode(texts, kind="query", tokens=False).pooled
+        keys = ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=False, progress=progress)
+        return self.cache.gather(keys, False).pooled
+
+    def _new_cache(self, folder: Path | None) -> VectorCache | None:
+        return None if self.encoder is None else VectorCache(self.encoder.key(), folder)
+
+    def _names(self) -> str:
+        return " and ".join(model.name for model in (self.encoder, self.cross) if model is not None)
+
+
+def rerank(query: str, documents: Sequence[Document], *, top_n: int | None = None, **options: Any) -> list[Result]:
+    """Reranker(**options).rank(query, documents, top_n), with the last few rerankers kept loaded."""
+    return _kept(tuple(sorted(options.items()))).rank(query, documents, top_n)
+
+
+@lru_cache(maxsize=4)
+def _kept(options: tuple[tuple[str, Any], ...]) -> Reranker:
+    return Reranker(**dict(options))
+
+
+def _text(document: Document, position: int) -> str:
+    text = document.get("text") if isinstance(document, Mapping) else document
+    if not isinstance(text, str):
+        raise UserError(f"documents[{position}] must be a string or an object with a string under 'text'")
+    return text
+
+
+def _check_roles(method: Method, model: object, cross: object) -> None:
+    if "cross-encoder" in method.roles and cross is None:
+        raise UserError(f"method {method.name} needs a cross-encoder: name one as model_cross (--model-cross), a hub name or a folder")
+    if "bi-encoder" in method.roles and model is None:
+        raise UserError(f"method {method.name} needs a bi-encoder: name one as model (--model)")
+
+
+__all__ = ["Ranking", "Reranker", "Result", "rerank"]

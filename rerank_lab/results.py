@@ -1,0 +1,291 @@
+"""From ranked queries to what an evaluation leaves behind: results.json, per_query.csv, scores.parquet, runs, report.md."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shlex
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rerank_lab import stats
+from rerank_lab.candidates import Candidates, oracle
+from rerank_lab.datasets import Dataset
+from rerank_lab.journal import RESULTS, file_name
+from rerank_lab.measures import coverage, evaluate, unjudged_share
+from rerank_lab.methods import Method
+from rerank_lab.run import Ranked, Run, tie_rate, trec_lines
+
+SCHEMA = 1
+
+
+def digest(value: Any) -> str:
+    """A short hash of any JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def summarize(
+    about: dict[str, Any], dataset: Dataset, candidates: Candidates, methods: dict[str, Method], collected: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, str | bytes]]:
+    """Measures, tests and costs of all methods.
+
+    Args:
+        about: environment, config, dataset and models, as results.json keeps them.
+        dataset, candidates: what was ranked.
+        methods: label → method, in the order asked for.
+        collected: label → {"records": one a query, "peak_rss_mb", "cold"}.
+
+    Returns:
+        results.json as a dictionary, and every file of the folder by name.
+    """
+    config = about["config"]
+    names, seed = config["measures"], config["seed"]
+    runs: dict[str, Run] = {
+        label: {r["query"]: Ranked(r["documents"], np.array(r["scores"], dtype=np.float32)) for r in part["records"]} for label, part in collected.items()
+    }
+    frames = {label: evaluate(run, dataset.qrels, names) for label, run in runs.items()}
+    rows = [_row(label, methods[label], dataset, about, frames, runs[label], collected[label], seed) for label in methods]
+    tested = [row for row in rows if row["vs"] is not None]
+    for row, p in zip(tested, stats.holm([row["vs"]["p_randomization"] for row in tested])):
+        row["vs"]["p_holm"] = p
+    top_k = candidates.about["top_k"]
+    first = evaluate(candidates.run, dataset.qrels, [*dict.fromkeys([*names, f"R@{top_k}"])]).mean()
+    ceiling = float(evaluate(oracle(candidates.run, dataset), dataset.qrels, ["nDCG@10"])["nDCG@10"].mean())
+    result = {
+        "schema": SCHEMA,
+        **about,
+        "candidates": candidates.about
+        | {
+            f"recall@{top_k}": float(first[f"R@{top_k}"]),
+            "oracle_ndcg@10": ceiling,
+            "measures": {n: float(first[n]) for n in names},
+            "notes": candidates.notes,
+        },
+        "rows": rows,
+    }
+    per_query = pd.concat([_per_query(label, frames[label], collected[label]["records"]) for label in methods], ignore_index=True)
+    files: dict[str, str | bytes] = {f"runs/{file_name(label)}.trec": "".join(trec_lines(run, file_name(label))) for label, run in runs.items()}
+    files |= {
+        RESULTS: json.dumps(result, indent=1, allow_nan=False) + "\n",
+        "per_query.csv": per_query.to_csv(index=False),
+        "scores.parquet": _scores(collected, candidates),
+        "report.md": report(result),
+    }
+    return result, files
+
+
+def _row(
+    label: str, method: Method, dataset: Dataset, about: dict[str, Any], frames: dict[str, pd.DataFrame], run: Run, part: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    frame, records, config = frames[label], part["records"], about["config"]
+    primary, baseline = config["measures"][0], config["baseline"]
+    seconds = np.array([r["seconds"] for r in records])
+    ranked = sum(r["candidates"] for r in records)
+    cold = part["cold"]
+    vs = None
+    if label != baseline:
+        a, b = frame[primary].to_numpy(), frames[baseline][primary].to_numpy()
+        low, high = stats.bootstrap_interval(a - b, seed)
+        vs = {
+            "baseline": baseline, "measure": primary, "delta": float((a - b).mean()), "ci95": [low, high],
+            "p_t": stats.paired_t(a, b), "p_randomization": stats.paired_randomization(a, b, seed), "p_holm": None,
+            "wins": int((a > b).sum()), "ties": int((a == b).sum()), "losses": int((a < b).sum()),
+        }  # fmt: skip
+    return {
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "method": label,
+        "model": about["models"]["model"] if "bi-encoder" in method.roles else None,
+        "model_cross": about["models"]["model_cross"] if "cross-encoder" in method.roles or label.startswith("best+cross") else None,
+        "queries": len(frame),
+        "measures": {n: float(frame[n].mean()) for n in frame},
+        "ci95": {n: list(stats.bootstrap_interval(frame[n].to_numpy(), seed)) for n in frame},
+        "vs": vs,
+        "settings": method.settings(),
+        "latency_ms": _latency(seconds),
+        "cold_latency_ms": _latency(np.array(cold["seconds"])),
+        "cold_sample": {"queries": len(cold["seconds"]), "measured": cold["measured"]},
+        "phases_ms": {p: 1000 * float(np.median([r["phases"].get(p, 0.0) for r in records])) for p in ("encode", "score", "rank")} if records else {},
+        "docs_per_s": ranked / float(seconds.sum()) if records else None,
+        "cold_docs_per_s": cold["documents"] / sum(cold["seconds"]) if cold["seconds"] else None,
+        "peak_rss_mb": part["peak_rss_mb"],
+        "flops_per_query": float(np.mean([r["flops"] for r in records])) if records else None,
+        "cold_flops_per_query": float(np.mean([r["flops"] + r["flops_new"] for r in records])) if records else None,
+        "coverage": coverage(run, dataset.qrels),
+        "unjudged_share": unjudged_share(run, dataset.qrels),
+        "truncated_share": sum(r["truncated"] for r in records) / max(1, ranked),
+        "tie_rate": tie_rate(run),
+    }
+
+
+def _latency(seconds: np.ndarray) -> dict[str, float] | None:
+    if not len(seconds):
+        return None
+    return {"p50": 1000 * float(np.percentile(seconds, 50)), "p95": 1000 * float(np.percentile(seconds, 95))}
+
+
+def _per_query(label: str, frame: pd.DataFrame, records: list[dict[str, Any]]) -> pd.DataFrame:
+    cost = pd.DataFrame(
+        [
+            {"query": r["query"], "candidates": r["candidates"], "latency_ms": 1000 * r["seconds"], **{f"{p}_ms": 1000 * s for p, s in r["phases"].items()}}
+            for r in records
+        ],
+        columns=["query", "candidates", "latency_ms", "encode_ms", "score_ms", "rank_ms"],
+    ).set_index("query")
+    joined = frame.join(cost)
+    joined["candidates"] = joined["candidates"].fillna(0).astype(int)
+    joined.insert(0, "method", label)
+    return joined.reset_index()
+
+
+def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates) -> bytes:
+    parts = []
+    for label, part in collected.items():
+        for r in part["records"]:
+            ranked = candidates.run[r["query"]]
+            first = dict(zip(ranked.documents, ranked.scores))
+            columns = {
+                "method": label,
+                "query": r["query"],
+                "document": r["documents"],
+                "rank": np.arange(1, len(r["documents"]) + 1, dtype=np.int32),
+                "score": np.array(r["scores"], dtype=np.float32),
+                "relevance": np.array(r["relevance"], dtype=np.float64),
+                "first_stage": np.array([first[d] for d in r["documents"]], dtype=np.float32),
+            }
+            parts.append(pd.DataFrame(columns))
+    buffer = io.BytesIO()
+    (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()).to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def findings(result: dict[str, Any]) -> list[str]:
+    """One sentence a method: how far it is from the baseline, with the interval and the price."""
+    rows = {row["method"]: row for row in result["rows"]}
+    base = rows[result["config"]["baseline"]]
+    sentences = []
+    for label, row in rows.items():
+        if (vs := row["vs"]) is None:
+            continue
+        low, high = vs["ci95"]
+        verb = "beats" if low > 0 else "is worse than" if high < 0 else "cannot be told from"
+        times = ""
+        if row["latency_ms"] and base["latency_ms"]:
+            times = f" at {row['latency_ms']['p50'] / base['latency_ms']['p50']:.1f} x its median latency (documents seen before)"
+        sentences.append(f"{label} {verb} {vs['baseline']} by {vs['delta']:+.3f} [{low:+.3f}, {high:+.3f}] {vs['measure']}{times}, Holm p {_p(vs['p_holm'])}.")
+    return sentences
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results for a terminal of 80 columns."""
+    primary = result["config"]["measures"][0]
+    cells = [["method", f"{primary} [95% CI]", f"delta to {result['config']['baseline']} [95% CI]", "Holm p", "p50 ms", "new docs"]]
+    for row in result["rows"]:
+        low, high = row["ci95"][primary]
+        vs = row["vs"]
+        delta = f"{vs['delta']:+.3f} [{vs['ci95'][0]:+.3f}, {vs['ci95'][1]:+.3f}]" if vs else "baseline"
+        cost = [_ms(row["latency_ms"]), _ms(row["cold_latency_ms"])]
+        cells.append([row["method"], f"{row['measures'][primary]:.4f} [{low:.3f}, {high:.3f}]", delta, _p(vs["p_holm"]) if vs else "", *cost])
+    others = [["method", *result["config"]["measures"][1:], "docs/s", "MB", "MFLOP"]]
+    for row in result["rows"]:
+        values = [f"{row['measures'][n]:.4f}" for n in result["config"]["measures"][1:]]
+        flops = row["flops_per_query"]
+        others.append([row["method"], *values, f"{row['docs_per_s'] or 0:,.0f}", f"{row['peak_rss_mb']:,.0f}", f"{(flops or 0) / 1e6:,.0f}"])
+    return "\n".join([*_head(result), "", *_columns(cells), "", *_columns(others), ""])
+
+
+def report(result: dict[str, Any]) -> str:
+    """The same as Markdown, with notes, settings and environment."""
+    names, rows, env = result["config"]["measures"], result["rows"], result["environment"]
+    lines = [f"# {result['dataset']['name']} ({result['dataset']['split']})", "", *(f"- {s}" for s in findings(result)), "", *_head(result)[1:], ""]
+    lines += _markdown(
+        ["method", *(f"{n} [95% CI]" for n in names), "Δ [95% CI]", "p (t)", "p (randomisation)", "p (Holm)", "wins/ties/losses"],
+        [[r["method"], *(f"{r['measures'][n]:.4f} [{r['ci95'][n][0]:.3f}, {r['ci95'][n][1]:.3f}]" for n in names), *_versus(r["vs"])] for r in rows],
+    )
+    lines += ["", "Cost a query. *Seen*: the documents' vectors are cached, the query is new. *New*: every document is encoded too.", ""]
+    lines += _markdown(
+        ["method", "p50 / p95 ms, seen", "p50 / p95 ms, new", "queries timed new", "encode / score / rank ms, seen", "docs/s, seen", "docs/s, new", "peak MB", "MFLOP, seen", "MFLOP, new"],
+        [
+            [
+                r["method"], _pair(r["latency_ms"]), _pair(r["cold_latency_ms"]), str(r["cold_sample"]["queries"]),
+                " / ".join(f"{v:.1f}" for v in r["phases_ms"].values()), f"{r['docs_per_s'] or 0:,.0f}", f"{r['cold_docs_per_s'] or 0:,.1f}",
+                f"{r['peak_rss_mb']:,.0f}", f"{(r['flops_per_query'] or 0) / 1e6:,.1f}", f"{(r['cold_flops_per_query'] or 0) / 1e6:,.1f}",
+            ]
+            for r in rows
+        ],
+    )  # fmt: skip
+    lines += ["", "Trust.", ""]
+    lines += _markdown(
+        ["method", "settings", "queries covered", "unjudged in the top 10", "truncated documents", "tied neighbours"],
+        [
+            [
+                r["method"],
+                ", ".join(f"{k}={v:g}" for k, v in r["settings"].items()) or "none",
+                *(f"{r[k]:.1%}" for k in ("coverage", "unjudged_share", "truncated_share", "tie_rate")),
+            ]
+            for r in rows
+        ],
+    )
+    notes = [*result["dataset"]["notes"], *result["candidates"]["notes"]]
+    lines += ["", *(f"- {note}" for note in notes), "" if notes else "- no notes on the collection", ""]
+    flags = {k: v for k, v in result["config"].items() if v not in (None, False)}
+    command = "python -m rerank_lab.eval " + " ".join(
+        f"--{k.replace('_', '-')}" + ("" if v is True else f" {shlex.quote(','.join(v) if isinstance(v, list) else str(v))}") for k, v in flags.items()
+    )
+    versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items())
+    lines += [
+        "Made by",
+        "",
+        f"    {command}",
+        "",
+        f"at commit {env['commit'] or 'unknown'} on {env['cpu']}, {env['cpus']} CPUs, {env['threads']} threads, device {env['device']}, Python {env['python']}, {versions}.",
+    ]
+    lines += [f"Collection {result['dataset']['hash'][:16]}, candidates {result['candidates']['hash'][:16]}."]
+    return "\n".join(lines) + "\n"
+
+
+def _head(result: dict[str, Any]) -> list[str]:
+    data, first, primary = result["dataset"], result["candidates"], result["config"]["measures"][0]
+    recall = next(k for k in first if k.startswith("recall@"))
+    return [
+        f"{data['name']} ({data['split']}): {result['rows'][0]['queries']} judged queries, {data['documents']:,} documents",
+        f"first stage {first['source']}, top {first['top_k']}: {primary} {first['measures'][primary]:.4f}, {recall} {first[recall]:.4f}, oracle nDCG@10 {first['oracle_ndcg@10']:.4f}",
+    ]
+
+
+def _versus(vs: dict[str, Any] | None) -> list[str]:
+    if vs is None:
+        return ["baseline", "", "", "", ""]
+    delta = f"{vs['delta']:+.4f} [{vs['ci95'][0]:+.3f}, {vs['ci95'][1]:+.3f}]"
+    return [delta, _p(vs["p_t"]), _p(vs["p_randomization"]), _p(vs["p_holm"]), f"{vs['wins']}/{vs['ties']}/{vs['losses']}"]
+
+
+def _p(p: float) -> str:
+    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def _ms(latency: dict[str, float] | None) -> str:
+    return f"{latency['p50']:,.1f}" if latency else "-"
+
+
+def _pair(latency: dict[str, float] | None) -> str:
+    return f"{latency['p50']:,.1f} / {latency['p95']:,.1f}" if latency else "–"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    """Aligned columns; a label too long for 80 columns gets a line of its own."""
+    widths = [max(len(row[i]) for row in rows) for i in range(1, len(rows[0]))]
+    room = 78 - sum(widths) - 2 * len(widths)
+    label = max(6, min(max(len(row[0]) for row in rows), room))
+    lines = []
+    for row in rows:
+        tail = "".join(f"  {cell:<{w}}" if "[" in rows[0][i + 1] else f"  {cell:>{w}}" for i, (cell, w) in enumerate(zip(row[1:], widths)))
+        lines += [f"{row[0]:<{label}}{tail}"] if len(row[0]) <= label else [row[0], " " * label + tail]
+    return [line.rstrip() for line in lines]

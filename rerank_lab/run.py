@@ -1,0 +1,104 @@
+"""A run: ranked documents a query, under the project's one total order, and its TREC file."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rerank_lab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Documents of one query, best first.
+
+    Attributes:
+        documents: ids.
+        scores: what they were ranked by, fp32, never rising.
+    """
+
+    documents: list[str]
+    scores: np.ndarray
+
+
+Run = dict[str, Ranked]
+
+
+def order(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The one total order: score descending, equal scores in input order. Positions into scores, int64.
+
+    Raises:
+        ValueError: a NaN, which has no place in any order.
+    """
+    values = np.asarray(scores)
+    if np.isnan(values).any():
+        raise ValueError("a NaN score cannot be ranked")
+    return np.argsort(-values, kind="stable")
+
+
+def tie_rate(run: Run) -> float:
+    """Share of ranked documents whose score equals the score of the one before them."""
+    ties = sum(int((r.scores[1:] == r.scores[:-1]).sum()) for r in run.values())
+    return ties / max(1, sum(len(r.documents) for r in run.values()))
+
+
+def rank_scores(ranked: Ranked) -> list[float]:
+    """Scores that say nothing but the rank, so that no tool that sorts again can reorder ties: n, n − 1, … 1."""
+    return [float(len(ranked.documents) - i) for i in range(len(ranked.documents))]
+
+
+def trec_lines(run: Run, tag: str) -> Iterator[str]:
+    """A TREC run file with rank-derived scores, line by line."""
+    for query, ranked in run.items():
+        for i, (document, score) in enumerate(zip(ranked.documents, rank_scores(ranked))):
+            yield f"{query} Q0 {document} {i + 1} {score:.0f} {tag}\n"
+
+
+def write_atomically(path: Path, parts: Iterable[str]) -> None:
+    """Writes text under a temporary name and renames it, so that the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(parts)
+    os.replace(temporary, path)
+
+
+def read_trec(path: Path) -> Run:
+    """Reads a TREC run (query Q0 document rank score tag), ordered by score, then as the file has it.
+
+    Raises:
+        UserError: no such file, a malformed line or a repeated document, with file and line.
+    """
+    found: dict[str, dict[str, float]] = {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where, parts = f"{path}:{number}", line.split()
+                if len(parts) != 6:
+                    raise UserError(f"{where}: a TREC run line has 6 columns (query Q0 document rank score tag), not {len(parts)}")
+                try:
+                    score = float(parts[4])
+                except ValueError:
+                    raise UserError(f"{where}: the score {parts[4]!r} is no number") from None
+                if not math.isfinite(score):
+                    raise UserError(f"{where}: the score {parts[4]!r} is not finite")
+                if parts[2] in found.setdefault(parts[0], {}):
+                    raise UserError(f"{where}: document {parts[2]} stands twice for query {parts[0]}")
+                found[parts[0]][parts[2]] = score
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text, so no TREC run") from None
+    run: Run = {}
+    for query, scored in found.items():
+        documents, scores = list(scored), np.array(list(scored.values()), dtype=np.float32)
+        ranks = order(np.array(list(scored.values())))
+        run[query] = Ranked([documents[i] for i in ranks], scores[ranks])
+    return run

@@ -1,0 +1,56 @@
+"""Where time and memory go: phases of one request, peak resident memory of a stretch of work."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class Clock:
+    """Seconds by phase (encode, score, rank). On CUDA each end of a phase waits for the device."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.device = device
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.seconds[name] += time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def reset_peak_memory() -> bool:
+    """Starts a new peak; False where the system cannot (then the peak is the process's since its start)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    except OSError:
+        return False
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory in MiB since reset_peak_memory, memory-mapped pages included."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
