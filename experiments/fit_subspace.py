@@ -40,19 +40,21 @@ def glosses(folder: Path) -> list[str]:
     return [line.split("|", 1)[1].strip() for path in files for line in path.read_text(encoding="utf-8").splitlines() if " | " in line]
 
 
-def sample(model: BiEncoder, texts: list[str], count: int, rng: random.Random) -> torch.Tensor:
-    """`count` unit token vectors from randomly chosen texts; every third text's go to the second half, kept for checking."""
-    texts = rng.sample(texts, len(texts))
-    found, held, total = [], [], 0
-    for start in range(0, len(texts), 64):
-        vectors = model.encode(texts[start : start + 64]).tokens.float()
-        (held if start // 64 % 3 == 2 else found).append(vectors)
-        total += 0 if start // 64 % 3 == 2 else len(vectors)
-        if total >= 4 * count and held:
-            break
-    generator = torch.Generator().manual_seed(rng.randrange(1 << 31))
-    parts = [torch.cat(part) for part in (found, held)]
-    return torch.stack([p[torch.randperm(len(p), generator=generator)[:count]] if len(p) >= count else p.repeat(count // len(p) + 1, 1)[:count] for p in parts])
+def sample(model: BiEncoder, texts: list[str], count: int, rng: random.Random) -> list[torch.Tensor]:
+    """Twice `count` unit token vectors of randomly chosen texts: some to fit on, some, of other texts, to check on."""
+    shuffled, picked = rng.sample(texts, len(texts)), []
+    for part in (shuffled[::2], shuffled[1::2]):
+        vectors, total = [], 0
+        for start in range(0, len(part), 64):
+            vectors.append(model.encode(part[start : start + 64]).tokens.float())
+            total += len(vectors[-1])
+            if total >= 3 * count:
+                break
+        if total < count:
+            raise UserError(f"only {total} tokens where {count} are needed; give more text or a smaller --tokens")
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(rng.randrange(1 << 31)))
+        picked.append(torch.cat(vectors)[order[:count]])
+    return picked
 
 
 def main() -> int:
@@ -70,13 +72,13 @@ def main() -> int:
     try:
         general = glosses(options.wordnet) if options.wordnet else options.text.read_text(encoding="utf-8").splitlines()
         model = load_bi_encoder(options.model, device="cpu")
+        model.subspace = None
+        rng = random.Random(options.seed)
+        sources = {"numpydoc": numpydoc(), "wordnet" if options.wordnet else options.text.name: [t for t in general if t.strip()]}
+        halves = [sample(model, texts, options.tokens // len(sources), rng) for texts in sources.values()]
     except (UserError, OSError) as error:
         print(f"fit_subspace: error: {error}", file=sys.stderr)
         return 2
-    model.subspace = None
-    rng = random.Random(options.seed)
-    sources = {"numpydoc": numpydoc(), "wordnet" if options.wordnet else options.text.name: [t for t in general if t.strip()]}
-    halves = [sample(model, texts, options.tokens // len(sources), rng) for texts in sources.values()]
     fitted, held = torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])
     V = torch.linalg.svd(fitted, full_matrices=False).Vh[: options.rank].T.contiguous()
     for name, vectors in {"fitted": fitted, **{f"held out, {n}": h[1] for n, h in zip(sources, halves)}, "held out": held}.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -118,7 +118,10 @@ def _folder_source(folder: Path) -> Source:
 
 
 def _zip_source(path: Path) -> Source:
-    archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:
+        raise UserError(f"{path}: not a whole zip archive: {error or type(error).__name__}") from error
     roots = [n.removesuffix("corpus.jsonl") for n in archive.namelist() if n == "corpus.jsonl" or n.endswith("/corpus.jsonl")]
     if len(roots) != 1:
         raise UserError(f"{path}: needs exactly one corpus.jsonl inside, found {len(roots)}")
@@ -131,14 +134,19 @@ def _beir_source(name: str, files: dict[str, Any], open_file: Callable[[Any], IO
         if relative not in files:
             raise UserError(f"{name}: {relative} is missing")
         try:
-            with open_file(files[relative]) as raw, io.TextIOWrapper(raw, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
+            with open_file(files[relative]) as file:
+                for number, raw in enumerate(file, 1):
+                    where = f"{label(files[relative])}:{number}"
+                    try:
+                        line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                    except UnicodeDecodeError as error:
+                        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
                     if line.strip():
-                        yield f"{label(files[relative])}:{number}", line
-        except UnicodeDecodeError as error:
-            raise UserError(f"{label(files[relative])}: not UTF-8 ({error.reason} at byte {error.start})") from None
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{label(files[relative])}: {error}") from None
+                        yield where, line
+        except UserError:
+            raise
+        except Exception as error:  # of a damaged archive zipfile and each of its decoders raise their own
+            raise UserError(f"{label(files[relative])} cannot be read: {error or type(error).__name__}") from error
 
     def texts(relative: str) -> Iterator[tuple[str, str, str]]:
         for where, line in lines(relative):
@@ -158,7 +166,7 @@ def _beir_source(name: str, files: dict[str, Any], open_file: Callable[[Any], IO
 def _record(line: str, where: str) -> tuple[str, str]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); each line must be one object") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: not a JSON object")
@@ -176,7 +184,18 @@ def record_text(value: dict[str, Any], where: str) -> tuple[str, str]:
     text, title = value.get("text"), value.get("title") or ""
     if not isinstance(text, str) or not isinstance(title, str):
         raise UserError(f"{where}: text (a string) is missing" if text is None else f"{where}: text and title must be strings")
+    if not valid_text(title + text + identifier):
+        raise UserError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff alone), which is no text")
     return identifier, f"{title} {text}".strip() if title else text
+
+
+def valid_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; half of a surrogate pair, which JSON can smuggle in, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_qrels(lines: Iterable[tuple[str, str]]) -> Qrels:
@@ -187,7 +206,7 @@ def _read_qrels(lines: Iterable[tuple[str, str]]) -> Qrels:
             continue
         if len(parts) == 4:  # TREC's second column
             parts = [parts[0], parts[2], parts[3]]
-        if len(parts) != 3 or not _is_integer(parts[2]):
+        if len(parts) != 3 or not parts[0].strip() or not parts[1].strip() or not _is_integer(parts[2]):
             raise UserError(f"{where}: needs query-id, corpus-id and a whole-number score, separated by tabs: {line.strip()[:80]!r}")
         add_judgement(qrels, parts[0].strip(), parts[1].strip(), int(parts[2]), where)
     return qrels
@@ -200,7 +219,7 @@ def add_judgement(qrels: Qrels, query: str, document: str, grade: int, where: st
 
 
 def _is_integer(value: str) -> bool:
-    return value.strip().lstrip("+-").isdecimal()
+    return re.fullmatch(r"[+-]?\d{1,9}", value.strip()) is not None
 
 
 def _collect(records: Iterable[tuple[str, str, str]], kind: str, digest: Any) -> dict[str, str]:

@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.journal import RESULTS, Journal
-from rerank_lab.measures import DEFAULT, parse_measures
+from rerank_lab.measures import DEFAULT, known_measures, parse_measures
 from rerank_lab.methods import METHODS, Method, make_method
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.cache import default_folder
@@ -38,9 +39,10 @@ CROSS = "+cross"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    logging.basicConfig(stream=sys.stderr, format="rerank_lab: %(message)s", level=logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    for noisy in ("httpx", "httpcore", "bm25s", "datasets", "filelock", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("rerank_lab: %(message)s"))
+    log.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    log.addHandler(handler)
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         print(_listing() if options.list else evaluate(options))
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nrerank_lab: interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130
+    finally:
+        log.removeHandler(handler)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -196,7 +200,7 @@ def _run_method(label: str, reranker: Reranker, dataset: Dataset, candidates: Ca
         journal.append(label, record)
         records.append(record)
     peak = peak_memory_mb()
-    return {"records": records, "peak_rss_mb": peak, "cold": _cold(label, reranker, dataset, candidates, options)}
+    return {"records": records, "peak_rss_mb": peak, "token_limit": reranker.token_limit, "cold": _cold(label, reranker, dataset, candidates, options)}
 
 
 def _cold(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, options: argparse.Namespace) -> dict[str, Any]:
@@ -288,17 +292,18 @@ def _counting(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _listing() -> str:
-    import ir_measures
+    def wrapped(title: str, text: str) -> str:
+        return textwrap.fill(text, 80, initial_indent=f"  {title:<18}", subsequent_indent=" " * 20)
 
-    lines = ["models (or any folder or hub name of the right kind):"]
-    lines += [f"  {m.id:<20} {m.role:<14} {m.token_limit} tokens, {m.dimensions} dimensions, {m.note}" for m in REGISTRY.values()]
-    lines += ["methods and their settings:"]
+    lines = ["models (or any folder or hub name of the right kind)"]
+    lines += [wrapped(m.id, f"{m.role}, {m.token_limit} tokens, {m.dimensions} dimensions, {m.note}") for m in REGISTRY.values()]
+    lines += ["methods and their settings"]
     for name, kind in METHODS.items():
-        settings = ", ".join(f"{k}={v:g}" for k, v in kind().settings().items()) or "none"
-        lines += [f"  {name:<10} needs {' and '.join(kind.roles)}", f"  {'':<10} settings: {settings}"]
-    lines += ["  best+cross best, with the cross-encoder's logit in its sum"]
-    lines += [f"collections: {', '.join(bundled_names())}, a BEIR folder or .zip, hf:NAME, irds:ID"]
-    lines += [f"measures: {', '.join(DEFAULT)} by default; known: {', '.join(sorted(ir_measures.measures.registry))}"]
+        settings = ", ".join(f"{k}={v:g}" for k, v in kind().settings().items()) or "no settings"
+        lines += [wrapped(name, f"needs a {' and a '.join(kind.roles)}; {settings}")]
+    lines += [wrapped("best" + CROSS, "best, with the cross-encoder's logit in its sum")]
+    lines += ["collections", wrapped("bundled", ", ".join(bundled_names())), wrapped("yours", "a BEIR folder or .zip, hf:NAME, irds:ID")]
+    lines += ["measures", wrapped("default", ", ".join(DEFAULT)), wrapped("known", ", ".join(known_measures()) + "; most with @k")]
     return "\n".join(lines)
 
 

@@ -56,7 +56,7 @@ class Journal:
         config = json.loads(json.dumps(config))
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(k for k in before.keys() | config.keys() if before.get(k) != config.get(k))
+            changed = sorted(k for k in before.keys() | config.keys() if before.get(k, "absent") != config.get(k, "absent"))
             if changed:
                 raise UserError(f"{self.out}: the interrupted run differs in {', '.join(changed)}; run it as it was, or --overwrite")
         else:

@@ -25,14 +25,25 @@ def parse_measures(names: Sequence[str]) -> list[Any]:
     for name in names:
         try:
             measure = ir_measures.parse_measure(name)
-            list(ir_measures.iter_calc([measure], [ir_measures.Qrel("q", "d", 1)], [ir_measures.ScoredDoc("q", "d", 1.0)]))
+            list(ir_measures.iter_calc([measure], [ir_measures.Qrel("1", "1", 1)], [ir_measures.ScoredDoc("1", "1", 1.0)]))
             measures.append(measure)
         except Exception:  # noqa: BLE001 - parsing and each provider raise their own kinds; any of them means that it cannot be used
             unknown.append(name)
     if unknown:
-        valid = sorted(name for name, measure in ir_measures.measures.registry.items() if ir_measures.DefaultPipeline.supports(measure))
-        raise UserError(f"measures not known or not computable here: {', '.join(unknown)}; valid: {', '.join(valid)}, most with a cut-off as in nDCG@10")
+        raise UserError(f"measures not known or not computable here: {', '.join(unknown)}; valid: {', '.join(known_measures())}, most with @k")
     return measures
+
+
+def known_measures() -> list[str]:
+    """Names of ir-measures that some installed provider computes, bare or with a cut-off."""
+    return sorted(name for name, measure in ir_measures.measures.registry.items() if any(_supported(m) for m in (measure, measure @ 10)))
+
+
+def _supported(measure: Any) -> bool:
+    try:
+        return bool(ir_measures.DefaultPipeline.supports(measure))
+    except AssertionError:  # how ir-measures says that a required parameter is missing, or one is not taken
+        return False
 
 
 def evaluate(run: Run, qrels: Qrels, names: Sequence[str]) -> pd.DataFrame:
@@ -42,13 +53,15 @@ def evaluate(run: Run, qrels: Qrels, names: Sequence[str]) -> pd.DataFrame:
     run's order is handed over as rank-derived scores, so that nothing is sorted again by anyone's tie rule.
     """
     measures = parse_measures(names)
-    judgements = [ir_measures.Qrel(q, d, grade) for q, judged in qrels.items() for d, grade in judged.items()]
-    scored = [ir_measures.ScoredDoc(q, d, s) for q, r in run.items() if q in qrels for d, s in zip(r.documents, rank_scores(r))]
-    values: dict[str, dict[str, float]] = {str(measure): dict.fromkeys(qrels, 0.0) for measure in measures}
+    # Some providers read numbers alone as query ids, so queries go by their place.
+    place = {q: str(i) for i, q in enumerate(qrels)}
+    judgements = [ir_measures.Qrel(place[q], d, grade) for q, judged in qrels.items() for d, grade in judged.items()]
+    scored = [ir_measures.ScoredDoc(place[q], d, s) for q, r in run.items() if q in qrels for d, s in zip(r.documents, rank_scores(r))]
+    values = {str(measure): [0.0] * len(qrels) for measure in measures}
     if scored:
         for metric in ir_measures.iter_calc(measures, judgements, scored):
-            values[str(metric.measure)][metric.query_id] = float(metric.value)
-    columns = {name: list(values[str(measure)].values()) for name, measure in zip(names, measures)}
+            values[str(metric.measure)][int(metric.query_id)] = float(metric.value)
+    columns = {name: values[str(measure)] for name, measure in zip(names, measures)}
     return pd.DataFrame(columns, index=pd.Index(list(qrels), name="query"))
 
 

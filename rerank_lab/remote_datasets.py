@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rerank_lab.datasets import Qrels, Source, add_judgement, record_text
 from rerank_lab.errors import UserError
+
+SPLITS = ("train", "dev", "validation", "test")
 
 
 def hub_source(name: str) -> Source:
@@ -18,6 +22,11 @@ def hub_source(name: str) -> Source:
     """
     import datasets
 
+    name = name.rstrip("/")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    # Of a local folder whose files have changed, `datasets` would go on giving the copy in its cache.
+    mode = "reuse_cache_if_exists" if Path(name).is_dir() else None
     configs = _ask(name, lambda: datasets.get_dataset_config_names(name))
     lacking = {"corpus", "queries"} - set(configs)
     if lacking:
@@ -27,59 +36,72 @@ def hub_source(name: str) -> Source:
     splits = _ask(judged[0], lambda: datasets.get_dataset_split_names(*judged))
 
     def rows(config: str) -> Iterator[tuple[str, str, str]]:
-        for part, table in _ask(name, lambda: datasets.load_dataset(name, config)).items():
+        for part, table in _ask(name, lambda: datasets.load_dataset(name, config, download_mode=mode)).items():
             for i, row in enumerate(table):
                 where = f"hf:{name}/{config}/{part}:{i + 1}"
                 yield *record_text(row, where), where
 
     def qrels(split: str) -> Qrels:
-        table = _ask(judged[0], lambda: datasets.load_dataset(*judged, split=split))
+        table = _ask(judged[0], lambda: datasets.load_dataset(*judged, split=split, download_mode=mode))
         if not {"query-id", "corpus-id", "score"} <= set(table.column_names):
             raise UserError(f"hf:{judged[0]}: judgements need the columns query-id, corpus-id and score, not {', '.join(table.column_names)}")
         found: Qrels = {}
         for i, row in enumerate(table):
             where = f"hf:{judged[0]}/{split}:{i + 1}"
-            if row["score"] is None or int(row["score"]) != row["score"]:
-                raise UserError(f"{where}: the score {row['score']!r} is no whole number")
-            add_judgement(found, str(row["query-id"]), str(row["corpus-id"]), int(row["score"]), where)
+            query, document, score = row["query-id"], row["corpus-id"], row["score"]
+            if query is None or document is None:
+                raise UserError(f"{where}: the query-id or the corpus-id is missing")
+            if not isinstance(score, (int, float)) or not float(score).is_integer():
+                raise UserError(f"{where}: the score {score!r} is no whole number")
+            add_judgement(found, str(query), str(document), int(score), where)
         return found
 
-    return Source(name.rstrip("/").rsplit("/", 1)[-1], lambda: rows("corpus"), lambda: rows("queries"), {s: partial(qrels, s) for s in splits})
+    return Source(name.rsplit("/", 1)[-1], lambda: rows("corpus"), lambda: rows("queries"), {s: partial(qrels, s) for s in splits})
 
 
 def ir_datasets_source(name: str) -> Source:
-    """ "irds:ID", e.g. irds:beir/scifact/test: the split is the last part of the ID."""
+    """ "irds:ID", e.g. irds:beir/scifact/train: the split is the last part of the ID where that names one, else test."""
     try:
         import ir_datasets
     except ImportError:
         raise UserError(f"irds:{name} needs ir_datasets: pip install ir_datasets") from None
     data = _ask(name, lambda: ir_datasets.load(name))
-    split = name.rsplit("/", 1)[-1]
+    last = name.rsplit("/", 1)[-1]
 
-    def texts(records: Callable[[], Any], identifier: str) -> Iterator[tuple[str, str, str]]:
-        for i, record in enumerate(_ask(name, records)):
-            text = record.default_text()
+    def texts(records: str, identifier: str) -> Iterator[tuple[str, str, str]]:
+        found = _each(name, lambda: ((getattr(record, identifier), record.default_text()) for record in getattr(data, records)()))
+        for i, (key, text) in enumerate(found):
             where = f"irds:{name}:{i + 1}"
-            yield *record_text({"_id": getattr(record, identifier), "text": text}, where), where
+            yield *record_text({"_id": key, "text": text}, where), where
 
     def qrels() -> Qrels:
         found: Qrels = {}
-        for record in _ask(name, data.qrels_iter):
+        for record in _each(name, lambda: data.qrels_iter()):
             add_judgement(found, record.query_id, record.doc_id, int(record.relevance), f"irds:{name}")
         return found
 
     return Source(
         name.replace("/", "-"),
-        lambda: texts(data.docs_iter, "doc_id"),
-        lambda: texts(data.queries_iter, "query_id"),
-        {split: qrels} | ({"test": qrels} if split != "test" else {}),
+        lambda: texts("docs_iter", "doc_id"),
+        lambda: texts("queries_iter", "query_id"),
+        {last if last in SPLITS else "test": qrels} if data.has_qrels() else {},
     )
 
 
 def _ask(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except UserError:
-        raise
     except Exception as error:  # each library raises its own and its transport's errors; the user needs one sentence
-        raise UserError(f"{name} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise _unreadable(name, error) from error
+
+
+def _each(name: str, records: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    try:
+        yield from records()
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    causes = [error, *([error.__cause__] if error.__cause__ else [])]
+    return UserError(f"{name} cannot be read: " + "; ".join(f"{type(e).__name__}: {str(e).strip().split(chr(10))[0]}" for e in causes))

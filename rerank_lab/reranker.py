@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import zscore
+from rerank_lab.datasets import valid_text
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.methods import DROPPED, Method, Pool, make_method
 from rerank_lab.methods.base import Flops
@@ -128,6 +129,9 @@ class Reranker:
             raise UserError("the query must be a string that holds at least one non-blank character")
         if not texts:
             raise UserError("documents must hold at least one item")
+        for name, text in [("the query", query), *((f"documents[{i}]", text) for i, text in enumerate(texts))]:
+            if not valid_text(text):
+                raise UserError(f"{name} holds half of a surrogate pair, which is no text")
         if first_stage is not None and len(first_stage) != len(texts):
             raise UserError(f"first_stage has {len(first_stage)} scores for {len(texts)} documents")
         clock = Clock(None if self.encoder is None else self.encoder.device)
@@ -167,6 +171,13 @@ class Reranker:
         """Where the models are."""
         return next(model.device for model in (self.encoder, self.cross) if model is not None)
 
+    @property
+    def token_limit(self) -> int:
+        """Own tokens of a document that the method's models can read; a cross-encoder shares them with the query."""
+        cross = self.cross if self.method.uses_cross else None
+        models = [model for model in (self.encoder if "bi-encoder" in self.method.roles else None, cross) if model is not None]
+        return min([self.max_tokens, *(model.limit for model in models)])
+
     def fingerprints(self) -> dict[str, str | None]:
         """What identifies models and their settings in results: name and hash of each."""
         return {
@@ -182,12 +193,11 @@ class Reranker:
             ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=tokens, progress=progress)
 
     def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: Progress = lambda done, total: None) -> Tensor:
-        """Pooled vectors, N × d: documents through the cache, queries anew."""
+        """Pooled vectors, N × d, through the cache."""
         if self.encoder is None or self.cache is None:
             raise UserError("a bi-encoder is needed for pooled vectors: name one as model")
-        if kind == "query":
-            return self.encoder.encode(texts, kind="query", tokens=False).pooled
-        keys = ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=False, progress=progress)
+        limit = self.max_tokens if kind == "document" else self.encoder.limit
+        keys = ensure(self.encoder, self.cache, texts, max_tokens=limit, tokens=False, kind=kind, progress=progress)
         return self.cache.gather(keys, False).pooled
 
     def _new_cache(self, folder: Path | None) -> VectorCache | None:

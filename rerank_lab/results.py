@@ -36,7 +36,7 @@ def summarize(
         about: environment, config, dataset and models, as results.json keeps them.
         dataset, candidates: what was ranked.
         methods: label → method, in the order asked for.
-        collected: label → {"records": one a query, "peak_rss_mb", "cold"}.
+        collected: label → {"records": one a query, "peak_rss_mb", "token_limit", "cold"}.
 
     Returns:
         results.json as a dictionary, and every file of the folder by name.
@@ -116,6 +116,7 @@ def _row(
         "cold_flops_per_query": float(np.mean([r["flops"] + r["flops_new"] for r in records])) if records else None,
         "coverage": coverage(run, dataset.qrels),
         "unjudged_share": unjudged_share(run, dataset.qrels),
+        "token_limit": part["token_limit"],
         "truncated_share": sum(r["truncated"] for r in records) / max(1, ranked),
         "tie_rate": tie_rate(run),
     }
@@ -219,19 +220,20 @@ def report(result: dict[str, Any]) -> str:
     )  # fmt: skip
     lines += ["", "Trust.", ""]
     lines += _markdown(
-        ["method", "settings", "queries covered", "unjudged in the top 10", "truncated documents", "tied neighbours"],
+        ["method", "settings", "queries covered", "unjudged in the top 10", "truncated documents", "tied neighbours", "token limit"],
         [
             [
                 r["method"],
                 ", ".join(f"{k}={v:g}" for k, v in r["settings"].items()) or "none",
                 *(f"{r[k]:.1%}" for k in ("coverage", "unjudged_share", "truncated_share", "tie_rate")),
+                str(r["token_limit"]),
             ]
             for r in rows
         ],
     )
     notes = [*result["dataset"]["notes"], *result["candidates"]["notes"]]
     lines += ["", *(f"- {note}" for note in notes), "" if notes else "- no notes on the collection", ""]
-    flags = {k: v for k, v in result["config"].items() if v not in (None, False)}
+    flags = {k: v for k, v in result["config"].items() if v is not None and v is not False}
     command = "python -m rerank_lab.eval " + " ".join(
         f"--{k.replace('_', '-')}" + ("" if v is True else f" {shlex.quote(','.join(v) if isinstance(v, list) else str(v))}") for k, v in flags.items()
     )

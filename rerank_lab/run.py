@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from rerank_lab.errors import UserError
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def read_trec(path: Path) -> Run:
                     score = float(parts[4])
                 except ValueError:
                     raise UserError(f"{where}: the score {parts[4]!r} is no number") from None
-                if not math.isfinite(score):
-                    raise UserError(f"{where}: the score {parts[4]!r} is not finite")
+                if not abs(score) <= LARGEST:
+                    raise UserError(f"{where}: the score {parts[4]!r} is not finite in fp32")
                 if parts[2] in found.setdefault(parts[0], {}):
                     raise UserError(f"{where}: document {parts[2]} stands twice for query {parts[0]}")
                 found[parts[0]][parts[2]] = score

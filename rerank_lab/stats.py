@@ -36,15 +36,16 @@ def paired_t(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def paired_randomization(a: np.ndarray, b: np.ndarray, seed: int) -> float:
-    """Two-sided p of the paired randomisation test: signs of the differences swapped at random, (count + 1) / (n + 1).
+    """Two-sided p of the paired randomisation test: how often the absolute mean difference is reached when labels swap.
 
-    n = 9,999 random swaps; where there are no more than that many distinct ones (13 queries or fewer), all are counted.
+    (count + 1) / (n + 1) over n = 9,999 random swaps; where there are no more than that many distinct ones (13 queries or fewer), all are counted.
     """
     if len(a) < 2 or np.array_equal(a, b):
         return 1.0
     result = stats.permutation_test(
         (a, b),
-        lambda x, y, axis: np.mean(x - y, axis=axis),
+        lambda x, y, axis: np.abs(np.mean(x - y, axis=axis)),
+        alternative="greater",
         permutation_type="samples",
         vectorized=True,
         n_resamples=RESAMPLES,

@@ -71,13 +71,16 @@ class Pool:
         """Documents of which some model read only a part."""
         return sum(position in self._cut for position in self._first.tolist())
 
-    def vectors(self, positions: Tensor | None = None, *, tokens: bool) -> Vectors:
-        """Vectors of the documents at these positions (all without), from the cache or encoded now."""
+    def vectors(self, positions: Tensor | None = None, *, tokens: bool, ahead: bool = False) -> Vectors:
+        """Vectors of the documents at these positions (all without), from the cache or encoded now.
+
+        ahead=True encodes token vectors in the same forward though they are not asked for yet.
+        """
         assert self.encoder is not None and self.cache is not None
         first = self._first if positions is None else self._first[positions]
         with self.clock.phase("encode"):
             texts = [self.documents[i] for i in first.tolist()]
-            keys = ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=tokens)
+            keys = ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=tokens or ahead)
             vectors = self.cache.gather(keys, tokens).to(self.encoder.device)
             self.cache.trim()
         limit = min(self.max_tokens, self.encoder.limit)
@@ -86,14 +89,14 @@ class Pool:
                 self._cut.add(position)
             if position not in self._encoded:
                 self._encoded.add(position)
-                self.flops.new += self.encoder.flops(min(length, limit), tokens)
+                self.flops.new += self.encoder.flops(min(length, limit), tokens or ahead)
         return vectors
 
     def query_vectors(self, *, tokens: bool) -> Vectors:
         """Vectors of the query; never cached, since a query is new to the system that answers it."""
         assert self.encoder is not None
         with self.clock.phase("encode"):
-            vectors = self.encoder.encode([self.query], kind="query", tokens=tokens).to(self.encoder.device)
+            vectors = self.encoder.encode([self.query], kind="query", max_tokens=self.encoder.limit, tokens=tokens).to(self.encoder.device)
         self.flops.seen += self.encoder.flops(int(vectors.lengths[0]), tokens)
         return vectors
 

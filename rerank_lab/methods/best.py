@@ -42,8 +42,8 @@ class Best(Method):
             raise ValueError(f"best: tau must be 0 (MaxSim) or at least {MIN_TAU}, not {self.tau}")
 
     def score(self, pool: Pool) -> Tensor:
-        query, documents = pool.query_vectors(tokens=True), pool.vectors(tokens=len(pool) <= self.stage1_top_k)
-        cosine, kept = pool.nearest(query, documents, self.stage1_top_k)
+        query = pool.query_vectors(tokens=True)
+        cosine, kept = pool.nearest(query, pool.vectors(tokens=False, ahead=True), self.stage1_top_k)
         documents = pool.vectors(kept, tokens=True)
         terms = [(pool.lexical(kept).to(cosine.device), self.lexical)] if self.lexical else []
         if pool.cross is not None and self.cross_weight:

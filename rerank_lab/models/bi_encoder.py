@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from rerank_kernels import pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.forward import encoder_flops, forward
+from rerank_lab.models.forward import encoder_flops, forward, load_checkpoint
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -61,19 +61,14 @@ class BiEncoder:
     role = "bi-encoder"
 
     def __init__(self, folder: Path, name: str, *, subspace: Tensor | None = None, device: torch.device | str = "cpu"):
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         self.name, self.folder, self.device = name, folder, torch.device(device)
         modules = _modules(folder)
         root = folder / modules["Transformer"][0]
-        try:
-            self.model: nn.Module = AutoModel.from_pretrained(root, dtype=torch.float32).eval().to(self.device)
-            tokenizer: Any = AutoTokenizer.from_pretrained(root)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model {name!r}: {folder} does not load: {str(error).splitlines()[0]}") from error
-        if not tokenizer.is_fast:
-            raise UserError(f"model {name!r} has no fast tokenizer (tokenizer.json), which is needed for token offsets")
-        self.config: Any = self.model.config
+        model, tokenizer = load_checkpoint(AutoModel, root, name, spare="pooler")
+        self.model: nn.Module = model.to(self.device)
+        self.config: Any = model.config
         settings = _json(root / "sentence_bert_config.json")
         self.lower = bool(settings.get("do_lower_case"))
         limits = [settings.get("max_seq_length"), tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
@@ -89,6 +84,8 @@ class BiEncoder:
         self.normalize = "Normalize" in modules
         self.dense = nn.Sequential(*(_dense(folder / path, name) for path in modules.get("Dense", []))).to(self.device)
         self.prompts: dict[str, str] = _json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        if pooling.get("include_prompt") is False and (self.prompt("query") or self.prompt("document")):
+            raise UserError(f"model {name!r} leaves its prompt out of the pooling (include_prompt: false), which is not known here")
         self.fingerprint = fingerprint(folder)
         self.subspace = subspace if subspace is not None else shipped_subspace(fingerprint(root, WEIGHTS))
         if self.subspace is not None:
@@ -115,7 +112,7 @@ class BiEncoder:
 
     def prompt(self, kind: str) -> str:
         """The text that the model wants in front of a query or a document."""
-        names = ("query",) if kind == "query" else ("document", "passage")
+        names = ("query",) if kind == "query" else ("document", "passage", "corpus")
         return next((self.prompts[n] for n in names if self.prompts.get(n)), "")
 
     def encode(
@@ -169,7 +166,7 @@ class BiEncoder:
 
     def _tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> tuple[list[Encoding], list[int]]:
         prompt = self.prompt(kind)
-        prepared = [prompt + (text.lower() if self.lower else text) for text in texts]
+        prepared = [(prompt + text).lower() if self.lower else prompt + text for text in texts]
         encodings = self.tokenizer.encode_batch(prepared, add_special_tokens=False)
         lengths = [len(e.ids) for e in encodings]
         for encoding in encodings:
@@ -216,10 +213,15 @@ def shipped_subspace(model_fingerprint: str) -> Tensor | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = _parse(path) if path.is_file() else {}
     return value if isinstance(value, dict) else {}
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def _modules(folder: Path) -> dict[str, list[str]]:
@@ -228,7 +230,7 @@ def _modules(folder: Path) -> dict[str, list[str]]:
     if not path.is_file():
         return {"Transformer": [""]}
     modules: dict[str, list[str]] = {}
-    for module in json.loads(path.read_text(encoding="utf-8")):
+    for module in _parse(path):
         modules.setdefault(module["type"].rsplit(".", 1)[-1], []).append(module["path"])
     unknown = set(modules) - {"Transformer", "Pooling", "Dense", "Normalize"}
     if unknown or "Transformer" not in modules:
@@ -253,10 +255,15 @@ def _pooling_mode(config: dict[str, Any], name: str) -> str:
 
 def _dense(folder: Path, name: str) -> nn.Sequential:
     config = _json(folder / "config.json")
-    linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
-    weights = folder / "model.safetensors"
-    state = load_file(weights) if weights.is_file() else torch.load(folder / "pytorch_model.bin", weights_only=True)
-    linear.load_state_dict({key.removeprefix("linear."): value for key, value in state.items()})
+    if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+        raise UserError(f"model {name!r}: a Dense module with a residual or on token vectors is not known here")
+    try:
+        linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+        weights = folder / "model.safetensors"
+        state = load_file(weights) if weights.is_file() else torch.load(folder / "pytorch_model.bin", weights_only=True)
+        linear.load_state_dict({key.removeprefix("linear."): value for key, value in state.items()})
+    except Exception as error:  # torch, pickle and safetensors raise their own; each means the same to the user
+        raise UserError(f"model {name!r}: {folder} is no whole Dense module: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     activation = config.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
     if activation not in ("Tanh", "Identity", "ReLU", "GELU"):
         raise UserError(f"model {name!r}: activation {activation} of its Dense module is not known")

@@ -14,6 +14,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +40,9 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rerank_lab"
 
 
-def text_key(text: str, max_tokens: int) -> bytes:
-    """16 bytes that stand for a text at a token limit."""
-    return hashlib.blake2b(f"{max_tokens}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def text_key(text: str, max_tokens: int, kind: str = "document") -> bytes:
+    """16 bytes that stand for a text at a token limit, as a document or as a query."""
+    return hashlib.blake2b(f"{kind}\0{max_tokens}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class VectorCache:
                 shard = _read(path)
                 if shard is None:
                     log.warning("vector cache: %s does not read back; deleted, its texts will be encoded again", path)
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        path.unlink()
                 else:
                     self._register(shard)
 
@@ -98,7 +100,7 @@ class VectorCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(path, keys, vectors, tokens)
             shard = _read(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
             log.warning("vector cache: %s cannot be written (%s); going on without it", self.folder, error)
             self.folder = None
             self.add(keys, vectors, tokens)
@@ -144,6 +146,7 @@ def ensure(
     *,
     max_tokens: int,
     tokens: bool,
+    kind: str = "document",
     progress: Progress = lambda done, total: None,
 ) -> list[bytes]:
     """Encodes those of N texts that the cache lacks, each distinct one once, and gives every text's key.
@@ -153,15 +156,16 @@ def ensure(
         texts: any strings, repeated ones too.
         max_tokens: own tokens kept of each text.
         tokens: whether token vectors are wanted.
+        kind: "document" or "query", which chooses the model's prompt.
         progress: called as texts are encoded, with how many just were and how many are to be; what was encoded before an
             interruption stays in the folder.
     """
-    keys = [text_key(text, max_tokens) for text in texts]
+    keys = [text_key(text, max_tokens, kind) for text in texts]
     missing = {key: text for key, text in zip(keys, texts) if not cache.has(key, tokens)}
     new = list(missing)
     for start in range(0, len(new), CHUNK):
         chunk = new[start : start + CHUNK]
-        vectors = encoder.encode([missing[k] for k in chunk], max_tokens=max_tokens, tokens=tokens, progress=lambda done: progress(done, len(new)))
+        vectors = encoder.encode([missing[k] for k in chunk], kind=kind, max_tokens=max_tokens, tokens=tokens, progress=lambda done: progress(done, len(new)))
         cache.add(chunk, vectors, tokens)
     return keys
 
@@ -175,7 +179,7 @@ def _write(path: Path, keys: Sequence[bytes], vectors: Vectors, tokens: bool) ->
         "tokens": vectors.tokens.contiguous(),
     }
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {"schema": SCHEMA, "tokens": str(int(tokens)), "crc32": str(_checksum(tensors))})
+    save_file(tensors, temporary, {"schema": SCHEMA, "tokens": str(int(tokens)), "crc32": str(_checksum(tensors, tokens))})
     os.replace(temporary, path)
 
 
@@ -184,17 +188,19 @@ def _read(path: Path) -> Shard | None:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
         tensors = load_file(path)
-        if about["schema"] != SCHEMA or about["crc32"] != str(_checksum(tensors)):
+        has_tokens = about["tokens"] == "1"
+        if about["schema"] != SCHEMA or about["crc32"] != str(_checksum(tensors, has_tokens)):
             return None
         keys = [bytes(row) for row in tensors["keys"].numpy()]
         vectors = Vectors(tensors["pooled"], tensors["lengths"], tensors["offsets"], tensors["tokens"])
-        return Shard(keys, vectors, about["tokens"] == "1", 0)
+        return Shard(keys, vectors, has_tokens, 0)
     except (OSError, KeyError, ValueError, SafetensorError):
         return None
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    value = 0
+def _checksum(tensors: dict[str, Tensor], tokens: bool) -> int:
+    value = int(tokens)
     for name in sorted(tensors):
+        value = zlib.crc32(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode(), value)
         value = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return value

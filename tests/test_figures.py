@@ -1,0 +1,56 @@
+"""Published and promised figures on collections that are not part of the project (RERANK_LAB_DATA)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rerank_lab.candidates import make_candidates
+from rerank_lab.datasets import load_dataset
+from rerank_lab.eval import main
+from rerank_lab.measures import evaluate
+
+
+def evaluated(folder: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["--dataset", str(folder), "--out", str(out), "--cold-queries", "0", *arguments]) == 0
+    result: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return result
+
+
+def measures(result: dict[str, Any], name: str) -> dict[str, float]:
+    return {row["method"]: row["measures"][name] for row in result["rows"]}
+
+
+def test_cranfield(collection: Callable[[str], Path], tmp_path: Path) -> None:
+    ndcg = measures(evaluated(collection("cranfield"), tmp_path / "out", "--methods", "fast,best"), "nDCG@10")
+    assert ndcg["fast"] == pytest.approx(0.3736, abs=0.001)
+    assert ndcg["best"] >= 0.400
+
+
+def test_bm25_on_scifact(collection: Callable[[str], Path]) -> None:
+    dataset = load_dataset(str(collection("scifact")))
+
+    def not_needed(*_: object) -> torch.Tensor:
+        raise AssertionError("BM25 needs no vectors")
+
+    found = make_candidates("bm25", dataset, 100, encode=not_needed, corpus_vectors=not_needed, drop_identical=False, progress=lambda items, _: items)
+    assert evaluate(found.run, dataset.qrels, ["nDCG@10"])["nDCG@10"].mean() == pytest.approx(0.679, abs=0.002)
+
+
+@pytest.mark.slow
+def test_scifact_and_a_second_run_from_the_cache(collection: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, seconds = collection("scifact"), []
+    for name in ("first", "second"):
+        start = time.perf_counter()
+        result = evaluated(folder, tmp_path / name, "--methods", "fast,best")
+        seconds.append(time.perf_counter() - start)
+    assert measures(result, "nDCG@10")["fast"] == pytest.approx(0.6451, abs=0.0005)
+    assert measures(result, "R@100")["fast"] == pytest.approx(0.9250, abs=0.0005)
+    assert measures(result, "nDCG@10")["best"] >= 0.710
+    assert seconds[0] >= 10 * seconds[1]

@@ -1,0 +1,132 @@
+"""The one call: what goes in, what comes out, on the real model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import rerank_lab
+from rerank_lab import Reranker
+from rerank_lab.errors import ModelError, UserError
+from tests.conftest import DOCUMENTS
+
+TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
+QUERY = "zeros of a polynomial"
+
+
+@pytest.mark.parametrize("method", ["fast", "best"])
+def test_the_right_document_comes_first(reranker: Reranker, method: str) -> None:
+    results = reranker.using(method).rank(QUERY, TEXTS, top_n=2)
+    assert len(results) == 2 and results[0].index == 4 and results[0].document == TEXTS[4]
+    assert results[0].relevance_score > results[1].relevance_score
+
+
+def test_documents_may_be_objects_and_come_back_as_sent(reranker: Reranker) -> None:
+    sent: list[Any] = [{"text": text, "n": i} for i, text in enumerate(TEXTS[:3])] + TEXTS[3:]
+    results = reranker.rank(QUERY, sent)
+    assert [r.index for r in results] == [r.index for r in reranker.rank(QUERY, TEXTS)]
+    assert all(r.document is sent[r.index] for r in results)
+
+
+@pytest.mark.parametrize("method", ["fast", "best"])
+@pytest.mark.parametrize("copies", [2, 7])
+def test_repeated_documents_score_exactly_alike_in_input_order(reranker: Reranker, method: str, copies: int) -> None:
+    results = reranker.using(method).rank(QUERY, TEXTS * copies)
+    for text in TEXTS:
+        same = [r for r in results if r.document == text]
+        assert len({r.relevance_score for r in same}) == 1
+        assert [r.index for r in same] == sorted(r.index for r in same)
+
+
+@pytest.mark.parametrize("method", ["fast", "best", "best:gamma=0.5", "best:lexical=1"])
+@pytest.mark.parametrize("texts", [[""], ["", " \n"], ["one"], ["same", "same"], ["", "x" * 100_000], ["🙂", "é", "汉字", "\x00"]])
+def test_odd_pools_are_scored_without_nan(reranker: Reranker, method: str, texts: list[str]) -> None:
+    results = reranker.using(method).rank(QUERY, texts)
+    assert sorted(r.index for r in results) == list(range(len(texts)))
+    assert all(math.isfinite(r.relevance_score) for r in results)
+
+
+@pytest.mark.parametrize("query", ["?", "…", "\x00", "🙂🙂"])
+def test_a_query_of_odd_characters_is_scored(reranker: Reranker, query: str) -> None:
+    assert len(reranker.rank(query, TEXTS)) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("query", "documents", "options", "message"),
+    [
+        (" \t", TEXTS, {}, "non-blank"),
+        (3, TEXTS, {}, "non-blank"),
+        (QUERY, [], {}, "at least one"),
+        (QUERY, ["a", 5], {}, r"documents\[1\]"),
+        (QUERY, [{"txt": "a"}], {}, r"documents\[0\]"),
+        (QUERY, [{"text": None}], {}, r"documents\[0\]"),
+        (QUERY, ["a", "b\ud800"], {}, r"documents\[1\].*surrogate"),
+        ("q\udfff", TEXTS, {}, "query.*surrogate"),
+        (QUERY, TEXTS, {"top_n": 0}, "top_n"),
+        (QUERY, TEXTS, {"first_stage": [1.0]}, "first_stage has 1"),
+    ],
+)
+def test_wrong_input_is_named(reranker: Reranker, query: Any, documents: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        reranker.rank(query, documents, **options)
+
+
+def test_vectors_are_made_once(reranker: Reranker) -> None:
+    ready = reranker.without_cache()
+    new = ready.score(QUERY, TEXTS)
+    assert ready.cache is not None and len(ready.cache) == len(TEXTS)
+    encode, encoded = ready.encoder.encode, []  # type: ignore[union-attr]
+    ready.encoder.encode = lambda texts, **options: encoded.extend(texts) or encode(texts, **options)  # type: ignore[method-assign,union-attr,func-returns-value]
+    try:
+        seen = ready.score(QUERY, TEXTS)
+    finally:
+        del ready.encoder.encode  # type: ignore[union-attr]
+    assert encoded == [QUERY]
+    assert seen.order == new.order and torch.equal(seen.scores, new.scores)
+
+
+def test_flops_separate_seen_from_new_documents(reranker: Reranker) -> None:
+    ranking, encoder = reranker.score(QUERY, TEXTS + TEXTS), reranker.encoder
+    assert encoder is not None
+    lengths = encoder.encode(TEXTS).lengths.tolist()
+    assert ranking.flops.new == sum(encoder.flops(n, True) for n in lengths)
+    own = int(encoder.encode([QUERY], kind="query").lengths[0])
+    tokens = 2 * own * 2 * sum(lengths) * 128
+    assert ranking.flops.seen == encoder.flops(own, True) + 2 * len(TEXTS) * 2 * 384 + tokens
+
+
+def test_truncated_documents_are_counted() -> None:
+    short = Reranker(method="fast", max_tokens_per_doc=5, device="cpu")
+    assert short.score(QUERY, ["one two", "one two three four five six", "one two three four five"]).truncated == 1
+    a, b = (short.rank(QUERY, [text])[0].relevance_score for text in ("one two three four five", "one two three four five six seven"))
+    assert a == b
+
+
+def test_the_first_stage_joins_as_a_z_term(reranker: Reranker) -> None:
+    fused = reranker.using("fast")
+    fused.fuse_first_stage = 0.5
+    first = [0.0, 3.0, 1.0, 0.0, 2.0, 9.0]
+    plain = reranker.using("fast").score(QUERY, TEXTS)
+    cosine = torch.zeros(len(TEXTS)).index_copy_(0, torch.tensor(plain.order), plain.scores)
+    both = fused.score(QUERY, TEXTS, first_stage=first)
+    stage = torch.tensor(first)
+    expected = (cosine - cosine.mean()) / cosine.std(correction=0) + 0.5 * (stage - stage.mean()) / stage.std(correction=0)
+    torch.testing.assert_close(both.scores, expected[both.order], atol=1e-4, rtol=0)
+    assert torch.equal(fused.score(QUERY, TEXTS).scores, plain.scores)
+
+
+def test_a_model_that_breaks_is_named(reranker: Reranker) -> None:
+    broken = Reranker(method="fast", device="cpu")
+    assert broken.encoder is not None
+    with torch.no_grad():
+        next(broken.encoder.model.parameters()).fill_(torch.nan)
+    with pytest.raises(ModelError, match="all-MiniLM-L6-v2"):
+        broken.rank(QUERY, TEXTS)
+
+
+def test_rerank_is_the_same_in_one_call() -> None:
+    results = rerank_lab.rerank(QUERY, TEXTS, top_n=1, method="fast")
+    assert [(r.index, r.document) for r in results] == [(4, TEXTS[4])]

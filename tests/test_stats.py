@@ -1,0 +1,63 @@
+"""Tests and intervals against first principles."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from rerank_lab.stats import bootstrap_interval, holm, paired_randomization, paired_t
+
+RNG = np.random.default_rng(0)
+A, B = RNG.normal(0.1, 1, 40), RNG.normal(0, 1, 40)
+
+
+def test_paired_t_is_paired() -> None:
+    shift = RNG.normal(0, 10, 40)
+    difference = A - B
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(40))
+    assert paired_t(A + shift, B + shift) == pytest.approx(2 * scipy_stats.t.sf(abs(t), 39))
+
+
+def test_randomization_counts_all_sign_changes_of_a_small_sample() -> None:
+    d = A[:8] - B[:8]
+    means = [abs(np.mean(d * signs)) for signs in itertools.product([1, -1], repeat=8)]
+    assert paired_randomization(A[:8], B[:8], 0) == pytest.approx(np.mean(np.array(means) >= abs(d.mean()) - 1e-12))
+
+
+def test_randomization_never_gives_zero_and_adds_one() -> None:
+    better = A + 100
+    p = paired_randomization(better, A + RNG.normal(0, 0.1, 40), 0)
+    assert p == pytest.approx(1 / 10_000)
+
+
+def test_randomization_agrees_with_signs_drawn_by_hand() -> None:
+    d = A - B
+    drawn = np.abs((RNG.choice([-1, 1], (20_000, 40)) * d).mean(1))
+    by_hand = (1 + (drawn >= abs(d.mean())).sum()) / 20_001
+    assert paired_randomization(A, B, 0) == pytest.approx(by_hand, abs=0.015)
+
+
+@pytest.mark.parametrize("test", [paired_t, lambda a, b: paired_randomization(a, b, 0)])
+def test_equal_systems_are_not_different(test: object) -> None:
+    assert test(A, A.copy()) == 1.0  # type: ignore[operator]
+    assert test(A[:1], B[:1]) == 1.0  # type: ignore[operator]
+
+
+def test_a_constant_difference_gives_no_nan() -> None:
+    assert paired_t(A[:4].round() + 1, A[:4].round()) == 0.0
+    assert bootstrap_interval(np.full(9, 0.25), 0) == (0.25, 0.25)
+
+
+def test_interval_is_the_percentile_bootstrap_of_the_mean() -> None:
+    low, high = bootstrap_interval(A, 3)
+    means = RNG.choice(A, (20_000, 40)).mean(1)
+    assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.02)
+    assert bootstrap_interval(A, 3) == (low, high) != bootstrap_interval(A, 4)
+
+
+def test_holm_steps_down() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
