@@ -74,13 +74,20 @@ def make_candidates(
             run[q] = Ranked([ids[i] for i in best], scores[best])
         about: dict[str, Any] = {"source": "bm25", "parameters": PARAMETERS}
     elif kind == "dense" and not path:
-        vectors = corpus_vectors()
+        # Each distinct text once: rounding differs by a row's place in a matrix product, and equal texts must tie.
+        groups: dict[str, list[int]] = {}
+        for i, text in enumerate(dataset.corpus.values()):
+            groups.setdefault(text, []).append(i)
+        repeats, vectors = list(groups.values()), corpus_vectors()
+        if len(repeats) < len(ids):
+            vectors = vectors[[places[0] for places in repeats]]
         items = list(queries.items())
         for start in progress(range(0, len(items), QUERY_BATCH), "dense retrieval"):
             batch = items[start : start + QUERY_BATCH]
-            values, index_ = similarity_topk(encode([text for _, text in batch]), vectors, min(fetch, len(ids)))
-            for (q, _), row, places in zip(batch, values.numpy(), index_.tolist()):
-                run[q] = Ranked([ids[i] for i in places], row)
+            values, index_ = similarity_topk(encode([text for _, text in batch]), vectors, min(fetch, len(repeats)))
+            for (q, _), row, distinct in zip(batch, values.numpy(), index_.tolist()):
+                found = sorted((-score, i) for score, d in zip(row, distinct) for i in repeats[d])[:fetch]
+                run[q] = Ranked([ids[i] for _, i in found], np.array([-score for score, _ in found], dtype=np.float32))
         about = {"source": "dense"}
     elif kind == "run" and path:
         given = read_trec(Path(path))

@@ -157,8 +157,10 @@ def test_what_is_no_collection_is_refused(beir: Beir, tmp_path: Path) -> None:
         load_dataset(str(text))
     with pytest.raises(UserError, match=r"needs exactly one corpus\.jsonl inside, found 0"):
         load_dataset(str(zipped(folder / "qrels")))
+    for copy in ("in", "out"):
+        shutil.copytree(folder, tmp_path / "two" / copy)
     with pytest.raises(UserError, match="found 2"):
-        load_dataset(str(zipped(shutil.copytree(folder, tmp_path / "two" / "in") and shutil.copytree(folder, tmp_path / "two" / "out").parent)))
+        load_dataset(str(zipped(tmp_path / "two")))
     with pytest.raises(UserError, match="is missing"):
         (folder / "queries.jsonl").rename(folder / "q.jsonl")
         load_dataset(str(zipped(folder)))

@@ -70,8 +70,9 @@ class VectorCache:
         self._next = 0
         if self.folder is not None and self.folder.is_dir():
             for path in self.folder.glob("*.tmp"):
-                if time.time() - path.stat().st_mtime > 3600:
-                    path.unlink(missing_ok=True)
+                with suppress(OSError):  # its writer may just be renaming it
+                    if time.time() - path.stat().st_mtime > 3600:
+                        path.unlink()
             for path in sorted(self.folder.glob("*.safetensors")):
                 shard = _read(path)
                 if shard is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rerank_lab.errors import UserError
 
 # Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 65536, "mps": 16384}
+TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
 
 
 def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None) -> tuple[Any, Any]:

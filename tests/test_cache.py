@@ -1,0 +1,308 @@
+"""Vectors are made once, survive the process, and a damaged shard costs no more than its texts."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rerank_lab.models import cache as module
+from rerank_lab.models.bi_encoder import BiEncoder, Vectors
+from rerank_lab.models.cache import VectorCache, default_folder, ensure, text_key
+from tests.conftest import DOCUMENTS
+
+TEXTS = [*(text for _, text in DOCUMENTS.values()), ""]
+
+
+@pytest.fixture
+def encoded(encoder: BiEncoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that the real encoder is given from here on."""
+    seen: list[str] = []
+    real = encoder.encode
+
+    def encode(texts: Sequence[str], **options: Any) -> Vectors:
+        seen.extend(texts)
+        return real(texts, **options)
+
+    monkeypatch.setattr(encoder, "encode", encode)
+    return seen
+
+
+def get(encoder: BiEncoder, cache: VectorCache, texts: Sequence[str] = TEXTS, tokens: bool = True, max_tokens: int = 256) -> Vectors:
+    return cache.gather(ensure(encoder, cache, texts, max_tokens=max_tokens, tokens=tokens), tokens)
+
+
+def assert_same(found: Vectors, wanted: Vectors) -> None:
+    torch.testing.assert_close(found.pooled, wanted.pooled, atol=1e-5, rtol=0)
+    assert torch.equal(found.lengths, wanted.lengths) and torch.equal(found.offsets, wanted.offsets)
+    torch.testing.assert_close(found.tokens, wanted.tokens, atol=2e-3, rtol=0)
+
+
+def made(seed: int, count: int = 3) -> tuple[list[bytes], Vectors]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 4, (count,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    vectors = Vectors(torch.randn(count, 8, generator=generator), lengths, offsets, torch.randn(int(offsets[-1]), 4, generator=generator).half())
+    return [text_key(f"{seed}/{i}", 9) for i in range(count)], vectors
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_each_distinct_text_is_encoded_once(encoder: BiEncoder, encoded: list[str], tmp_path: Path, on_disk: bool) -> None:
+    cache = VectorCache(encoder.key(), tmp_path if on_disk else None)
+    first = get(encoder, cache, TEXTS * 2)
+    assert encoded == TEXTS and len(cache) == len(TEXTS)
+    again = get(encoder, cache, [TEXTS[3], *TEXTS, TEXTS[3]])
+    assert encoded == TEXTS
+    assert torch.equal(again.pooled[1:-1], first.pooled[: len(TEXTS)])
+
+
+def test_vectors_outlive_the_cache_that_made_them(encoder: BiEncoder, encoded: list[str], tmp_path: Path) -> None:
+    wanted = get(encoder, VectorCache(encoder.key(), tmp_path))
+    encoded.clear()
+    assert_same(get(encoder, VectorCache(encoder.key(), tmp_path)), wanted)
+    assert encoded == []
+    get(encoder, VectorCache("another model", tmp_path))
+    assert encoded == TEXTS
+
+
+def test_text_limit_and_kind_have_vectors_of_their_own(encoder: BiEncoder, encoded: list[str]) -> None:
+    assert len({text_key("a", 1), text_key("a", 2), text_key("b", 1), text_key("a", 1, "query"), text_key("", 1), text_key("1\0a", 1)}) == 6
+    cache = VectorCache(encoder.key())
+    assert get(encoder, cache, TEXTS[:1], max_tokens=2).offsets.tolist() == [0, 2]
+    assert get(encoder, cache, TEXTS[:1], max_tokens=3).offsets.tolist() == [0, 3]
+    assert encoded == TEXTS[:1] * 2
+
+
+def test_pooled_entries_are_encoded_again_for_tokens_and_not_the_other_way(encoder: BiEncoder, encoded: list[str], tmp_path: Path) -> None:
+    cache = VectorCache(encoder.key(), tmp_path)
+    get(encoder, cache, tokens=False)
+    wanted = get(encoder, cache)
+    assert encoded == TEXTS * 2 and len(wanted.tokens) > 0
+    get(encoder, cache, tokens=False)
+    for turn in range(2):  # whichever shard is read first
+        for place, path in enumerate(shards(tmp_path)):
+            path.rename(path.with_name(f"{turn}{1 - place}.safetensors"))
+        assert_same(get(encoder, VectorCache(encoder.key(), tmp_path)), wanted)
+    assert encoded == TEXTS * 2
+
+
+def test_gather_keeps_the_order_asked_for_across_shards(tmp_path: Path) -> None:
+    for cache in (VectorCache("m"), VectorCache("m", tmp_path)):
+        keys: list[bytes] = []
+        pooled, tokens, lengths = [], [], []
+        for seed in range(4):
+            own, vectors = made(seed)
+            cache.add(own, vectors, True)
+            keys += own
+            pooled += list(vectors.pooled)
+            lengths += vectors.lengths.tolist()
+            tokens += list(vectors.tokens.split(vectors.lengths.tolist()))
+        asked = [11, 0, 5, 5, 7, 1, 0]
+        found = cache.gather([keys[i] for i in asked], True)
+        assert 0 in found.lengths
+        assert torch.equal(found.pooled, torch.stack([pooled[i] for i in asked]))
+        assert found.lengths.tolist() == [lengths[i] for i in asked] == found.offsets.diff().tolist()
+        assert torch.equal(found.tokens, torch.cat([tokens[i] for i in asked])) and found.offsets[0] == 0
+        slim = cache.gather([keys[i] for i in asked], False)
+        assert torch.equal(slim.pooled, found.pooled) and slim.offsets.tolist() == [0] * 8 and len(slim.tokens) == 0
+        assert cache.gather([], True).offsets.tolist() == [0]
+
+
+def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(edit(path.read_bytes()))
+
+
+def other_tensors(path: Path) -> None:
+    save_file(load_file(path), path, {"schema": "1"})
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "cut short": lambda p: change(p, lambda b: b[:-7]),
+    "cut in the header": lambda p: change(p, lambda b: b[:40]),
+    "longer": lambda p: change(p, lambda b: b + b"x"),
+    "empty": lambda p: change(p, lambda b: b""),
+    "flipped in the middle": lambda p: change(p, lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :]),
+    "flipped at the end": lambda p: change(p, lambda b: b[:-1] + bytes([b[-1] ^ 128])),
+    "another kind of shard": lambda p: change(p, lambda b: b.replace(b'"tokens":"1"', b'"tokens":"0"', 1)),
+    "another schema": lambda p: change(p, lambda b: b.replace(b'"schema":"1"', b'"schema":"0"', 1)),
+    "text": lambda p: change(p, lambda b: b"a file of someone else's"),
+    "another safetensors file": other_tensors,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_shard_is_dropped_with_a_warning_and_rebuilt(
+    encoder: BiEncoder, encoded: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    cache = VectorCache(encoder.key(), tmp_path)
+    get(encoder, cache, TEXTS[:2])
+    (spared,) = shards(tmp_path)
+    wanted = get(encoder, cache)
+    (path,) = set(shards(tmp_path)) - {spared}
+    before = path.read_bytes()
+    DAMAGE[damage](path)
+    assert path.read_bytes() != before
+    encoded.clear()
+    again = VectorCache(encoder.key(), tmp_path)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and str(path) in caplog.text
+    assert shards(tmp_path) == [spared] and len(again) == 2
+    assert_same(get(encoder, again), wanted)
+    assert encoded == TEXTS[2:]
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_no_flipped_bit_of_a_shard_goes_unseen(tmp_path: Path, tokens: bool) -> None:
+    keys, vectors = made(0)
+    if not tokens:
+        vectors = Vectors(vectors.pooled, vectors.lengths, torch.zeros(4, dtype=torch.int64), torch.zeros(0, 4).half())
+    VectorCache("m", tmp_path).add(keys, vectors, tokens)
+    (path,) = shards(tmp_path)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in range(len(data)):
+        for bit in range(8 if place < header else 1):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+            shard = module._read(path)
+            if shard is not None:  # the flip changed nothing that is read
+                assert shard.keys == keys and shard.has_tokens == tokens, (place, bit)
+                for name in ("pooled", "lengths", "offsets", "tokens"):
+                    torch.testing.assert_close(getattr(shard.vectors, name), getattr(vectors, name), atol=0, rtol=0)
+
+
+def test_leftovers_of_a_writer_are_ignored_and_old_ones_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    VectorCache("m", tmp_path).add(*made(0), True)
+    (shard,) = shards(tmp_path)
+    young, old = shard.with_name("young.tmp"), shard.with_name("old.tmp")
+    for path in (young, old):
+        path.write_bytes(shard.read_bytes()[:50])
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert len(VectorCache("m", tmp_path)) == 3 and not caplog.records
+    assert young.exists() and not old.exists()
+
+
+def test_a_kill_while_writing_leaves_no_half_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    code = """
+import sys, torch
+from pathlib import Path
+from rerank_lab.models.cache import VectorCache, text_key
+from rerank_lab.models.bi_encoder import Vectors
+cache = VectorCache("m", Path(sys.argv[1]))
+for n in range(1000):
+    vectors = Vectors(torch.full((4, 2_000_000), float(n)), torch.zeros(4, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), torch.zeros(0, 4).half())
+    cache.add([text_key(f"{n}/{i}", 9) for i in range(4)], vectors, False)
+"""
+    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    folder, deadline = tmp_path / "vectors" / "m", time.time() + 60
+    while time.time() < deadline:
+        if len(shards(folder)) >= 2 and any(folder.glob("*.tmp")):
+            writer.send_signal(signal.SIGSTOP)
+            time.sleep(0.01)
+            if any(folder.glob("*.tmp")):
+                break
+            writer.send_signal(signal.SIGCONT)
+    writer.kill()
+    writer.wait()
+    assert list(folder.glob("*.tmp"))  # it was in the middle
+    whole = len(shards(folder))
+    cache = VectorCache("m", tmp_path)
+    assert not caplog.records and len(cache) == 4 * whole > 0
+    for n in range(whole):
+        assert cache.gather([text_key(f"{n}/{i}", 9) for i in range(4)], False).pooled.unique().tolist() == [n]
+
+
+def test_what_was_encoded_before_an_interruption_stays(encoder: BiEncoder, encoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 3)
+    calls: list[tuple[int, int]] = []
+
+    def interrupt(done: int, total: int) -> None:
+        calls.append((done, total))
+        if sum(d for d, _ in calls) > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure(encoder, VectorCache(encoder.key(), tmp_path), TEXTS, max_tokens=256, tokens=True, progress=interrupt)
+    assert {total for _, total in calls} == {len(TEXTS)}
+    encoded.clear()
+    get(encoder, VectorCache(encoder.key(), tmp_path))
+    assert encoded == TEXTS[3:]
+
+
+@pytest.mark.parametrize("blocked", ["cache", "cache/vectors"])
+def test_a_folder_that_cannot_be_made_leaves_the_cache_in_memory(
+    encoder: BiEncoder, encoded: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, blocked: str
+) -> None:
+    (tmp_path / blocked).parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).write_text("a file where a folder should be")
+    cache = VectorCache(encoder.key(), tmp_path / "cache")
+    wanted = get(encoder, cache)
+    assert_same(get(encoder, cache), wanted)
+    assert encoded == TEXTS and "cannot be written" in caplog.text
+
+
+def test_a_full_disk_leaves_the_cache_in_memory_with_what_it_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = VectorCache("m", tmp_path)
+    (first, _), (second, vectors) = made(0), made(1)
+    cache.add(*made(0), True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        cache.add(second, vectors, True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written" in caplog.text
+    assert torch.equal(cache.gather([*first, *second], True).pooled[3:], vectors.pooled)
+    assert len(VectorCache("m", tmp_path)) == 3
+
+
+def test_trim_drops_the_oldest_past_the_bound_and_no_more(encoder: BiEncoder, encoded: list[str]) -> None:
+    size = 4 * 384 + 2 * 3 * encoder.token_dimensions  # of a text with three tokens
+    texts = [f"{word} two tables" for word in ("join", "sort", "read", "write")]
+    cache = VectorCache(encoder.key(), memory_bytes=2 * size)
+    for text in texts:
+        get(encoder, cache, [text])
+    wanted = get(encoder, cache, texts)
+    assert len(cache) == 4
+    cache.trim()
+    assert [cache.has(text_key(text, 256), True) for text in texts] == [False, False, True, True] and len(cache) == 2
+    assert_same(get(encoder, cache, texts), wanted)
+    assert encoded == [*texts, *texts[:2]]
+    cache.trim()
+    assert len(cache) == 2  # the pair came as one shard, and is the newest
+
+
+def test_trim_keeps_what_a_later_shard_took_over_and_what_is_on_disk(tmp_path: Path) -> None:
+    keys, vectors = made(0)
+    cache = VectorCache("m", memory_bytes=vectors.pooled.nbytes + vectors.tokens.nbytes)
+    cache.add(keys, vectors, False)
+    cache.add(keys, vectors, True)
+    cache.trim()
+    assert len(cache) == 3 and torch.equal(cache.gather(keys, True).tokens, vectors.tokens)
+    disk = VectorCache("m", tmp_path, memory_bytes=0)
+    disk.add(keys, vectors, True)
+    disk.trim()
+    assert len(disk) == 3
+
+
+def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RERANK_LAB_CACHE", "/own")
+    assert default_folder() == Path("/own")
+    monkeypatch.delenv("RERANK_LAB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert default_folder() == Path("/xdg/rerank_lab")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/of")
+    assert default_folder() == Path("/home/of/.cache/rerank_lab")

@@ -1,0 +1,202 @@
+"""The first stage: BM25 by its formula, dense by brute force, run files as they are, and the hash over the outcome."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rerank_lab.candidates import Candidates, make_candidates, oracle
+from rerank_lab.datasets import load_dataset
+from rerank_lab.errors import UserError
+from rerank_lab.lexical import BM25, PARAMETERS
+from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.run import Ranked
+from tests.conftest import DOCUMENTS, QRELS, QUERIES
+
+Beir = Callable[..., Path]
+FRUIT = {
+    "d1": ("", "The apples and an apple by a banana"),
+    "d2": ("", "banana, cherry; cherry: BANANA"),
+    "d3": ("", "cherry"),
+    "d4": ("", "cherry"),
+    "d5": ("", ""),
+}
+
+
+def silent(items: Iterable[Any], title: str) -> Iterable[Any]:
+    return items
+
+
+def unused(*arguments: object) -> torch.Tensor:
+    raise AssertionError("only dense encodes")
+
+
+def find(folder: Path, source: str, top_k: int = 10, encoder: BiEncoder | None = None, drop_identical: bool = False) -> Candidates:
+    data = load_dataset(str(folder))
+    encode = unused if encoder is None else lambda texts: encoder.encode(texts, kind="query", tokens=False).pooled
+    corpus = unused if encoder is None else lambda: encoder.encode(list(data.corpus.values()), tokens=False).pooled
+    return make_candidates(source, data, top_k, encode=encode, corpus_vectors=corpus, drop_identical=drop_identical, progress=silent)
+
+
+def run_file(folder: Path, *lines: str) -> str:
+    path = folder / "first.trec"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return f"run:{path}"
+
+
+def test_bm25_is_lucenes_formula() -> None:
+    documents = [["appl", "appl", "banana"], ["banana", "cherri", "cherri", "banana"], ["cherri"], ["cherri"], []]  # stop words out, stems in
+    mean = sum(map(len, documents)) / len(documents)
+
+    def score(terms: list[str], document: list[str]) -> float:
+        total = 0.0
+        for term in terms:
+            df, tf = sum(term in d for d in documents), document.count(term)
+            total += math.log(1 + (len(documents) - df + 0.5) / (df + 0.5)) * tf / (tf + 1.2 * (1 - 0.75 + 0.75 * len(document) / mean))
+        return total
+
+    index = BM25([text for _, text in FRUIT.values()])
+    for query, terms in {"the apple": ["appl"], "Bananas or CHERRIES": ["banana", "cherri"], "apple apple kiwi": ["appl", "appl"]}.items():
+        assert index.scores(query) == pytest.approx([score(terms, d) for d in documents], rel=1e-6)
+    assert (PARAMETERS["method"], PARAMETERS["k1"], PARAMETERS["b"]) == ("lucene", 1.2, 0.75)
+
+
+@pytest.mark.parametrize("documents", [[], [""], ["the and of"], ["apple"]])
+@pytest.mark.parametrize("query", ["", "the", "kiwi", "?!"])
+def test_bm25_without_a_match_is_all_zero(documents: list[str], query: str) -> None:
+    assert BM25(documents).scores(query).tolist() == [0.0] * len(documents)
+
+
+def test_bm25_candidates_match_a_term_and_tie_in_corpus_order(beir: Beir) -> None:
+    queries = {"q1": "cherries", "q2": "the of and", "q3": "kiwi", "q4": " "}
+    found = find(beir(documents=FRUIT, queries=queries, qrels={q: {"d1": 1} for q in queries}), "bm25")
+    assert {q: r.documents for q, r in found.run.items()} == {"q1": ["d3", "d4", "d2"]}
+    scores = found.run["q1"].scores
+    assert scores[0] == scores[1] > scores[2] > 0 and scores.dtype == np.float32
+    assert found.about["parameters"] == PARAMETERS and found.about["queries_without"] == 3
+    assert found.notes == ["3 of 4 judged queries have no candidates: they score 0 and count"]
+
+
+def test_dense_is_brute_force(beir: Beir, encoder: BiEncoder) -> None:
+    found = find(beir(), "dense", encoder=encoder)
+    ids, texts = list(DOCUMENTS), [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
+    vectors = encoder.encode(texts, tokens=False).pooled.double().numpy()
+    for q, text in QUERIES.items():
+        cosine = vectors @ encoder.encode([text], kind="query", tokens=False).pooled[0].double().numpy()
+        assert found.run[q].documents == [ids[i] for i in np.argsort(-cosine)]
+        assert found.run[q].scores == pytest.approx(np.sort(cosine)[::-1], abs=1e-6)
+    assert found.about["documents_per_query"] == 6
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 40, 60])
+def test_dense_keeps_equal_texts_in_corpus_order(beir: Beir, encoder: BiEncoder, top_k: int) -> None:
+    texts = {f"d{i}": ("", "Sort by the values." if i % 2 else f"Value number {i}.") for i in range(60)}
+    found = find(beir(documents=texts), "dense", top_k, encoder)
+    for ranked in found.run.values():
+        assert len(ranked.documents) == top_k
+        same = [i for i, d in enumerate(ranked.documents) if int(d[1:]) % 2]
+        assert [ranked.documents[i] for i in same] == [f"d{i}" for i in range(1, 60, 2)][: len(same)]
+        assert len(set(ranked.scores[same].tolist())) <= 1 and (np.diff(ranked.scores) <= 0).all()
+
+
+def test_a_run_is_ordered_by_score_and_ties_as_the_file_has_them(beir: Beir) -> None:
+    folder = beir()
+    lines = ["q1 Q0 d1 1 0.5 x", "q1 Q0 d2 2 9.5 x", "q1\tQ0\td3\t3\t0.5\tx", "", "q1 Q0 d4 4 1e1 x", "q3 Q0 d5 1 -2 x", "q3 Q0 d1 2 -1 x"]
+    found = find(folder, run_file(folder, *lines))
+    assert {q: r.documents for q, r in found.run.items()} == {"q1": ["d4", "d2", "d1", "d3"], "q3": ["d1", "d5"]}
+    assert found.run["q1"].scores.tolist() == [10, 9.5, 0.5, 0.5]
+    assert found.about["file"] == "first.trec" and found.about["queries_without"] == 2
+
+
+def test_unknown_queries_and_documents_of_a_run_are_counted_and_left_out(beir: Beir) -> None:
+    folder = beir(queries=QUERIES | {"q9": "not judged"})
+    lines = ["q1 Q0 gone 1 3 x", "q1 Q0 d1 2 2 x", "q1 Q0 lost 3 1 x", "q9 Q0 gone 1 1 x", "q8 Q0 d1 1 1 x", "q2 Q0 gone 1 1 x"]
+    found = find(folder, run_file(folder, *lines), top_k=1)
+    assert {q: r.documents for q, r in found.run.items()} == {"q1": ["d1"]}  # the cut comes after
+    assert [n for n in found.notes if "2 queries have no judgement in this split (q9, q8 …)" in n]
+    assert [n for n in found.notes if "3 candidates are not in the corpus" in n]
+    with pytest.raises(UserError, match=r"none of its queries and documents belong to small \(test\)"):
+        find(folder, run_file(folder, "q8 Q0 d1 1 1 x", "q1 Q0 gone 1 1 x"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q1 Q0 d2 2 1", "a TREC run line has 6 columns .*, not 5"),
+        ("q1 Q0 d 2 2 1 x", "a TREC run line has 6 columns .*, not 7"),
+        ("q1 Q0 d2 2 high x", "the score 'high' is no number"),
+        ("q1 Q0 d2 2 nan x", "the score 'nan' is not finite"),
+        ("q1 Q0 d2 2 -inf x", "the score '-inf' is not finite"),
+        ("q1 Q0 d2 2 1e39 x", "the score '1e39' is not finite"),
+        ("q1 Q0 d1 2 0 x", "document d1 stands twice for query q1"),
+    ],
+)
+def test_a_malformed_run_is_refused_with_file_and_line(beir: Beir, line: str, message: str) -> None:
+    folder = beir()
+    with pytest.raises(UserError, match=rf"first\.trec:3: {message}"):
+        find(folder, run_file(folder, "q1 Q0 d1 1 2 x", "", line))
+
+
+def test_a_run_that_is_no_file_or_no_text_is_refused(beir: Beir) -> None:
+    folder = beir()
+    with pytest.raises(UserError, match=r"none\.trec: No such file"):
+        find(folder, f"run:{folder}/none.trec")
+    with pytest.raises(UserError, match="Is a directory"):
+        find(folder, f"run:{folder}")
+    (folder / "first.trec").write_bytes(b"q1 Q0 d1 1 1 \xff\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        find(folder, f"run:{folder}/first.trec")
+
+
+@pytest.mark.parametrize("source", ["bm25", "dense", "run"])
+def test_top_k_cuts_and_identical_ids_go_before_the_cut_on_request(beir: Beir, encoder: BiEncoder, source: str) -> None:
+    text = {f"d{i}": ("", "cherry " * i + "banana") for i in range(1, 6)}
+    folder = beir(documents=text, queries={"d4": "cherry banana", "q": "cherry"}, qrels={"d4": {"d1": 1}, "q": {"d1": 1}})
+    name = run_file(folder, *(f"{q} Q0 d{i} 1 {i} x" for q in ("d4", "q") for i in range(1, 6))) if source == "run" else source
+    whole, cut, dropped = (find(folder, name, k, encoder, drop) for k, drop in [(5, False), (2, False), (5, True)])
+    assert {q: r.documents[:2] for q, r in whole.run.items()} == {q: r.documents for q, r in cut.run.items()}
+    assert sorted(whole.run["d4"].documents) == ["d1", "d2", "d3", "d4", "d5"]
+    assert dropped.run["d4"].documents == [d for d in whole.run["d4"].documents if d != "d4"]
+    assert dropped.run["q"].documents == whole.run["q"].documents
+    first = whole.run["d4"].documents.index("d4") + 1  # with as many candidates as lead to d4, the one behind it moves up
+    moved = find(folder, name, first, encoder, True).run["d4"]
+    assert moved.documents == [d for d in whole.run["d4"].documents if d != "d4"][:first] and len(moved.scores) == len(moved.documents)
+
+
+def test_the_hash_is_of_ids_in_order(beir: Beir) -> None:
+    folder = beir()
+
+    def digest(*lines: str, top_k: int = 10) -> str:
+        value: str = find(folder, run_file(folder, *lines), top_k).about["hash"]
+        return value
+
+    plain = digest("q1 Q0 d1 1 2 x", "q1 Q0 d2 2 1 x", "q2 Q0 d1 1 1 x")
+    assert digest("q2 Q0 d1 7 0.1 y", "q1 Q0 d2 2 5 y", "q1 Q0 d1 1 9 y") == plain  # other scores, ranks, tags and file order
+    assert digest("q1 Q0 d1 1 2 x", "q1 Q0 d2 2 1 x", "q1 Q0 d3 3 0 x", "q2 Q0 d1 1 1 x", top_k=2) == plain
+    others = [
+        digest("q1 Q0 d1 1 1 x", "q1 Q0 d2 2 2 x", "q2 Q0 d1 1 1 x"),
+        digest("q1 Q0 d1 1 2 x", "q1 Q0 d3 2 1 x", "q2 Q0 d1 1 1 x"),
+        digest("q1 Q0 d1 1 2 x", "q2 Q0 d2 2 1 x", "q2 Q0 d1 1 1 x"),
+        digest("q1 Q0 d1 1 2 x", "q1 Q0 d2 2 1 x", "q3 Q0 d1 1 1 x"),
+        digest("q1 Q0 d1 1 2 x", "q1 Q0 d2 2 1 x"),
+    ]
+    assert len({plain, *others}) == 6
+
+
+def test_the_oracle_orders_by_grade_then_as_it_was(beir: Beir) -> None:
+    data = load_dataset(str(beir(qrels=QRELS | {"q1": {"d4": 2, "d2": 1, "d3": 1, "d1": -1}})))
+    best = oracle({"q1": Ranked(["d1", "d2", "d6", "d3", "d4"], np.arange(5, 0, -1, dtype=np.float32))}, data)
+    assert best["q1"].documents == ["d4", "d2", "d3", "d6", "d1"]
+    assert best["q1"].scores.tolist() == [2, 1, 1, 0, -1]
+
+
+@pytest.mark.parametrize("source", ["", "bm42", "bm25:x", "dense:x", "run", "run:"])
+def test_an_unknown_source_is_refused_with_those_known(beir: Beir, source: str) -> None:
+    with pytest.raises(UserError, match=f"candidates '{source}' are not known; valid: bm25, dense, run:FILE"):
+        find(beir(), source)
