@@ -102,7 +102,7 @@ def evaluate(options: argparse.Namespace) -> str:
     }
     result, files = results.summarize(about, dataset, candidates, methods, collected)
     journal.finish(files)
-    return results.table(result) + f"\nWritten to {out}: report.md, results.json, per_query.csv, scores.parquet, runs/\n"
+    return results.table(result) + f"\nWritten to {out}\n"
 
 
 def _methods(options: argparse.Namespace) -> dict[str, Method]:
@@ -296,7 +296,7 @@ def _listing() -> str:
         return textwrap.fill(text, 80, initial_indent=f"  {title:<18}", subsequent_indent=" " * 20)
 
     lines = ["models (or any folder or hub name of the right kind)"]
-    lines += [wrapped(m.id, f"{m.role}, {m.token_limit} tokens, {m.dimensions} dimensions, {m.note}") for m in REGISTRY.values()]
+    lines += [wrapped(m.id, f"{m.role} from {m.source}, {m.token_limit} tokens, {m.dimensions} dimensions, {m.note}") for m in REGISTRY.values()]
     lines += ["methods and their settings"]
     for name, kind in METHODS.items():
         settings = ", ".join(f"{k}={v:g}" for k, v in kind().settings().items()) or "no settings"

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shlex
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from rerank_lab.methods import Method
 from rerank_lab.run import Ranked, Run, tie_rate, trec_lines
 
 SCHEMA = 1
+ALPHA = 0.05
 
 
 def digest(value: Any) -> str:
@@ -164,7 +166,7 @@ def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates) -> byt
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """One sentence a method: how far it is from the baseline, with the interval and the price."""
+    """One sentence a method: whether it differs from the baseline (Holm p below .05), by how much, and at what price."""
     rows = {row["method"]: row for row in result["rows"]}
     base = rows[result["config"]["baseline"]]
     sentences = []
@@ -172,11 +174,11 @@ def findings(result: dict[str, Any]) -> list[str]:
         if (vs := row["vs"]) is None:
             continue
         low, high = vs["ci95"]
-        verb = "beats" if low > 0 else "is worse than" if high < 0 else "cannot be told from"
+        verb = "cannot be told from" if vs["p_holm"] >= ALPHA else "beats" if vs["delta"] > 0 else "is worse than"
         times = ""
         if row["latency_ms"] and base["latency_ms"]:
-            times = f" at {row['latency_ms']['p50'] / base['latency_ms']['p50']:.1f} x its median latency (documents seen before)"
-        sentences.append(f"{label} {verb} {vs['baseline']} by {vs['delta']:+.3f} [{low:+.3f}, {high:+.3f}] {vs['measure']}{times}, Holm p {_p(vs['p_holm'])}.")
+            times = f", at {row['latency_ms']['p50'] / base['latency_ms']['p50']:.1f} x its median latency (documents seen before)"
+        sentences.append(f"{label} {verb} {vs['baseline']}: {vs['delta']:+.3f} [{low:+.3f}, {high:+.3f}] {vs['measure']}, Holm p {_p(vs['p_holm'])}{times}.")
     return sentences
 
 
@@ -195,13 +197,14 @@ def table(result: dict[str, Any]) -> str:
         values = [f"{row['measures'][n]:.4f}" for n in result["config"]["measures"][1:]]
         flops = row["flops_per_query"]
         others.append([row["method"], *values, f"{row['docs_per_s'] or 0:,.0f}", f"{row['peak_rss_mb']:,.0f}", f"{(flops or 0) / 1e6:,.0f}"])
-    return "\n".join([*_head(result), "", *_columns(cells), "", *_columns(others), ""])
+    said = [line for sentence in findings(result) for line in textwrap.wrap(sentence, 80)]
+    return "\n".join([*_head(result), "", *_columns(cells), "", *_columns(others), "", *said, *([""] if said else [])])
 
 
 def report(result: dict[str, Any]) -> str:
     """The same as Markdown, with notes, settings and environment."""
     names, rows, env = result["config"]["measures"], result["rows"], result["environment"]
-    lines = [f"# {result['dataset']['name']} ({result['dataset']['split']})", "", *(f"- {s}" for s in findings(result)), "", *_head(result)[1:], ""]
+    lines = [f"# {result['dataset']['name']} ({result['dataset']['split']})", "", *(f"- {s}" for s in findings(result)), *(f"- {s}" for s in _head(result)), ""]
     lines += _markdown(
         ["method", *(f"{n} [95% CI]" for n in names), "Δ [95% CI]", "p (t)", "p (randomisation)", "p (Holm)", "wins/ties/losses"],
         [[r["method"], *(f"{r['measures'][n]:.4f} [{r['ci95'][n][0]:.3f}, {r['ci95'][n][1]:.3f}]" for n in names), *_versus(r["vs"])] for r in rows],
@@ -254,7 +257,8 @@ def _head(result: dict[str, Any]) -> list[str]:
     recall = next(k for k in first if k.startswith("recall@"))
     return [
         f"{data['name']} ({data['split']}): {result['rows'][0]['queries']} judged queries, {data['documents']:,} documents",
-        f"first stage {first['source']}, top {first['top_k']}: {primary} {first['measures'][primary]:.4f}, {recall} {first[recall]:.4f}, oracle nDCG@10 {first['oracle_ndcg@10']:.4f}",
+        f"first stage {first['source']}, top {first['top_k']}: {primary} {first['measures'][primary]:.4f}, {recall} {first[recall]:.4f}",
+        f"best order of these candidates (oracle): nDCG@10 {first['oracle_ndcg@10']:.4f}",
     ]
 
 

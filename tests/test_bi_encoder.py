@@ -267,8 +267,8 @@ def test_batches_cover_each_text_once_within_the_budget_longest_first(budget: in
     batches = plan_batches(lengths, budget)
     places = [int(i) for batch in batches for i in batch]
     assert places == sorted(range(200), key=lambda i: (-lengths[i], i))
-    for batch, after in zip(batches, [*batches[1:], []]):
+    for batch in batches:
         widest = max(1, lengths[batch[0]])
         assert len(batch) == 1 or len(batch) * widest <= budget
-        assert not len(after) or (len(batch) + 1) * widest > budget  # no batch is smaller than it needs to be
+        assert batch is batches[-1] or (len(batch) + 1) * widest > budget  # no batch is smaller than it needs to be
     assert plan_batches([], budget) == []

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rerank_lab.models import cache as module
 from rerank_lab.models.bi_encoder import BiEncoder, Vectors
@@ -102,23 +103,20 @@ def test_pooled_entries_are_encoded_again_for_tokens_and_not_the_other_way(encod
 
 def test_gather_keeps_the_order_asked_for_across_shards(tmp_path: Path) -> None:
     for cache in (VectorCache("m"), VectorCache("m", tmp_path)):
-        keys: list[bytes] = []
-        pooled, tokens, lengths = [], [], []
+        texts: list[tuple[bytes, Tensor, Tensor]] = []
         for seed in range(4):
-            own, vectors = made(seed)
-            cache.add(own, vectors, True)
-            keys += own
-            pooled += list(vectors.pooled)
-            lengths += vectors.lengths.tolist()
-            tokens += list(vectors.tokens.split(vectors.lengths.tolist()))
-        asked = [11, 0, 5, 5, 7, 1, 0]
-        found = cache.gather([keys[i] for i in asked], True)
-        assert 0 in found.lengths
-        assert torch.equal(found.pooled, torch.stack([pooled[i] for i in asked]))
-        assert found.lengths.tolist() == [lengths[i] for i in asked] == found.offsets.diff().tolist()
-        assert torch.equal(found.tokens, torch.cat([tokens[i] for i in asked])) and found.offsets[0] == 0
-        slim = cache.gather([keys[i] for i in asked], False)
-        assert torch.equal(slim.pooled, found.pooled) and slim.offsets.tolist() == [0] * 8 and len(slim.tokens) == 0
+            keys, vectors = made(seed)
+            cache.add(keys, vectors, True)
+            tokens = torch.tensor_split(vectors.tokens, vectors.offsets[1:-1])
+            texts += zip(keys, vectors.pooled, tokens)
+        asked = [texts[i] for i in (11, 0, 5, 5, 7, 1, 0)]
+        found = cache.gather([key for key, _, _ in asked], True)
+        assert torch.equal(found.pooled, torch.stack([pooled for _, pooled, _ in asked]))
+        assert torch.equal(found.tokens, torch.cat([tokens for _, _, tokens in asked])) and found.offsets[0] == 0
+        assert found.lengths.tolist() == [len(tokens) for _, _, tokens in asked] == found.offsets.diff().tolist()
+        assert found.lengths.min() == 0 < found.lengths.max()
+        slim = cache.gather([key for key, _, _ in asked], False)
+        assert torch.equal(slim.pooled, found.pooled) and len(slim.tokens) == 0
         assert cache.gather([], True).offsets.tolist() == [0]
 
 
@@ -153,9 +151,7 @@ def test_a_damaged_shard_is_dropped_with_a_warning_and_rebuilt(
     (spared,) = shards(tmp_path)
     wanted = get(encoder, cache)
     (path,) = set(shards(tmp_path)) - {spared}
-    before = path.read_bytes()
     DAMAGE[damage](path)
-    assert path.read_bytes() != before
     encoded.clear()
     again = VectorCache(encoder.key(), tmp_path)
     assert [r.levelname for r in caplog.records] == ["WARNING"] and str(path) in caplog.text
@@ -174,7 +170,7 @@ def test_no_flipped_bit_of_a_shard_goes_unseen(tmp_path: Path, tokens: bool) -> 
     data = path.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     for place in range(len(data)):
-        for bit in range(8 if place < header else 1):
+        for bit in (0, 4) if place < header else (0,):
             path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
             shard = module._read(path)
             if shard is not None:  # the flip changed nothing that is read
@@ -221,7 +217,7 @@ for n in range(1000):
     cache = VectorCache("m", tmp_path)
     assert not caplog.records and len(cache) == 4 * whole > 0
     for n in range(whole):
-        assert cache.gather([text_key(f"{n}/{i}", 9) for i in range(4)], False).pooled.unique().tolist() == [n]
+        assert (cache.gather([text_key(f"{n}/{i}", 9) for i in range(4)], False).pooled == n).all()
 
 
 def test_what_was_encoded_before_an_interruption_stays(encoder: BiEncoder, encoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,16 +251,16 @@ def test_a_folder_that_cannot_be_made_leaves_the_cache_in_memory(
 
 def test_a_full_disk_leaves_the_cache_in_memory_with_what_it_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = VectorCache("m", tmp_path)
-    (first, _), (second, vectors) = made(0), made(1)
-    cache.add(*made(0), True)
+    (first, few), (second, many) = made(0), made(1, 10_000)
+    cache.add(first, few, True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        cache.add(second, vectors, True)
+        cache.add(second, many, True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot be written" in caplog.text
-    assert torch.equal(cache.gather([*first, *second], True).pooled[3:], vectors.pooled)
+    assert torch.equal(cache.gather([*first, *second], True).pooled[3:], many.pooled)
     assert len(VectorCache("m", tmp_path)) == 3
 
 
@@ -280,8 +276,6 @@ def test_trim_drops_the_oldest_past_the_bound_and_no_more(encoder: BiEncoder, en
     assert [cache.has(text_key(text, 256), True) for text in texts] == [False, False, True, True] and len(cache) == 2
     assert_same(get(encoder, cache, texts), wanted)
     assert encoded == [*texts, *texts[:2]]
-    cache.trim()
-    assert len(cache) == 2  # the pair came as one shard, and is the newest
 
 
 def test_trim_keeps_what_a_later_shard_took_over_and_what_is_on_disk(tmp_path: Path) -> None:
@@ -303,6 +297,3 @@ def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RERANK_LAB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert default_folder() == Path("/xdg/rerank_lab")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/of")
-    assert default_folder() == Path("/home/of/.cache/rerank_lab")

@@ -59,7 +59,7 @@ def test_a_whole_evaluation(folder: str, tmp_path: Path, small_cross: Path) -> N
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "silent off a TTY where there is nothing to warn of"
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith("Written to")), done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith("Written to")) and "Written to" in done.stdout, done.stdout
     result = load(out)
     labels = ["fast", "standard", "optimal", "best", "best+cross"]
     assert result["schema"] == 1 and [r["method"] for r in result["rows"]] == labels

