@@ -178,15 +178,24 @@ def record_text(value: dict[str, Any], where: str) -> tuple[str, str]:
     identifier = next((value[key] for key in ("_id", "id") if key in value), None)
     if isinstance(identifier, bool) or not isinstance(identifier, (str, int)) or str(identifier).strip() == "":
         raise UserError(f"{where}: no _id (a string)")
-    identifier = str(identifier)
-    if any(character.isspace() for character in identifier):
-        raise UserError(f"{where}: the _id {identifier!r} holds white space, which TREC run files cannot carry")
+    identifier = check_id(str(identifier), where)
     text, title = value.get("text"), value.get("title") or ""
     if not isinstance(text, str) or not isinstance(title, str):
         raise UserError(f"{where}: text (a string) is missing" if text is None else f"{where}: text and title must be strings")
     if not valid_text(title + text + identifier):
         raise UserError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff alone), which is no text")
     return identifier, f"{title} {text}".strip() if title else text
+
+
+def check_id(identifier: str, where: str) -> str:
+    """The id itself; white space and control characters cannot stand in a TREC run file.
+
+    Raises:
+        UserError: it holds some.
+    """
+    if not identifier.isprintable() or " " in identifier:
+        raise UserError(f"{where}: the id {identifier!r} holds white space or control characters, which TREC run files cannot carry")
+    return identifier
 
 
 def valid_text(text: str) -> bool:
@@ -202,8 +211,8 @@ def _read_qrels(lines: Iterable[tuple[str, str]]) -> Qrels:
     qrels: Qrels = {}
     for i, (where, line) in enumerate(lines):
         parts = line.rstrip("\r\n").split("\t")
-        if i == 0 and len(parts) >= 3 and not _is_integer(parts[-1]):
-            continue
+        if i == 0 and len(parts) >= 3 and not any(character.isdecimal() for character in parts[-1]):
+            continue  # names of columns
         if len(parts) == 4:  # TREC's second column
             parts = [parts[0], parts[2], parts[3]]
         if len(parts) != 3 or not parts[0].strip() or not parts[1].strip() or not _is_integer(parts[2]):
@@ -214,6 +223,7 @@ def _read_qrels(lines: Iterable[tuple[str, str]]) -> Qrels:
 
 def add_judgement(qrels: Qrels, query: str, document: str, grade: int, where: str) -> None:
     """Adds one judgement; a repeated pair must repeat its grade."""
+    check_id(query, where), check_id(document, where)
     if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
         raise UserError(f"{where}: query {query} and document {document} are judged twice, {qrels[query][document]} and {grade}")
 

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import logging
+import re
 import sys
 import textwrap
 import time
@@ -22,7 +23,7 @@ from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.journal import RESULTS, Journal
+from rerank_lab.journal import Journal
 from rerank_lab.measures import DEFAULT, known_measures, parse_measures
 from rerank_lab.methods import METHODS, Method, make_method
 from rerank_lab.models import REGISTRY
@@ -50,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rerank_lab: error: {error}", file=sys.stderr)
         return 2
-    except (ModelError, MemoryError, OSError) as error:
-        print(f"rerank_lab: failed: {type(error).__name__}: {error}; --resume goes on from here", file=sys.stderr)
+    except ModelError as error:
+        print(f"rerank_lab: failed: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, OSError, torch.OutOfMemoryError) as error:
+        print(f"rerank_lab: failed: {type(error).__name__}: {error}; the same command with --resume goes on from here", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nrerank_lab: interrupted; the same command with --resume goes on from here", file=sys.stderr)
@@ -66,15 +70,21 @@ def evaluate(options: argparse.Namespace) -> str:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     options.measures = options.measures or list(DEFAULT)
-    parse_measures(options.measures)
-    methods = _methods(options)
+    methods, problems = _methods(options)
+    try:
+        parse_measures(options.measures)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
     baseline = options.baseline or next(iter(methods))
     if baseline not in methods:
         raise UserError(f"--baseline {baseline!r} is not among the methods {', '.join(methods)}")
     out = _out_folder(options)
     journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
+    config = effective(options) | {"methods": list(methods), "baseline": baseline}
     if journal.finished:
-        return results.table(json.loads((out / RESULTS).read_text(encoding="utf-8"))) + f"\n{out} was finished already; nothing done\n"
+        return results.table(journal.results(config)) + f"\n{out} was finished already; nothing done\n"
 
     dataset = load_dataset(options.dataset, options.split)
     if options.limit_queries:
@@ -88,15 +98,15 @@ def evaluate(options: argparse.Namespace) -> str:
         log.warning("%s", note)
 
     depends = {"dataset": dataset.hash, "candidates": candidates.about["hash"], "models": reranker.fingerprints()}
-    journal.begin(effective(options) | depends)
+    journal.begin(config | depends)
     reset = reset_peak_memory()
     collected: dict[str, dict[str, Any]] = {}
     for label, method in methods.items():
         ready = reranker.using(method, cross=label.split(":")[0] != "best")
         collected[label] = _run_method(label, ready, dataset, candidates, journal, options)
     about = {
-        "environment": describe(reranker.device) | {"peak_memory_per_method": reset, "vector_cache": "memory" if options.no_cache else "disk"},
-        "config": effective(options) | {"methods": list(methods), "baseline": baseline},
+        "environment": describe(reranker.device) | {"peak_memory_per_method": reset, "vector_cache": reranker.cache_state},
+        "config": config,
         "dataset": {"name": dataset.name, "split": dataset.split, "hash": dataset.hash, "notes": dataset.notes} | dataset.facts,
         "models": reranker.fingerprints(),
     }
@@ -105,8 +115,8 @@ def evaluate(options: argparse.Namespace) -> str:
     return results.table(result) + f"\nWritten to {out}\n"
 
 
-def _methods(options: argparse.Namespace) -> dict[str, Method]:
-    """Label → method; every bad name or setting is reported at once."""
+def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]:
+    """Label → method, and what is wrong with every name and setting that is."""
     names = options.methods
     if names is None:
         names = [name for name, kind in METHODS.items() if options.model_cross or "cross-encoder" not in kind.roles]
@@ -127,21 +137,21 @@ def _methods(options: argparse.Namespace) -> dict[str, Method]:
                 raise UserError(f"method {label!r} needs a cross-encoder: name one by --model-cross, a hub name or a folder")
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
-    return methods
+    return methods, problems
 
 
 def _out_folder(options: argparse.Namespace) -> Path:
     if options.out is not None:
         return Path(options.out)
-    stem = options.dataset.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1].removesuffix(".zip")
-    wanted = f"{datetime.date.today():%Y-%m-%d}-{stem}"
-    folders = sorted(Path("results").glob(f"*-{stem}*"), key=lambda p: p.stat().st_mtime)
-    if options.resume and folders:
-        return folders[-1]
-    names = [wanted, *(f"{wanted}-{n}" for n in range(2, 10_000))]
-    return next(path for path in (Path("results") / name for name in names) if options.overwrite or not path.exists())
+    scheme, _, rest = options.dataset.partition(":")
+    place = Path(rest if scheme in ("hf", "irds") else options.dataset)
+    stem = re.sub(r"[^\w.-]", "_", (place.resolve() if place.exists() else place).name.removesuffix(".zip"))
+    wanted = Path("results") / f"{datetime.date.today():%Y-%m-%d}-{stem}"
+    if options.resume:
+        ours = [p for p in Path("results").glob("*") if re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{re.escape(stem)}(-\d+)?", p.name)]
+        return max(ours, key=lambda p: ((p / "partial").is_dir(), p.stat().st_mtime), default=wanted)
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 10_000))]
+    return next(path for path in names if options.overwrite or not path.exists())
 
 
 def _reranker(options: argparse.Namespace, methods: dict[str, Method]) -> Reranker:
@@ -186,7 +196,7 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
 
 
 def _run_method(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, journal: Journal, options: argparse.Namespace) -> dict[str, Any]:
-    """Ranks every query that the journal lacks; gives all records, the cold timings and the peak memory."""
+    """Ranks every query that the journal lacks; gives all records and the cold timings."""
     records = journal.records(label)
     done = {r["query"] for r in records}
     left = [q for q in candidates.run if q not in done]
@@ -199,42 +209,41 @@ def _run_method(label: str, reranker: Reranker, dataset: Dataset, candidates: Ca
         record = _record(q, ranking, candidates, time.perf_counter() - start)
         journal.append(label, record)
         records.append(record)
-    peak = peak_memory_mb()
-    return {"records": records, "peak_rss_mb": peak, "token_limit": reranker.token_limit, "cold": _cold(label, reranker, dataset, candidates, options)}
+    return {"records": records, "token_limit": reranker.token_limit, "cold": _cold(label, reranker, dataset, candidates, options)}
 
 
 def _cold(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, options: argparse.Namespace) -> dict[str, Any]:
-    """Latency with every document new, over the first few queries; kept beside the vectors, since only a change can change it."""
+    """Cost with every document new, over the first few queries; kept beside the vectors, since only a change can change it."""
     queries = list(candidates.run)[: options.cold_queries]
+    cold: dict[str, Any] = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": "not measured"}
     if "bi-encoder" not in reranker.method.roles:
-        return {"seconds": [], "documents": 0, "measured": "no vectors are cached for this method: each run is new"}
-    store = None if options.no_cache else (options.cache or default_folder()) / "timings"
-    key = results.digest(
-        [
-            label,
-            reranker.method.settings(),
-            reranker.fingerprints(),
-            candidates.about["hash"],
-            queries,
-            effective(options)["max_tokens_per_doc"],
-            describe(reranker.device),
-        ]
-    )
-    if store is not None and (store / f"{key}.json").is_file():
-        try:
-            kept: dict[str, Any] = json.loads((store / f"{key}.json").read_text(encoding="utf-8"))
-            return kept
-        except ValueError:
-            log.warning("timings: %s does not read back; measured again", store / f"{key}.json")
-    seconds, documents = [], 0
+        return cold | {"measured": "no vectors are cached for this method: each run is new"}
+    if not queries:
+        return cold
+    depends = [label, reranker.method.settings(), reranker.fuse_first_stage, reranker.token_limit, reranker.fingerprints()]
+    key = results.digest([*depends, dataset.hash, candidates.about["hash"], queries, describe(reranker.device)])
+    store = None if options.no_cache else (options.cache or default_folder()) / "timings" / f"{key}.json"
+    try:
+        if store is not None and store.is_file():
+            kept: dict[str, Any] = json.loads(store.read_text(encoding="utf-8"))
+            if kept.keys() == cold.keys() and len(kept["seconds"]) == len(kept["phases"]) == len(queries):
+                return kept
+            raise ValueError
+    except (OSError, ValueError, AttributeError, TypeError):
+        log.warning("timings: %s does not read back; measured again", store)
+    reset_peak_memory()
     for q in _bar(queries, f"{label}, documents new"):
         start = time.perf_counter()
-        _rank(reranker.without_cache(), q, dataset, candidates)
-        seconds.append(time.perf_counter() - start)
-        documents += len(candidates.run[q].documents)
-    cold = {"seconds": seconds, "documents": documents, "measured": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
+        ranking = _rank(reranker.without_cache(), q, dataset, candidates)
+        cold["seconds"].append(time.perf_counter() - start)
+        cold["phases"].append(ranking.seconds)
+        cold["documents"] += len(candidates.run[q].documents)
+    cold |= {"peak_rss_mb": peak_memory_mb(), "measured": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
     if store is not None:
-        write_atomically(store / f"{key}.json", [json.dumps(cold)])
+        try:
+            write_atomically(store, [json.dumps(cold)])
+        except OSError as error:
+            log.warning("timings: %s cannot be written (%s)", store, error.strerror)
     return cold
 
 
@@ -256,6 +265,7 @@ def _record(q: str, ranking: Ranking, candidates: Candidates, seconds: float) ->
         "flops": ranking.flops.seen,
         "flops_new": ranking.flops.new,
         "truncated": ranking.truncated,
+        "peak_rss_mb": peak_memory_mb(),
     }
 
 
@@ -264,8 +274,8 @@ def _limited(dataset: Dataset, count: int) -> Dataset:
     queries = {q: dataset.queries[q] for q in kept if q in dataset.queries}
     return Dataset(
         dataset.name, dataset.split, dataset.corpus, queries, {q: dataset.qrels[q] for q in kept}, dataset.hash,
-        [*dataset.notes, f"only the first {len(kept)} of {len(dataset.qrels)} judged queries (--limit-queries)"],
-        dataset.facts | {"queries": len(kept)},
+        [*dataset.notes, *([f"only the first {count} of {len(dataset.qrels)} judged queries (--limit-queries)"] if count < len(dataset.qrels) else [])],
+        dataset.facts | {"queries": len(kept), "judgements": sum(len(dataset.qrels[q]) for q in kept)},
     )  # fmt: skip
 
 

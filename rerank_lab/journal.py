@@ -15,7 +15,6 @@ from rerank_lab.errors import UserError
 from rerank_lab.run import write_atomically
 
 RESULTS = "results.json"
-OURS = (RESULTS, "per_query.csv", "scores.parquet", "report.md", "runs", "partial")
 
 
 def file_name(label: str) -> str:
@@ -38,13 +37,30 @@ class Journal:
         self.out, self.partial = out, out / "partial"
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out}: a file, not a folder")
-        self.finished = (out / RESULTS).is_file()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / ".probe").touch()
+            (out / ".probe").unlink()
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+        # While a run goes on over old results, both are there; the partial folder goes last.
+        self.finished = (out / RESULTS).is_file() and not self.partial.is_dir()
         if overwrite:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.finished = False
         elif not resume and (self.finished or self.partial.is_dir()):
             state = "holds results" if self.finished else "holds an interrupted run"
             raise UserError(f"{out} {state}: --resume to go on, --overwrite to replace, or another --out")
+
+    def results(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The finished results, if this configuration made them.
+
+        Raises:
+            UserError: they do not read back, or another configuration made them.
+        """
+        result = _load(self.out / RESULTS)
+        self._compare(result.get("config", {}), config, "the finished run")
+        return result
 
     def begin(self, config: dict[str, Any]) -> None:
         """Fixes what the run depends on, or checks it against the interrupted one's.
@@ -53,14 +69,16 @@ class Journal:
             UserError: the interrupted run had another configuration, collection, model or candidates; each is named.
         """
         path = self.partial / "config.json"
-        config = json.loads(json.dumps(config))
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(k for k in before.keys() | config.keys() if before.get(k, "absent") != config.get(k, "absent"))
-            if changed:
-                raise UserError(f"{self.out}: the interrupted run differs in {', '.join(changed)}; run it as it was, or --overwrite")
+            self._compare(_load(path), config, "the interrupted run")
         else:
             write_atomically(path, [json.dumps(config, indent=1)])
+
+    def _compare(self, before: dict[str, Any], config: dict[str, Any], what: str) -> None:
+        now = json.loads(json.dumps(config))
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k, "absent") != now.get(k, "absent"))
+        if changed:
+            raise UserError(f"{self.out}: {what} differs in {', '.join(changed)}; give it as it was, --overwrite, or another --out")
 
     def records(self, label: str) -> list[dict[str, Any]]:
         """Finished queries of a method; a line cut short by a kill ends the list and is removed."""
@@ -95,6 +113,16 @@ class Journal:
         return self.partial / f"{file_name(label)}.jsonl"
 
 
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")  # noqa: TRY004
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not read back ({error}); start again with --overwrite") from None
+    return value
+
+
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -102,6 +130,6 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 return
-            if not line.endswith("\n") or not isinstance(record, dict):
+            if not line.endswith("\n") or not isinstance(record, dict) or "query" not in record:
                 return
             yield record

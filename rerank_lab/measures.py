@@ -7,6 +7,7 @@ from typing import Any
 
 import ir_measures
 import pandas as pd
+from ir_measures.measures.base import MeanAgg
 
 from rerank_lab.datasets import Qrels
 from rerank_lab.errors import UserError
@@ -25,6 +26,9 @@ def parse_measures(names: Sequence[str]) -> list[Any]:
     for name in names:
         try:
             measure = ir_measures.parse_measure(name)
+            # Providers in C crash on cut-offs below 1, and a sum over queries is no mean.
+            if any(isinstance(v, int) and v < 1 for v in measure.params.values()) or not isinstance(measure.aggregator(), MeanAgg):
+                raise ValueError(name)
             list(ir_measures.iter_calc([measure], [ir_measures.Qrel("1", "1", 1)], [ir_measures.ScoredDoc("1", "1", 1.0)]))
             measures.append(measure)
         except Exception:  # noqa: BLE001 - parsing and each provider raise their own kinds; any of them means that it cannot be used
@@ -36,7 +40,11 @@ def parse_measures(names: Sequence[str]) -> list[Any]:
 
 def known_measures() -> list[str]:
     """Names of ir-measures that some installed provider computes, bare or with a cut-off."""
-    return sorted(name for name, measure in ir_measures.measures.registry.items() if any(_supported(m) for m in (measure, measure @ 10)))
+    return sorted(
+        name
+        for name, measure in ir_measures.measures.registry.items()
+        if any(_supported(m) for m in (measure, measure @ 10)) and isinstance(measure.aggregator(), MeanAgg)
+    )
 
 
 def _supported(measure: Any) -> bool:

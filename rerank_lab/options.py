@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--baseline", metavar="METHOD", help="what the others are tested against (default: the first method)")
     measure.add_argument("--cold-queries", type=_natural, default=5, metavar="N", help="queries timed with every document new, 0 for none (default: 5)")
-    measure.add_argument("--seed", type=_natural, default=0, help="of resampling (default: 0)")
+    measure.add_argument("--seed", type=_seed, default=0, help="of resampling (default: 0)")
     out = p.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<date>-<dataset>)")
     out.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same configuration")
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def effective(options: argparse.Namespace) -> dict[str, Any]:
-    """The configuration as results keep it: what decides figures, without places on this machine."""
+    """The configuration as results keep it: what decides figures, as it was given."""
     left_out = {"list", "config", "out", "resume", "overwrite", "cache", "no_cache"}
     return {k: v for k, v in sorted(vars(options).items()) if k not in left_out}
 
@@ -159,6 +159,13 @@ def _natural(value: str) -> int:
     if not value.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {value!r}")
     return int(value)
+
+
+def _seed(value: str) -> int:
+    number = _natural(value)
+    if number >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2^32, not {value}")
+    return number
 
 
 def _weight(value: str) -> float:

@@ -23,6 +23,8 @@ def hub_source(name: str) -> Source:
     import datasets
 
     name = name.rstrip("/")
+    if not name:
+        raise UserError("hf: needs a name, as in hf:mteb/nfcorpus")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     # Of a local folder whose files have changed, `datasets` would go on giving the copy in its cache.
@@ -64,7 +66,7 @@ def ir_datasets_source(name: str) -> Source:
     try:
         import ir_datasets
     except ImportError:
-        raise UserError(f"irds:{name} needs ir_datasets: pip install ir_datasets") from None
+        raise UserError(f"irds:{name} needs ir_datasets: pip install 'rerank_lab[irds]'") from None
     data = _ask(name, lambda: ir_datasets.load(name))
     last = name.rsplit("/", 1)[-1]
 

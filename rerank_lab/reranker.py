@@ -172,6 +172,11 @@ class Reranker:
         return next(model.device for model in (self.encoder, self.cross) if model is not None)
 
     @property
+    def cache_state(self) -> str:
+        """Where vectors are kept: "disk", "memory", or "none" without a bi-encoder."""
+        return "none" if self.cache is None else "memory" if self.cache.folder is None else "disk"
+
+    @property
     def token_limit(self) -> int:
         """Own tokens of a document that the method's models can read; a cross-encoder shares them with the query."""
         cross = self.cross if self.method.uses_cross else None

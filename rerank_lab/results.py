@@ -38,7 +38,7 @@ def summarize(
         about: environment, config, dataset and models, as results.json keeps them.
         dataset, candidates: what was ranked.
         methods: label → method, in the order asked for.
-        collected: label → {"records": one a query, "peak_rss_mb", "token_limit", "cold"}.
+        collected: label → {"records": one a query, "token_limit", "cold"}.
 
     Returns:
         results.json as a dictionary, and every file of the folder by name.
@@ -90,9 +90,8 @@ def _row(
     vs = None
     if label != baseline:
         a, b = frame[primary].to_numpy(), frames[baseline][primary].to_numpy()
-        low, high = stats.bootstrap_interval(a - b, seed)
         vs = {
-            "baseline": baseline, "measure": primary, "delta": float((a - b).mean()), "ci95": [low, high],
+            "baseline": baseline, "measure": primary, "delta": float((a - b).mean()), "ci95": stats.bootstrap_interval(a - b, seed),
             "p_t": stats.paired_t(a, b), "p_randomization": stats.paired_randomization(a, b, seed), "p_holm": None,
             "wins": int((a > b).sum()), "ties": int((a == b).sum()), "losses": int((a < b).sum()),
         }  # fmt: skip
@@ -103,17 +102,20 @@ def _row(
         "model": about["models"]["model"] if "bi-encoder" in method.roles else None,
         "model_cross": about["models"]["model_cross"] if "cross-encoder" in method.roles or label.startswith("best+cross") else None,
         "queries": len(frame),
+        "timed_queries": len(records),
         "measures": {n: float(frame[n].mean()) for n in frame},
-        "ci95": {n: list(stats.bootstrap_interval(frame[n].to_numpy(), seed)) for n in frame},
+        "ci95": {n: stats.bootstrap_interval(frame[n].to_numpy(), seed) for n in frame},
         "vs": vs,
         "settings": method.settings(),
         "latency_ms": _latency(seconds),
         "cold_latency_ms": _latency(np.array(cold["seconds"])),
         "cold_sample": {"queries": len(cold["seconds"]), "measured": cold["measured"]},
-        "phases_ms": {p: 1000 * float(np.median([r["phases"].get(p, 0.0) for r in records])) for p in ("encode", "score", "rank")} if records else {},
+        "phases_ms": _phases([r["phases"] for r in records]),
+        "cold_phases_ms": _phases(cold["phases"]),
         "docs_per_s": ranked / float(seconds.sum()) if records else None,
         "cold_docs_per_s": cold["documents"] / sum(cold["seconds"]) if cold["seconds"] else None,
-        "peak_rss_mb": part["peak_rss_mb"],
+        "peak_rss_mb": max((r["peak_rss_mb"] for r in records), default=0.0),
+        "cold_peak_rss_mb": cold["peak_rss_mb"],
         "flops_per_query": float(np.mean([r["flops"] for r in records])) if records else None,
         "cold_flops_per_query": float(np.mean([r["flops"] + r["flops_new"] for r in records])) if records else None,
         "coverage": coverage(run, dataset.qrels),
@@ -122,6 +124,11 @@ def _row(
         "truncated_share": sum(r["truncated"] for r in records) / max(1, ranked),
         "tie_rate": tie_rate(run),
     }
+
+
+def _phases(phases: list[dict[str, float]]) -> dict[str, float] | None:
+    """Medians over queries."""
+    return {p: 1000 * float(np.median([seconds.get(p, 0.0) for seconds in phases])) for p in ("encode", "score", "rank")} if phases else None
 
 
 def _latency(seconds: np.ndarray) -> dict[str, float] | None:
@@ -173,12 +180,13 @@ def findings(result: dict[str, Any]) -> list[str]:
     for label, row in rows.items():
         if (vs := row["vs"]) is None:
             continue
-        low, high = vs["ci95"]
         verb = "cannot be told from" if vs["p_holm"] >= ALPHA else "beats" if vs["delta"] > 0 else "is worse than"
         times = ""
         if row["latency_ms"] and base["latency_ms"]:
             times = f", at {row['latency_ms']['p50'] / base['latency_ms']['p50']:.1f} x its median latency (documents seen before)"
-        sentences.append(f"{label} {verb} {vs['baseline']}: {vs['delta']:+.3f} [{low:+.3f}, {high:+.3f}] {vs['measure']}, Holm p {_p(vs['p_holm'])}{times}.")
+        sentences.append(
+            f"{label} {verb} {vs['baseline']}: {_interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {vs['measure']}, Holm p {_p(vs['p_holm'])}{times}."
+        )
     return sentences
 
 
@@ -187,11 +195,10 @@ def table(result: dict[str, Any]) -> str:
     primary = result["config"]["measures"][0]
     cells = [["method", f"{primary} [95% CI]", f"delta to {result['config']['baseline']} [95% CI]", "Holm p", "p50 ms", "new docs"]]
     for row in result["rows"]:
-        low, high = row["ci95"][primary]
         vs = row["vs"]
-        delta = f"{vs['delta']:+.3f} [{vs['ci95'][0]:+.3f}, {vs['ci95'][1]:+.3f}]" if vs else "baseline"
+        delta = _interval(vs["delta"], vs["ci95"], "+.3f", "+.3f") if vs else "baseline"
         cost = [_ms(row["latency_ms"]), _ms(row["cold_latency_ms"])]
-        cells.append([row["method"], f"{row['measures'][primary]:.4f} [{low:.3f}, {high:.3f}]", delta, _p(vs["p_holm"]) if vs else "", *cost])
+        cells.append([row["method"], _interval(row["measures"][primary], row["ci95"][primary]), delta, _p(vs["p_holm"]) if vs else "", *cost])
     others = [["method", *result["config"]["measures"][1:], "docs/s", "MB", "MFLOP"]]
     for row in result["rows"]:
         values = [f"{row['measures'][n]:.4f}" for n in result["config"]["measures"][1:]]
@@ -207,20 +214,17 @@ def report(result: dict[str, Any]) -> str:
     lines = [f"# {result['dataset']['name']} ({result['dataset']['split']})", "", *(f"- {s}" for s in findings(result)), *(f"- {s}" for s in _head(result)), ""]
     lines += _markdown(
         ["method", *(f"{n} [95% CI]" for n in names), "Δ [95% CI]", "p (t)", "p (randomisation)", "p (Holm)", "wins/ties/losses"],
-        [[r["method"], *(f"{r['measures'][n]:.4f} [{r['ci95'][n][0]:.3f}, {r['ci95'][n][1]:.3f}]" for n in names), *_versus(r["vs"])] for r in rows],
+        [[r["method"], *(_interval(r["measures"][n], r["ci95"][n]) for n in names), *_versus(r["vs"])] for r in rows],
     )
-    lines += ["", "Cost a query. *Seen*: the documents' vectors are cached, the query is new. *New*: every document is encoded too.", ""]
+    lines += [
+        "",
+        f"Cost a query. *Seen*: the documents' vectors are cached ({env['vector_cache']}), the query is new. *New*: every document is encoded too.",
+        "",
+    ]
     lines += _markdown(
-        ["method", "p50 / p95 ms, seen", "p50 / p95 ms, new", "queries timed new", "encode / score / rank ms, seen", "docs/s, seen", "docs/s, new", "peak MB", "MFLOP, seen", "MFLOP, new"],
-        [
-            [
-                r["method"], _pair(r["latency_ms"]), _pair(r["cold_latency_ms"]), str(r["cold_sample"]["queries"]),
-                " / ".join(f"{v:.1f}" for v in r["phases_ms"].values()), f"{r['docs_per_s'] or 0:,.0f}", f"{r['cold_docs_per_s'] or 0:,.1f}",
-                f"{r['peak_rss_mb']:,.0f}", f"{(r['flops_per_query'] or 0) / 1e6:,.1f}", f"{(r['cold_flops_per_query'] or 0) / 1e6:,.1f}",
-            ]
-            for r in rows
-        ],
-    )  # fmt: skip
+        ["method", "documents", "queries timed", "p50 ms", "p95 ms", "encode ms", "score ms", "rank ms", "docs/s", "peak MB", "MFLOP"],
+        [_cost(row, state, prefix) for row in rows for state, prefix in (("seen", ""), ("new", "cold_")) if row[f"{prefix}latency_ms"]],
+    )
     lines += ["", "Trust.", ""]
     lines += _markdown(
         ["method", "settings", "queries covered", "unjudged in the top 10", "truncated documents", "tied neighbours", "token limit"],
@@ -252,6 +256,13 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cost(row: dict[str, Any], state: str, prefix: str) -> list[str]:
+    latency, phases, timed = row[f"{prefix}latency_ms"], row[f"{prefix}phases_ms"], row["cold_sample"]["queries"] if prefix else row["timed_queries"]
+    times = [latency["p50"], latency["p95"], *phases.values()]
+    sizes = [row[f"{prefix}docs_per_s"], row[f"{prefix}peak_rss_mb"], row[f"{prefix}flops_per_query"] / 1e6]
+    return [row["method"], state, str(timed), *(f"{t:,.1f}" for t in times), *(f"{size:,.0f}" for size in sizes)]
+
+
 def _head(result: dict[str, Any]) -> list[str]:
     data, first, primary = result["dataset"], result["candidates"], result["config"]["measures"][0]
     recall = next(k for k in first if k.startswith("recall@"))
@@ -265,20 +276,20 @@ def _head(result: dict[str, Any]) -> list[str]:
 def _versus(vs: dict[str, Any] | None) -> list[str]:
     if vs is None:
         return ["baseline", "", "", "", ""]
-    delta = f"{vs['delta']:+.4f} [{vs['ci95'][0]:+.3f}, {vs['ci95'][1]:+.3f}]"
+    delta = _interval(vs["delta"], vs["ci95"], "+.4f", "+.3f")
     return [delta, _p(vs["p_t"]), _p(vs["p_randomization"]), _p(vs["p_holm"]), f"{vs['wins']}/{vs['ties']}/{vs['losses']}"]
 
 
-def _p(p: float) -> str:
-    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+def _interval(value: float, ci: list[float] | None, form: str = ".4f", ends: str = ".3f") -> str:
+    return f"{value:{form}} [{ci[0]:{ends}}, {ci[1]:{ends}}]" if ci else f"{value:{form}} [one query]"
+
+
+def _p(p: float | None) -> str:
+    return "undefined" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
 def _ms(latency: dict[str, float] | None) -> str:
     return f"{latency['p50']:,.1f}" if latency else "-"
-
-
-def _pair(latency: dict[str, float] | None) -> str:
-    return f"{latency['p50']:,.1f} / {latency['p95']:,.1f}" if latency else "–"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -77,7 +77,7 @@ def read_trec(path: Path) -> Run:
     """
     found: dict[str, dict[str, float]] = {}
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

@@ -13,25 +13,27 @@ RESAMPLES = 9999
 BATCH = 100
 
 
-def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean over queries (9,999 resamples).
+def bootstrap_interval(values: np.ndarray, seed: int) -> list[float] | None:
+    """95% percentile bootstrap interval of the mean over queries (9,999 resamples); None for a single query.
 
     Args:
         values: one a query; of a measure, or of differences between two methods.
         seed: of the resampling.
     """
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(np.mean(values)), float(np.mean(values))
+    if len(values) < 2:
+        return None
+    if np.ptp(values) == 0:
+        return [float(values[0])] * 2
     result = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=BATCH, method="percentile", rng=np.random.default_rng(seed))
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 
 
-def paired_t(a: np.ndarray, b: np.ndarray) -> float:
-    """Two-sided p of the paired t-test; 1 where no query differs."""
+def paired_t(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Two-sided p of the paired t-test; 1 where no query differs, None where all differ by the same and t is undefined."""
     if len(a) < 2 or np.array_equal(a, b):
         return 1.0
     if np.ptp(a - b) == 0:
-        return 0.0
+        return None
     return float(stats.ttest_rel(a, b).pvalue)
 
 

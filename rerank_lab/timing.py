@@ -14,7 +14,7 @@ import torch
 
 
 class Clock:
-    """Seconds by phase (encode, score, rank). On CUDA each end of a phase waits for the device."""
+    """Seconds by phase (encode, score, rank). On a GPU each end of a phase waits for the device."""
 
     def __init__(self, device: torch.device | None = None):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -33,6 +33,8 @@ class Clock:
     def _synchronize(self) -> None:
         if self.device is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device is not None and self.device.type == "mps":
+            torch.mps.synchronize()
 
 
 def reset_peak_memory() -> bool:

@@ -96,7 +96,7 @@ def test_pooled_entries_are_encoded_again_for_tokens_and_not_the_other_way(encod
     get(encoder, cache, tokens=False)
     for turn in range(2):  # whichever shard is read first
         for place, path in enumerate(shards(tmp_path)):
-            path.rename(path.with_name(f"{turn}{1 - place}.safetensors"))
+            path.rename(path.with_name(f"{turn}{1 - place}-{path.name.rpartition('-')[2]}"))
         assert_same(get(encoder, VectorCache(encoder.key(), tmp_path)), wanted)
     assert encoded == TEXTS * 2
 

@@ -19,7 +19,6 @@ from transformers import AutoTokenizer
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.forward import encoder_flops
 from tests.conftest import DOCUMENTS, QUERIES
 
 LONG = "merge two tables on a key with a join of the database kind " * 60
@@ -102,7 +101,7 @@ def test_a_copy_saved_by_sentence_transformers_loads(small_cross: Path, cross: C
 
 
 def test_flops_are_the_encoders(cross: CrossEncoder) -> None:
-    assert cross.flops(100) == encoder_flops(cross.config, 100) == 2 * (2 * 100 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 100 * 100 * 32)
+    assert cross.flops(torch.tensor([100])) == 2 * (2 * 100 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 100 * 100 * 32)
 
 
 def test_the_other_role_is_refused_by_name(small_cross: Path) -> None:
@@ -165,5 +164,5 @@ def test_a_nan_is_an_error_that_names_the_model(copy: Copy) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_a_device_that_is_not_there_is_refused(small_cross: Path, device: str) -> None:
-    with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+    with pytest.raises(UserError, match=f"device '{device}' (cannot be used|is not known)"):
         load_cross_encoder(str(small_cross), device=device)

@@ -260,3 +260,19 @@ def test_a_corpus_streams_and_is_held_once(beir: Beir) -> None:
         tracemalloc.stop()
     assert len(data.corpus) == 5006
     assert peak < 1.2 * size
+
+
+def test_a_first_judgement_is_not_taken_for_a_header(beir: Callable[..., Path]) -> None:
+    folder = beir()
+    (folder / "qrels" / "test.tsv").write_text("q1\td1\t1\nq2\td3\t1\n")
+    assert load_dataset(str(folder)).qrels == {"q1": {"d1": 1}, "q2": {"d3": 1}}
+    (folder / "qrels" / "test.tsv").write_text("q1\td1\t1.0\nq2\td3\t1\n")
+    with pytest.raises(UserError, match=r"test.tsv:1: "):
+        load_dataset(str(folder))
+
+
+@pytest.mark.parametrize("bad", ["a\u0000b", "a\u0007b", "a b"])
+def test_ids_that_would_break_a_trec_file_are_refused(beir: Callable[..., Path], bad: str) -> None:
+    for parts in ({"documents": {bad: ("", "text")}}, {"queries": {bad: "text"}}, {"qrels": {"q1": {bad: 1}}}):
+        with pytest.raises(UserError, match="white space or control"):
+            load_dataset(str(beir(**parts)))

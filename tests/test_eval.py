@@ -92,7 +92,7 @@ def test_the_command_in_the_report_gives_the_same_measures(folder: str, tmp_path
         main(["--dataset", folder, "--methods", "fast,best:tau=0.05", "--out", str(a), "--top-k", "5", "--measures", "nDCG@10,ERR@5", "--cold-queries", "0"])
         == 0
     )
-    command = re.search(r"^    (python -m rerank_lab.eval .*)$", (a / "report.md").read_text(), re.M)
+    command = re.search(r"^    (python -m rerank_lab.eval .*)$", (a / "report.md").read_text(), re.MULTILINE)
     assert command is not None
     assert main([*command[1].split()[3:], "--out", str(b)]) == 0
     first, second = load(a), load(b)
@@ -162,6 +162,11 @@ def test_config_file_and_flags_that_win(folder: str, tmp_path: Path, capsys: pyt
         (["--top-k", "0"], "at least 1"),
         (["--subspace", "none.safetensors"], "none.safetensors"),
         (["--resume", "--overwrite"], "give one of them"),
+        (["--methods", "fats", "--measures", "foo"], "'fats'.*foo"),
+        (["--methods", "best:tau= 0.1"], "white space"),
+        (["--seed", "99999999999999999999"], r"below 2\^32"),
+        (["--device", "meta"], "valid: auto, cpu"),
+        (["--measures", "nDCG@0"], "nDCG@0"),
     ],
 )
 def test_wrong_input_ends_in_exit_2_with_a_remedy_and_leaves_nothing(
@@ -235,6 +240,52 @@ def test_resume_redoes_nothing_after_an_interruption(how: signal.Signals, tmp_pa
             assert rows.loc[record["query"], "latency_ms"] == pytest.approx(1000 * record["seconds"]), "timed anew, so done anew"
 
 
+def test_an_interrupted_overwrite_is_resumed_not_taken_for_the_old_run(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, arguments = tmp_path / "out", ["--dataset", folder, "--cold-queries", "0", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--methods", "fast"]) == 0
+    assert "differs in methods" in failing(capsys, *arguments, "--methods", "fast,best", "--resume")
+    (out / "partial").mkdir()  # what --overwrite leaves when it is killed
+    assert main([*arguments, "--methods", "fast,best", "--resume"]) == 0
+    assert [r["method"] for r in load(out)["rows"]] == ["fast", "best"] and not (out / "partial").exists()
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]", "{}"])
+def test_damaged_files_of_a_run_offer_a_way_out(folder: str, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dataset", folder, "--cold-queries", "2", "--methods", "fast", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    for path in Path(os.environ["RERANK_LAB_CACHE"]).glob("timings/*.json"):
+        path.write_text(content)
+    assert main([*arguments, "--overwrite"]) == 0 and load(tmp_path / "out")["rows"][0]["cold_sample"]["queries"] == 2
+    (tmp_path / "out" / "results.json").write_text(content)
+    assert "--overwrite" in failing(capsys, *arguments, "--resume")
+
+
+def test_an_unwritable_cache_costs_only_the_caching(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--dataset", folder, "--methods", "fast", "--cold-queries", "1", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "file")]) == 0
+    assert load(tmp_path / "out")["environment"]["vector_cache"] == "memory"
+
+
+def test_an_unwritable_out_is_known_before_any_work(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in failing(capsys, "--dataset", "no-such", "--out", str(tmp_path / "file" / "x"))
+
+
+def test_one_query_gets_no_interval(folder: str, tmp_path: Path) -> None:
+    assert main(["--dataset", folder, "--methods", "fast,best", "--limit-queries", "1", "--cold-queries", "0", "--out", str(tmp_path / "out")]) == 0
+    row = load(tmp_path / "out")["rows"][1]
+    assert row["ci95"]["nDCG@10"] is None and row["vs"]["ci95"] is None and "cannot be told" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_resume_without_out_finds_the_interrupted_run_of_this_collection(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("2020-01-01-small", "2020-01-02-small", "2020-01-03-very-small", "2020-01-04-small-thing"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+    (tmp_path / "results" / "2020-01-01-small" / "partial").mkdir()
+    assert main(["--dataset", folder, "--methods", "fast", "--cold-queries", "0", "--resume"]) == 0
+    assert (tmp_path / "results" / "2020-01-01-small" / "results.json").is_file()
+
+
 def test_a_journal_refuses_another_configuration(tmp_path: Path) -> None:
     Journal(tmp_path, resume=False, overwrite=False).begin({"a": 1, "b": [1.5]})
     Journal(tmp_path, resume=True, overwrite=False).begin({"a": 1, "b": [1.5]})
@@ -246,7 +297,11 @@ def test_cold_timings_are_kept_until_something_changes(folder: str, tmp_path: Pa
     arguments = ["--dataset", folder, "--methods", "fast", "--cold-queries", "2", "--out"]
     for name, extra in (("a", []), ("b", []), ("c", ["--max-tokens-per-doc", "8"])):
         assert main([*arguments, str(tmp_path / name), *extra]) == 0
-    a, b, c = (load(tmp_path / name)["rows"][0] for name in "abc")
+    with (Path(folder) / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "far", "text": "Nothing like the others."}\n')
+    assert main([*arguments, str(tmp_path / "d"), "--top-k", "6"]) == 0
+    a, b, c, d = (load(tmp_path / name)["rows"][0] for name in "abcd")
+    assert d["cold_latency_ms"] != a["cold_latency_ms"]
     assert a["cold_latency_ms"] == b["cold_latency_ms"] and a["cold_sample"] == b["cold_sample"]
     assert c["cold_latency_ms"] != a["cold_latency_ms"] and c["cold_sample"]["queries"] == 2
 

@@ -17,7 +17,10 @@ from packaging.requirements import Requirement
 from tests.conftest import ROOT
 
 SOURCES = sorted(p for folder in ("rerank_lab", "kernels", "experiments", "tests") for p in (ROOT / folder).rglob("*.py"))
-LAYERS = ["rerank_kernels", "errors", "timing", "datasets", "run", "lexical", "models", "methods", "reranker", "candidates", "measures", "stats", "environment", "eval"]
+LAYERS = [
+    "errors", "timing", "datasets", "remote_datasets", "run", "lexical", "models", "methods", "reranker", "candidates", "measures", "stats",
+    "environment", "journal", "results", "options", "eval",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +71,15 @@ def test_constraints_pin_every_dependency_to_what_is_tested() -> None:
 
 
 def test_imports_point_one_way() -> None:
+    lazy = {("datasets.py", "remote_datasets")}  # on first use, since the libraries behind it are slow to import
     for path in (ROOT / "rerank_lab").rglob("*.py"):
         module = path.relative_to(ROOT / "rerank_lab").parts[0].removesuffix(".py")
-        if module not in LAYERS:
+        if module == "__init__":
             continue
-        for name in re.findall(r"^from rerank_lab\.(\w+)", path.read_text(), re.M):
-            assert name not in LAYERS or LAYERS.index(name) <= LAYERS.index(module), f"{path.name} imports {name}, which stands above it"
+        for name in re.findall(r"^\s*from rerank_lab(?:\.| import )(\w+)", path.read_text(), re.MULTILINE):
+            assert (path.name, name) in lazy or LAYERS.index(name) <= LAYERS.index(module), f"{path.name} imports {name}, which stands above it"
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert "rerank_lab" not in "".join(re.findall(r"^(?:from|import) .*", path.read_text(), re.M))
+        assert "rerank_lab" not in "".join(re.findall(r"^(?:from|import) .*", path.read_text(), re.MULTILINE))
 
 
 def test_no_file_is_over_400_lines() -> None:

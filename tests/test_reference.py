@@ -99,7 +99,7 @@ def test_similarity_topk_keeps_each_query_to_its_segment() -> None:
 
 @pytest.mark.parametrize(("k", "metric", "d"), [(0, "cosine", 4), (1, "euclid", 4), (1, "dot", 5)])
 def test_similarity_topk_refuses_what_does_not_fit(k: int, metric: str, d: int) -> None:
-    with pytest.raises(ValueError, match="k must|metric|do not fit"):
+    with pytest.raises(ValueError, match=r"k must|metric|do not fit"):
         similarity_topk(unit(1, 4, 0), unit(2, d, 0), k, metric=metric)
 
 

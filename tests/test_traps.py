@@ -17,8 +17,9 @@ from rerank_kernels import similarity_topk
 from rerank_lab import Reranker
 from rerank_lab.candidates import oracle
 from rerank_lab.datasets import load_dataset
+from rerank_lab.errors import UserError
 from rerank_lab.eval import main
-from rerank_lab.measures import coverage, evaluate, unjudged_share
+from rerank_lab.measures import coverage, evaluate, parse_measures, unjudged_share
 from rerank_lab.run import Ranked, order, read_trec, tie_rate, trec_lines
 from rerank_lab.timing import Clock
 from tests.conftest import DOCUMENTS, QRELS, QUERIES
@@ -50,7 +51,7 @@ def test_a_nan_is_never_sorted() -> None:
 def test_trec_eval_cannot_reorder_ties(tmp_path: Path) -> None:
     """trec_eval sorts again, equal scores by descending id: raw scores would put z first."""
     run, qrels = {"q": ranked("a", "m", "z", scores=[0.5, 0.5, 0.5])}, {"q": {"a": 1}}
-    assert evaluate(run, qrels, ["RR@10"])["RR@10"].tolist() == [1.0]
+    assert evaluate(run, qrels, ["nDCG@10", "P@1", "AP@100"]).iloc[0].tolist() == [1.0, 1.0, 1.0]
     naive = [ir_measures.ScoredDoc("q", d, 0.5) for d in "amz"]
     assert next(iter(ir_measures.iter_calc([ir_measures.RR], [ir_measures.Qrel("q", "a", 1)], naive))).value < 1
     path = tmp_path / "x.trec"
@@ -58,6 +59,12 @@ def test_trec_eval_cannot_reorder_ties(tmp_path: Path) -> None:
     by_file = ir_measures.calc_aggregate([ir_measures.RR], [ir_measures.Qrel("q", "a", 1)], ir_measures.read_trec_run(str(path)))
     assert by_file[ir_measures.RR] == 1.0
     assert read_trec(path)["q"].documents == ["a", "m", "z"]
+
+
+@pytest.mark.parametrize("name", ["nDCG@0", "P@0", "RR@0", "NumRel", "NumQ"])
+def test_a_measure_that_crashes_or_is_no_mean_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        parse_measures([name])
 
 
 def test_run_files_hold_ranks_and_raw_scores_stand_beside(beir: Callable[..., Path], tmp_path: Path) -> None:

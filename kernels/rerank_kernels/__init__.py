@@ -4,6 +4,6 @@ Needs torch alone and knows nothing of rerank_lab. Every operator is imported fr
 that defines it, so that a faster implementation can take a name over without any caller changing.
 """
 
-from rerank_kernels.reference import contrast_score, pool_normalize, project_normalize, similarity_topk, subspace_attention, zscore
+from rerank_kernels.reference import MIN_TAU, contrast_score, pool_normalize, project_normalize, similarity_topk, subspace_attention, zscore
 
-__all__ = ["contrast_score", "pool_normalize", "project_normalize", "similarity_topk", "subspace_attention", "zscore"]
+__all__ = ["MIN_TAU", "contrast_score", "pool_normalize", "project_normalize", "similarity_topk", "subspace_attention", "zscore"]

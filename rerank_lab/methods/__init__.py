@@ -27,6 +27,8 @@ def make_method(spec: str, **defaults: float) -> Method:
     Raises:
         UserError: an unknown method or setting, or a value that does not fit; the message lists what is valid.
     """
+    if any(character.isspace() for character in spec):
+        raise UserError(f"method {spec!r} holds white space; write NAME:SETTING=VALUE")
     name, *parts = spec.split(":")
     if name not in METHODS:
         raise UserError(f"method {name!r} is not known; valid: {', '.join(METHODS)}")

@@ -60,8 +60,8 @@ class Pool:
         self.clock, self.flops = clock or Clock(), Flops()
         first: dict[str, int] = {}
         self._first = torch.tensor([first.setdefault(text, i) for i, text in enumerate(documents)], dtype=torch.int64)
-        self._encoded: set[int] = set()
-        self._cut: set[int] = set()
+        self._encoded = torch.zeros(len(documents), dtype=torch.bool)
+        self._cut = torch.zeros(len(documents), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -69,7 +69,7 @@ class Pool:
     @property
     def truncated(self) -> int:
         """Documents of which some model read only a part."""
-        return sum(position in self._cut for position in self._first.tolist())
+        return int(self._cut[self._first].sum())
 
     def vectors(self, positions: Tensor | None = None, *, tokens: bool, ahead: bool = False) -> Vectors:
         """Vectors of the documents at these positions (all without), from the cache or encoded now.
@@ -83,13 +83,15 @@ class Pool:
             keys = ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=tokens or ahead)
             vectors = self.cache.gather(keys, tokens).to(self.encoder.device)
             self.cache.trim()
-        limit = min(self.max_tokens, self.encoder.limit)
-        for position, length in zip(first.tolist(), vectors.lengths.tolist()):
-            if length > limit:
-                self._cut.add(position)
-            if position not in self._encoded:
-                self._encoded.add(position)
-                self.flops.new += self.encoder.flops(min(length, limit), tokens or ahead)
+        limit, lengths = min(self.max_tokens, self.encoder.limit), vectors.lengths.cpu()
+        self._cut[first[lengths > limit]] = True
+        new = torch.zeros(len(self), dtype=torch.int64)
+        new[first] = lengths.clamp(max=limit)
+        fresh = torch.zeros_like(self._encoded)
+        fresh[first] = True
+        fresh &= ~self._encoded
+        self._encoded |= fresh
+        self.flops.new += self.encoder.flops(new[fresh], tokens or ahead)
         return vectors
 
     def query_vectors(self, *, tokens: bool) -> Vectors:
@@ -97,7 +99,7 @@ class Pool:
         assert self.encoder is not None
         with self.clock.phase("encode"):
             vectors = self.encoder.encode([self.query], kind="query", max_tokens=self.encoder.limit, tokens=tokens).to(self.encoder.device)
-        self.flops.seen += self.encoder.flops(int(vectors.lengths[0]), tokens)
+        self.flops.seen += self.encoder.flops(vectors.lengths, tokens)
         return vectors
 
     def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
@@ -119,8 +121,8 @@ class Pool:
         own, inverse = torch.unique(self._first[positions], return_inverse=True)
         with self.clock.phase("score"):
             logits, lengths, cut = self.cross.score(self.query, [self.documents[i] for i in own.tolist()], max_tokens=self.max_tokens)
-        self._cut.update(own[cut].tolist())
-        self.flops.seen += sum(self.cross.flops(length) for length in lengths.tolist())
+        self._cut[own[cut]] = True
+        self.flops.seen += self.cross.flops(lengths)
         return logits[inverse]
 
     def lexical(self, positions: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerank_kernels import contrast_score, subspace_attention
-from rerank_kernels.reference import MIN_TAU
+from rerank_kernels import MIN_TAU, contrast_score, subspace_attention
 from rerank_lab.methods.base import Method, Pool
 
 

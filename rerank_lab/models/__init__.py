@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 
-ROLES = ("bi-encoder", "cross-encoder")
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
@@ -25,7 +25,7 @@ class ModelInfo:
     Attributes:
         id: what the user types.
         role: "bi-encoder" or "cross-encoder".
-        source: "package:NAME", a Python package that carries the checkpoint in its folder `model`.
+        source: "package:NAME" of a Python package with get_model_path(), "folder:PATH" or "hub:NAME".
         token_limit: a text's own tokens.
         dimensions: of pooled vectors; 1 for a cross-encoder.
         note: one line for --list.
@@ -70,6 +70,8 @@ def pick_device(device: str) -> torch.device:
     """The device by name; "auto" is CUDA, then MPS, then the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"device {device!r} is not known; valid: auto, cpu, cuda, cuda:N, mps")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -85,7 +87,9 @@ def locate(name: str, role: str) -> Path:
     transformers_logging.disable_progress_bar()
     info = REGISTRY.get(name)
     if info is not None and info.role == role:
-        package = info.source.removeprefix("package:")
+        kind, _, package = info.source.partition(":")
+        if kind != "package":
+            return Path(package) if kind == "folder" else _download(package)
         if importlib.util.find_spec(package) is None:
             raise UserError(f"model {name!r} is carried by the package {package.replace('_', '-')}: pip install 'rerank_lab[offline]'")
         return Path(str(importlib.import_module(package).get_model_path()))
@@ -94,8 +98,8 @@ def locate(name: str, role: str) -> Path:
     folder = Path(name) if Path(name).is_dir() else _download(name)
     config = folder / "config.json"
     try:
-        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-    except (OSError, ValueError) as error:
+        architectures = [str(a) for a in json.loads(config.read_text(encoding="utf-8")).get("architectures") or []]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         if (folder / "modules.json").is_file() and role == "bi-encoder":
             return folder
         raise UserError(f"model {name!r}: {config} is no readable model configuration") from error
@@ -125,6 +129,10 @@ def _read_subspace(path: str | None) -> torch.Tensor | None:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)["V"]
+        V = load_file(path)["V"].float()
+        fits = V.ndim == 2 and 1 <= V.shape[1] <= V.shape[0] and torch.allclose(V.T @ V, torch.eye(V.shape[1]), atol=1e-2)
     except Exception as error:
         raise UserError(f"{path}: no safetensors file with a tensor V (experiments/fit_subspace.py writes one)") from error
+    if not fits:
+        raise UserError(f"{path}: V of shape {tuple(V.shape)} has no orthonormal columns (experiments/fit_subspace.py writes one that has)")
+    return V

@@ -73,7 +73,10 @@ class BiEncoder:
         self.lower = bool(settings.get("do_lower_case"))
         limits = [settings.get("max_seq_length"), tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
         self.specials: int = tokenizer.num_special_tokens_to_add(False)
-        self.limit: int = int(limits[0] or min(n for n in limits if n)) - self.specials
+        known = [n for n in limits if isinstance(n, int) and n > 0]
+        self.limit: int = min(known, default=512) - self.specials
+        if self.limit < 1:
+            raise UserError(f"model {name!r}: a limit of {min(known)} tokens leaves none for the text")
         self.pad_id: int = tokenizer.pad_token_id or 0
         self.token_types = "token_type_ids" in tokenizer.model_input_names
         self.tokenizer = tokenizer.backend_tokenizer
@@ -83,7 +86,8 @@ class BiEncoder:
         self.pooling = _pooling_mode(pooling, name)
         self.normalize = "Normalize" in modules
         self.dense = nn.Sequential(*(_dense(folder / path, name) for path in modules.get("Dense", []))).to(self.device)
-        self.prompts: dict[str, str] = _json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        prompts = _json(folder / "config_sentence_transformers.json").get("prompts")
+        self.prompts: dict[str, str] = {k: v for k, v in prompts.items() if isinstance(v, str)} if isinstance(prompts, dict) else {}
         if pooling.get("include_prompt") is False and (self.prompt("query") or self.prompt("document")):
             raise UserError(f"model {name!r} leaves its prompt out of the pooling (include_prompt: false), which is not known here")
         self.fingerprint = fingerprint(folder)
@@ -158,11 +162,11 @@ class BiEncoder:
             raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
         return Vectors(pooled, torch.tensor(lengths, dtype=torch.int64), offsets, packed)
 
-    def flops(self, length: int, tokens: bool) -> int:
-        """FLOPs of encoding a text of `length` own tokens, with the projection of its token vectors where they are wanted."""
-        length = min(length, self.limit)
-        project = 2 * length * self.subspace.numel() if tokens and self.subspace is not None else 0
-        return encoder_flops(self.config, length + self.specials) + project
+    def flops(self, lengths: Tensor, tokens: bool) -> int:
+        """FLOPs of encoding texts of these own tokens, with the projection of their token vectors where they are wanted."""
+        lengths = lengths.clamp(max=self.limit)
+        project = 2 * int(lengths.sum()) * self.subspace.numel() if tokens and self.subspace is not None else 0
+        return encoder_flops(self.config, lengths + self.specials) + project
 
     def _tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> tuple[list[Encoding], list[int]]:
         prompt = self.prompt(kind)
@@ -230,8 +234,11 @@ def _modules(folder: Path) -> dict[str, list[str]]:
     if not path.is_file():
         return {"Transformer": [""]}
     modules: dict[str, list[str]] = {}
-    for module in _parse(path):
-        modules.setdefault(module["type"].rsplit(".", 1)[-1], []).append(module["path"])
+    try:
+        for module in _parse(path):
+            modules.setdefault(module["type"].rsplit(".", 1)[-1], []).append(module["path"])
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: must list modules, each with type and path") from None
     unknown = set(modules) - {"Transformer", "Pooling", "Dense", "Normalize"}
     if unknown or "Transformer" not in modules:
         raise UserError(f"{path}: only Transformer, Pooling, Dense and Normalize modules are known, not {', '.join(sorted(unknown)) or modules}")
@@ -240,7 +247,7 @@ def _modules(folder: Path) -> dict[str, list[str]]:
 
 def _pooling_mode(config: dict[str, Any], name: str) -> str:
     if "pooling_mode" in config:
-        modes = [config["pooling_mode"]] if isinstance(config["pooling_mode"], str) else list(config["pooling_mode"])
+        modes = [config["pooling_mode"]] if not isinstance(config["pooling_mode"], list) else config["pooling_mode"]
     else:
         modes = [
             key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
@@ -249,7 +256,7 @@ def _pooling_mode(config: dict[str, Any], name: str) -> str:
         ]
     modes = modes or ["mean"]
     if len(modes) > 1 or modes[0] not in POOLINGS:
-        raise UserError(f"model {name!r} pools by {', '.join(modes)}; known are {', '.join(POOLINGS)}, one at a time")
+        raise UserError(f"model {name!r} pools by {', '.join(map(str, modes))}; known are {', '.join(POOLINGS)}, one at a time")
     return str(modes[0])
 
 

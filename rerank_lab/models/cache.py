@@ -1,7 +1,7 @@
 """Vectors that are made once: a cache by (model, token limit, text), in memory and, where a folder is given, on disk.
 
 On disk a model's vectors are shards, one safetensors file for each call of `add`, written to a temporary name and
-renamed, memory-mapped when read. A shard that does not read back (cut short, wrong checksum) is deleted with a warning
+renamed to one that ends in its checksum, memory-mapped when read. A shard that does not read back (cut short, wrong checksum) is deleted with a warning
 and its texts are encoded again.
 """
 
@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rerank_lab.models.bi_encoder import BiEncoder, Vectors
 
@@ -67,7 +66,7 @@ class VectorCache:
         self.memory_bytes = memory_bytes
         self._shards: dict[int, Shard] = {}
         self._places: dict[bytes, tuple[int, int]] = {}
-        self._next = 0
+        self._next, self._dropped = 0, False
         if self.folder is not None and self.folder.is_dir():
             for path in self.folder.glob("*.tmp"):
                 with suppress(OSError):  # its writer may just be renaming it
@@ -96,11 +95,9 @@ class VectorCache:
             size = sum(t.numel() * t.element_size() for t in (vectors.pooled, vectors.tokens))
             self._register(Shard(list(keys), vectors, tokens, size))
             return
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, keys, vectors, tokens)
-            shard = _read(path)
+            shard = _read(_write(self.folder, keys, vectors, tokens))
         except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
             log.warning("vector cache: %s cannot be written (%s); going on without it", self.folder, error)
             self.folder = None
@@ -134,6 +131,9 @@ class VectorCache:
             if total <= self.memory_bytes:
                 return
             shard = self._shards.pop(number)
+            if not self._dropped:
+                log.warning("vector cache: more than %.1f GB of vectors in memory; the oldest are dropped and made again when needed", self.memory_bytes / 1e9)
+            self._dropped = True
             total -= shard.in_memory
             for key in shard.keys:
                 if self._places.get(key, (-1, 0))[0] == number:
@@ -171,7 +171,7 @@ def ensure(
     return keys
 
 
-def _write(path: Path, keys: Sequence[bytes], vectors: Vectors, tokens: bool) -> None:
+def _write(folder: Path, keys: Sequence[bytes], vectors: Vectors, tokens: bool) -> Path:
     tensors = {
         "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), 16),
         "pooled": vectors.pooled.contiguous(),
@@ -179,29 +179,34 @@ def _write(path: Path, keys: Sequence[bytes], vectors: Vectors, tokens: bool) ->
         "offsets": vectors.offsets,
         "tokens": vectors.tokens.contiguous(),
     }
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {"schema": SCHEMA, "tokens": str(int(tokens)), "crc32": str(_checksum(tensors, tokens))})
+    stem = folder / uuid.uuid4().hex
+    temporary = stem.with_suffix(".tmp")
+    save_file(tensors, temporary, {"schema": SCHEMA, "tokens": str(int(tokens))})
+    path = folder / f"{stem.name}-{_checksum(temporary):08x}.safetensors"
     os.replace(temporary, path)
+    return path
 
 
 def _read(path: Path) -> Shard | None:
     try:
+        if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
+            return None
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
         tensors = load_file(path)
-        has_tokens = about["tokens"] == "1"
-        if about["schema"] != SCHEMA or about["crc32"] != str(_checksum(tensors, has_tokens)):
+        if about["schema"] != SCHEMA:
             return None
         keys = [bytes(row) for row in tensors["keys"].numpy()]
         vectors = Vectors(tensors["pooled"], tensors["lengths"], tensors["offsets"], tensors["tokens"])
-        return Shard(keys, vectors, has_tokens, 0)
+        return Shard(keys, vectors, about["tokens"] == "1", 0)
     except (OSError, KeyError, ValueError, SafetensorError):
         return None
 
 
-def _checksum(tensors: dict[str, Tensor], tokens: bool) -> int:
-    value = int(tokens)
-    for name in sorted(tensors):
-        value = zlib.crc32(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode(), value)
-        value = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, value)
+def _checksum(path: Path) -> int:
+    """Of the file as it is read, not mapped: what is only checked must not count as the process's memory."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
     return value

@@ -65,7 +65,7 @@ class CrossEncoder:
         own = self.tokenizer.encode_batch([query, *documents], add_special_tokens=False)
         wanted = [len(own[0].ids) + len(e.ids) + self.specials for e in own[1:]]
         for encoding in own[1:]:
-            encoding.truncate(max_tokens)
+            encoding.truncate(min(max_tokens, 1 << 31))
         self.tokenizer.enable_truncation(self.limit, strategy="longest_first")
         pairs = [self.tokenizer.post_process(own[0], document) for document in own[1:]]
         logits = torch.zeros(len(documents))
@@ -76,6 +76,6 @@ class CrossEncoder:
         lengths = torch.tensor([len(p.ids) for p in pairs], dtype=torch.int64)
         return logits, lengths, lengths < torch.tensor(wanted, dtype=torch.int64)
 
-    def flops(self, length: int) -> int:
-        """FLOPs of one pair of `length` tokens, special ones counted; the head is left out."""
-        return encoder_flops(self.config, length)
+    def flops(self, lengths: Tensor) -> int:
+        """FLOPs of pairs of these lengths in tokens, special ones counted; the head is left out."""
+        return encoder_flops(self.config, lengths)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tokenizers import Encoding
 from torch import Tensor
 
@@ -35,7 +34,7 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
     try:
         model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # transformers, tokenizers and safetensors raise of every kind; each means the same to the user
         raise UserError(f"model {name!r}: {folder} does not load: {str(error).strip().partition(chr(10))[0]}") from error
     missing = sorted(key for key in info["missing_keys"] if spare is None or spare not in key)
     if missing:
@@ -93,11 +92,12 @@ def forward(
             yield batch, tensors["attention_mask"], model(**tensors)
 
 
-def encoder_flops(config: Any, length: int) -> int:
-    """FLOPs of one text of `length` tokens through a transformer encoder; a multiplication and an addition are two.
+def encoder_flops(config: Any, lengths: Tensor) -> int:
+    """FLOPs of texts of these lengths in tokens (int64), together, through a transformer encoder; a multiplication and an addition are two.
 
     A layer has four d × d projections and two of d × m (m = intermediate size), 2·L·(4d² + 2dm), and attention's two
     products over L × L, 4·L²·d. Embeddings, norms, softmax and activations are left out (under 1%).
     """
     d, m = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    return int(config.num_hidden_layers * (2 * length * (4 * d * d + 2 * d * m) + 4 * length * length * d))
+    total, squares = int(lengths.sum()), int(lengths.square().sum())
+    return int(config.num_hidden_layers * (2 * total * (4 * d * d + 2 * d * m) + 4 * squares * d))
