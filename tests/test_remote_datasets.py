@@ -197,5 +197,5 @@ def test_an_unknown_ir_datasets_id_is_refused() -> None:
 def test_without_ir_datasets_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("ir_datasets") is not None:
         monkeypatch.setitem(sys.modules, "ir_datasets", None)
-    with pytest.raises(UserError, match="irds:vaswani needs ir_datasets: pip install 'rerank_lab\[irds\]'"):
+    with pytest.raises(UserError, match=r"irds:vaswani needs ir_datasets: pip install 'rerank_lab\[irds\]'"):
         load_dataset("irds:vaswani")
