@@ -20,7 +20,8 @@ TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()] + ["",
 
 
 def z(x: np.ndarray) -> np.ndarray:
-    return (x - x.mean()) / x.std()
+    centred: np.ndarray = (x - x.mean()) / x.std()
+    return centred
 
 
 def cosines(encoder: BiEncoder) -> np.ndarray:
@@ -42,7 +43,8 @@ def attention(encoder: BiEncoder, tau: float) -> np.ndarray:
 
 def token_score(A: np.ndarray) -> np.ndarray:
     w = A.max(1) - A.mean(1)
-    return w @ A / w.sum()
+    mean: np.ndarray = w @ A / w.sum()
+    return mean
 
 
 def raw_scores(reranker: Reranker, texts: list[str] = TEXTS) -> np.ndarray:
