@@ -38,9 +38,12 @@ class Journal:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out}: a file, not a folder")
         try:
+            new = not out.exists()
             out.mkdir(parents=True, exist_ok=True)
             (out / ".probe").touch()
             (out / ".probe").unlink()
+            if new:  # wrong input, found later, leaves no empty folder
+                out.rmdir()
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
         # While a run goes on over old results, both are there; the partial folder goes last.

@@ -267,8 +267,10 @@ def test_trim_keeps_what_a_later_shard_took_over_and_what_is_on_disk(tmp_path: P
     assert len(cache) == 3 and torch.equal(cache.gather(keys, True).tokens, vectors.tokens)
     disk = VectorCache("m", tmp_path, memory_bytes=0)
     disk.add(keys, vectors, True)
+    disk.folder = None  # as after a full disk
+    disk.add(*made(1), True)
     disk.trim()
-    assert len(disk) == 3
+    assert len(disk) == 3 and all(disk.has(key, True) for key in keys)
 
 
 def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,7 @@ def test_wrong_input_ends_in_exit_2_with_a_remedy_and_leaves_nothing(
 ) -> None:
     said = failing(capsys, "--dataset", folder, "--out", str(tmp_path / "out"), *arguments)
     assert re.search(message, said), said
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_malformed_corpus_line_is_named(beir: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
