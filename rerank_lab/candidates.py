@@ -110,7 +110,7 @@ def make_candidates(
     run = {q: r for q, r in run.items() if r.documents}
     digest = hashlib.sha256()
     for q, r in run.items():
-        digest.update("\0".join([q, *r.documents, ""]).encode())
+        digest.update(" ".join([q, *r.documents]).encode() + b"\n")  # no id holds either
     without = len(dataset.qrels) - len(run)
     if without:
         notes.append(f"{without} of {len(dataset.qrels)} judged queries have no candidates: they score 0 and count")

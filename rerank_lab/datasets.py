@@ -76,6 +76,7 @@ def load_dataset(spec: str, split: str = "test") -> Dataset:
     corpus = _collect(source.documents(), "document", digest)
     if not corpus:
         raise UserError(f"{spec}: the corpus is empty")
+    digest.update(b"\n")
     qrels = source.qrels[split]()
     all_queries = _collect(source.queries(), "query", None)
     queries = {q: text for q, text in all_queries.items() if q in qrels}
