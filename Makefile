@@ -2,8 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-
-
 .PHONY: eval test test-slow lint clean
 
 # Fast and best on the bundled collection; ARGS="--dataset path/to/beir" for another.

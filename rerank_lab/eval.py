@@ -25,7 +25,7 @@ from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.journal import Journal
 from rerank_lab.measures import DEFAULT, known_measures, parse_measures
-from rerank_lab.methods import METHODS, Method, make_method
+from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.cache import default_folder
 from rerank_lab.options import effective, parse
@@ -35,7 +35,6 @@ from rerank_lab.timing import peak_memory_mb, reset_peak_memory
 
 log = logging.getLogger("rerank_lab")
 WARM_UP = 2
-CROSS = "+cross"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +101,7 @@ def evaluate(options: argparse.Namespace) -> str:
     reset = reset_peak_memory()
     collected: dict[str, dict[str, Any]] = {}
     for label, method in methods.items():
-        ready = reranker.using(method, cross=label.split(":")[0] != "best")
+        ready = reranker.using(method, cross=runs_cross(label, method))
         collected[label] = _run_method(label, ready, dataset, candidates, journal, options)
     about = {
         "environment": describe(reranker.device) | {"peak_memory_per_method": reset, "vector_cache": reranker.cache_state},
@@ -121,7 +120,7 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]
     if names is None:
         names = [name for name, kind in METHODS.items() if options.model_cross or "cross-encoder" not in kind.roles]
         if options.model_cross:
-            names.append("best" + CROSS)
+            names.append(BEST_CROSS)
         else:
             left_out = ", ".join(name for name in METHODS if name not in names)
             print(f"{left_out} left out: they need a cross-encoder, named by --model-cross (a Hugging Face checkpoint or a folder)", file=sys.stderr)
@@ -129,11 +128,10 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]
     problems: list[str] = []
     for label in names:
         name, colon, settings = label.partition(":")
-        cross = name == "best" + CROSS
         defaults = {"stage1_top_k": max(1, options.top_k // 2)} if name == "optimal" else {}
         try:
-            methods[label] = make_method((name.removesuffix(CROSS) if cross else name) + colon + settings, **defaults)
-            if (cross or "cross-encoder" in methods[label].roles) and not options.model_cross:
+            methods[label] = make_method(("best" if name == BEST_CROSS else name) + colon + settings, **defaults)
+            if runs_cross(label, methods[label]) and not options.model_cross:
                 raise UserError(f"method {label!r} needs a cross-encoder: name one by --model-cross, a hub name or a folder")
         except UserError as error:
             problems.append(str(error))
@@ -155,7 +153,7 @@ def _out_folder(options: argparse.Namespace) -> Path:
 
 
 def _reranker(options: argparse.Namespace, methods: dict[str, Method]) -> Reranker:
-    needs_cross = any("cross-encoder" in m.roles or label.startswith("best" + CROSS) for label, m in methods.items())
+    needs_cross = any(runs_cross(label, method) for label, method in methods.items())
     return Reranker(
         options.model,
         next(iter(methods.values())),
@@ -241,7 +239,7 @@ def _cold(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidat
     cold |= {"peak_rss_mb": peak_memory_mb(), "measured": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
     if store is not None:
         try:
-            write_atomically(store, [json.dumps(cold)])
+            write_atomically(store, json.dumps(cold))
         except OSError as error:
             log.warning("timings: %s cannot be written (%s)", store, error.strerror)
     return cold
@@ -311,7 +309,7 @@ def _listing() -> str:
     for name, kind in METHODS.items():
         settings = ", ".join(f"{k}={v:g}" for k, v in kind().settings().items()) or "no settings"
         lines += [wrapped(name, f"needs a {' and a '.join(kind.roles)}; {settings}")]
-    lines += [wrapped("best" + CROSS, "best, with the cross-encoder's logit in its sum")]
+    lines += [wrapped(BEST_CROSS, "best, with the cross-encoder's logit in its sum")]
     lines += ["collections", wrapped("bundled", ", ".join(bundled_names())), wrapped("yours", "a BEIR folder or .zip, hf:NAME, irds:ID")]
     lines += ["measures", wrapped("default", ", ".join(DEFAULT)), wrapped("known", ", ".join(known_measures()) + "; most with @k")]
     return "\n".join(lines)

@@ -34,7 +34,7 @@ class Journal:
     """
 
     def __init__(self, out: Path, *, resume: bool, overwrite: bool):
-        self.out, self.partial = out, out / "partial"
+        self.out, self.partial, self.overwrite = out, out / "partial", overwrite
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out}: a file, not a folder")
         try:
@@ -47,12 +47,10 @@ class Journal:
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
         # While a run goes on over old results, both are there; the partial folder goes last.
-        self.finished = (out / RESULTS).is_file() and not self.partial.is_dir()
-        if overwrite:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.finished = False
-        elif not resume and (self.finished or self.partial.is_dir()):
-            state = "holds results" if self.finished else "holds an interrupted run"
+        done = (out / RESULTS).is_file() and not self.partial.is_dir()
+        self.finished = done and not overwrite
+        if not (overwrite or resume) and (done or self.partial.is_dir()):
+            state = "holds results" if done else "holds an interrupted run"
             raise UserError(f"{out} {state}: --resume to go on, --overwrite to replace, or another --out")
 
     def results(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -66,16 +64,18 @@ class Journal:
         return result
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Fixes what the run depends on, or checks it against the interrupted one's.
+        """Fixes what the run depends on, or checks it against the interrupted one's; all input has proved sound by now.
 
         Raises:
             UserError: the interrupted run had another configuration, collection, model or candidates; each is named.
         """
         path = self.partial / "config.json"
+        if self.overwrite:
+            shutil.rmtree(self.partial, ignore_errors=True)
         if path.is_file():
             self._compare(_load(path), config, "the interrupted run")
         else:
-            write_atomically(path, [json.dumps(config, indent=1)])
+            write_atomically(path, json.dumps(config, indent=1))
 
     def _compare(self, before: dict[str, Any], config: dict[str, Any], what: str) -> None:
         now = json.loads(json.dumps(config))
@@ -89,7 +89,7 @@ class Journal:
         if not path.is_file():
             return []
         found = list(_whole_lines(path))
-        write_atomically(path, [json.dumps(r) + "\n" for r in found])
+        write_atomically(path, "".join(json.dumps(r) + "\n" for r in found))
         return found
 
     def append(self, label: str, record: dict[str, Any]) -> None:
@@ -103,13 +103,7 @@ class Journal:
             if f"runs/{path.name}" not in files:
                 path.unlink()
         for name in sorted(files, key=lambda n: n == RESULTS):
-            content = files[name]
-            if isinstance(content, str):
-                write_atomically(self.out / name, [content])
-            else:
-                temporary = self.out / (name + ".tmp")
-                temporary.write_bytes(content)
-                temporary.replace(self.out / name)
+            write_atomically(self.out / name, files[name])
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _path(self, label: str) -> Path:

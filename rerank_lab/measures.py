@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import ir_measures
@@ -25,17 +26,23 @@ def parse_measures(names: Sequence[str]) -> list[Any]:
     measures, unknown = [], []
     for name in names:
         try:
-            measure = ir_measures.parse_measure(name)
-            # Providers in C crash on cut-offs below 1, and a sum over queries is no mean.
-            if any(isinstance(v, int) and v < 1 for v in measure.params.values()) or not isinstance(measure.aggregator(), MeanAgg):
-                raise ValueError(name)
-            list(ir_measures.iter_calc([measure], [ir_measures.Qrel("1", "1", 1)], [ir_measures.ScoredDoc("1", "1", 1.0)]))
-            measures.append(measure)
+            measures.append(_measure(name))
         except Exception:  # noqa: BLE001 - parsing and each provider raise their own kinds; any of them means that it cannot be used
             unknown.append(name)
     if unknown:
         raise UserError(f"measures not known or not computable here: {', '.join(unknown)}; valid: {', '.join(known_measures())}, most with @k")
     return measures
+
+
+@cache
+def _measure(name: str) -> Any:
+    """The measure, tried once on one judgement."""
+    measure = ir_measures.parse_measure(name)
+    # Providers in C crash on cut-offs below 1, and a sum over queries is no mean.
+    if any(isinstance(v, int) and v < 1 for v in measure.params.values()) or not isinstance(measure.aggregator(), MeanAgg):
+        raise ValueError(name)
+    list(ir_measures.iter_calc([measure], [ir_measures.Qrel("1", "1", 1)], [ir_measures.ScoredDoc("1", "1", 1.0)]))
+    return measure
 
 
 def known_measures() -> list[str]:

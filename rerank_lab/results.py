@@ -17,7 +17,7 @@ from rerank_lab.candidates import Candidates, oracle
 from rerank_lab.datasets import Dataset
 from rerank_lab.journal import RESULTS, file_name
 from rerank_lab.measures import coverage, evaluate, unjudged_share
-from rerank_lab.methods import Method
+from rerank_lab.methods import Method, runs_cross
 from rerank_lab.run import Ranked, Run, tie_rate, trec_lines
 
 SCHEMA = 1
@@ -100,7 +100,7 @@ def _row(
         "split": dataset.split,
         "method": label,
         "model": about["models"]["model"] if "bi-encoder" in method.roles else None,
-        "model_cross": about["models"]["model_cross"] if "cross-encoder" in method.roles or label.startswith("best+cross") else None,
+        "model_cross": about["models"]["model_cross"] if runs_cross(label, method) else None,
         "queries": len(frame),
         "timed_queries": len(records),
         "measures": {n: float(frame[n].mean()) for n in frame},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +60,11 @@ def trec_lines(run: Run, tag: str) -> Iterator[str]:
             yield f"{query} Q0 {document} {i + 1} {score:.0f} {tag}\n"
 
 
-def write_atomically(path: Path, parts: Iterable[str]) -> None:
-    """Writes text under a temporary name and renames it, so that the file is whole or not there."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes under a temporary name and renames it, so that the file is whole or not there; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.writelines(parts)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 

@@ -249,6 +249,16 @@ def test_an_interrupted_overwrite_is_resumed_not_taken_for_the_old_run(folder: s
     assert [r["method"] for r in load(out)["rows"]] == ["fast", "best"] and not (out / "partial").exists()
 
 
+def test_overwrite_with_wrong_input_keeps_the_interrupted_run(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    partial = tmp_path / "out" / "partial"
+    partial.mkdir(parents=True)
+    (partial / "fast.jsonl").write_text("kept")
+    failing(capsys, "--dataset", folder + "-misspelt", "--out", str(tmp_path / "out"), "--overwrite")
+    assert (partial / "fast.jsonl").read_text() == "kept"
+    assert main(["--dataset", folder, "--methods", "fast", "--cold-queries", "0", "--out", str(tmp_path / "out"), "--overwrite"]) == 0
+    assert not partial.exists()
+
+
 @pytest.mark.parametrize("content", ["{bad", "[]", "{}"])
 def test_damaged_files_of_a_run_offer_a_way_out(folder: str, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dataset", folder, "--cold-queries", "2", "--methods", "fast", "--out", str(tmp_path / "out")]

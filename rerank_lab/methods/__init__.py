@@ -13,8 +13,15 @@ from rerank_lab.methods.optimal import Optimal
 from rerank_lab.methods.standard import Standard
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal, Best)}
+# In one table best stands without a cross-encoder; this label is best with it.
+BEST_CROSS = "best+cross"
 
-__all__ = ["DROPPED", "METHODS", "Method", "Pool", "make_method"]
+__all__ = ["BEST_CROSS", "DROPPED", "METHODS", "Method", "Pool", "make_method", "runs_cross"]
+
+
+def runs_cross(label: str, method: Method) -> bool:
+    """Whether the row with this label (a spec, or BEST_CROSS with settings) runs the cross-encoder."""
+    return "cross-encoder" in method.roles or label.partition(":")[0] == BEST_CROSS
 
 
 def make_method(spec: str, **defaults: float) -> Method:

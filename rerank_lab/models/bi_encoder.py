@@ -58,8 +58,6 @@ class BiEncoder:
         UserError: no such checkpoint, or a module that is not known here.
     """
 
-    role = "bi-encoder"
-
     def __init__(self, folder: Path, name: str, *, subspace: Tensor | None = None, device: torch.device | str = "cpu"):
         from transformers import AutoModel
 

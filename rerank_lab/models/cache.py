@@ -1,8 +1,8 @@
 """Vectors that are made once: a cache by (model, token limit, text), in memory and, where a folder is given, on disk.
 
 On disk a model's vectors are shards, one safetensors file for each call of `add`, written to a temporary name and
-renamed to one that ends in its checksum, memory-mapped when read. A shard that does not read back (cut short, wrong checksum) is deleted with a warning
-and its texts are encoded again.
+renamed to one that ends in its checksum, memory-mapped when read. A shard that does not read back (cut short, wrong
+checksum) is deleted with a warning and its texts are encoded again.
 """
 
 from __future__ import annotations

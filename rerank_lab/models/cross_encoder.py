@@ -26,8 +26,6 @@ class CrossEncoder:
         UserError: no such checkpoint, no trained classification head in it, or more than one label.
     """
 
-    role = "cross-encoder"
-
     def __init__(self, folder: Path, name: str, *, device: torch.device | str = "cpu"):
         from transformers import AutoModelForSequenceClassification
 
