@@ -11,6 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from torch import Tensor
+
+# Without a GPU, Triton kernels run in its interpreter, which must be known before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 from rerank_lab import Reranker
 from rerank_lab.models import load_bi_encoder
@@ -27,6 +33,17 @@ DOCUMENTS = {
 }
 QUERIES = {"q1": "join two tables on a key", "q2": "complex-conjugating dot product", "q3": "zeros of a polynomial", "q4": "order rows by a column"}
 QRELS = {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}, "q3": {"d5": 1, "d3": 1}, "q4": {"d2": 1}}
+
+
+def unit(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Random unit vectors."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(x, dim=-1).to(DEVICE)
+
+
+def offsets(*lengths: int) -> Tensor:
+    """Where packed texts of these lengths begin and end."""
+    return torch.tensor([0, *lengths], dtype=torch.int64, device=DEVICE).cumsum(0)
 
 
 @pytest.fixture(autouse=True)

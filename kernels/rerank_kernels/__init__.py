@@ -1,9 +1,15 @@
-"""Operators of neural reranking: similarity with top-k, subspace attention, score fusion.
+"""Operators of neural reranking: a definition in plain torch, Triton kernels and a fast CPU path behind one call."""
 
-Needs torch alone and knows nothing of rerank_lab. Every operator is imported from here, never from the module
-that defines it, so that a faster implementation can take a name over without any caller changing.
-"""
+from __future__ import annotations
 
-from rerank_kernels.reference import MIN_TAU, contrast_score, pool_normalize, project_normalize, similarity_topk, subspace_attention, zscore
+from rerank_kernels.backend import BACKENDS, use_backend
+from rerank_kernels.contrast_score import contrast_score
+from rerank_kernels.project_normalize import pool_normalize, project_normalize, project_quantize
+from rerank_kernels.reference import MIN_TAU, zscore
+from rerank_kernels.similarity_topk import similarity_topk
+from rerank_kernels.subspace_attention import subspace_attention
 
-__all__ = ["MIN_TAU", "contrast_score", "pool_normalize", "project_normalize", "similarity_topk", "subspace_attention", "zscore"]
+__all__ = [
+    "BACKENDS", "MIN_TAU", "contrast_score", "pool_normalize", "project_normalize", "project_quantize", "similarity_topk", "subspace_attention",
+    "use_backend", "zscore",
+]  # fmt: skip

@@ -1,0 +1,75 @@
+"""Which implementation answers a call: the reference, the fast CPU path or the Triton kernels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+
+class _Absent:
+    """Stands for Triton where there is none (it has wheels for Linux alone): kernels can be defined, not launched."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, first: Any = None) -> Any:
+        return first
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Absent()
+
+__all__ = ["BACKENDS", "HAS_TRITON", "interpreted", "resolve", "tl", "triton", "use_backend"]
+HAS_TRITON = not isinstance(triton, _Absent)
+BACKENDS = ("auto", "reference", "cpu", "triton")
+_chosen: ContextVar[str] = ContextVar("rerank_kernels_backend", default="auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it, every operator runs on this backend.
+
+    Args:
+        name: "auto" (CUDA tensors: triton where it is installed, CPU tensors: cpu, others: reference), "reference", "cpu" or "triton".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, which works on CPU tensors; decided when triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve(tensor: Tensor) -> str:
+    """The backend for a call whose tensors are where this one is.
+
+    Raises:
+        ValueError: the chosen backend cannot run there.
+    """
+    name, device = _chosen.get(), tensor.device.type
+    if name == "auto":
+        return {"cuda": "triton" if HAS_TRITON else "reference", "cpu": "cpu"}.get(device, "reference")
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError("backend 'triton' needs the package triton, which is not installed")
+    if name == "cpu" and device != "cpu":
+        raise ValueError(f"backend 'cpu' runs on CPU tensors, not on {device}")
+    if name == "triton" and device != "cuda" and not interpreted():
+        raise ValueError(f"backend 'triton' runs on CUDA tensors, not on {device} (TRITON_INTERPRET=1 runs it in Triton's interpreter, slowly)")
+    return name

@@ -1,0 +1,192 @@
+"""The operators on the CPU: a small C library where the install built one, chunks of matrix products in torch where it did not.
+
+Arguments are taken as checked: `reference.py` says what they are. The environment variable RERANK_KERNELS_SIMD holds the library to
+a lower level than the processor has: avx512, avx2, baseline, or torch for no library at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from rerank_kernels.reference import dequantize
+
+LEVELS = ("baseline", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+# Rows a step of the torch path: its product with 64 queries stays in the cache.
+CHUNK = 8192
+# The library keeps a document's index in 32 bits.
+MAX_DOCUMENTS = 2**32
+_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:  # built for another machine
+                return None
+            library.rerank_attention.argtypes = [_I, _P, _N, _P, _P, _N, _P, _I, _P, _N, _P, _P, _P, _N, ctypes.c_float, _P]
+            library.rerank_topk.argtypes = [_I, _P, _N, _P, _N, _P, _I, _N, _N, _P, _P, _N, _I, _P, _P]
+            return library
+    return None
+
+
+@cache
+def _pool() -> ctypes.c_void_p | None:
+    """OpenMP's entry in the runtime that torch has loaded, so that its threads do this work too and none compete with them."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):  # without it: one thread
+        return None
+
+
+def _level() -> int:
+    """Which of the library's levels to use; −1 for torch."""
+    library, wanted = _library(), os.environ.get("RERANK_KERNELS_SIMD", LEVELS[-1])
+    if wanted not in (*LEVELS, "torch"):
+        raise ValueError(f"RERANK_KERNELS_SIMD must be one of {', '.join(LEVELS)} or torch, not {wanted!r}")
+    return -1 if library is None or wanted == "torch" else min(int(library.rerank_level()), LEVELS.index(wanted))
+
+
+def implementation() -> str:
+    """What runs here: "c-avx512", "c-avx2", "c-baseline" or "torch"."""
+    level = _level()
+    return "torch" if level < 0 else f"c-{LEVELS[level]}"
+
+
+def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
+    """As `reference.subspace_attention`, for checked arguments on the CPU.
+
+    Args:
+        q: packed query tokens, nnz_q × r, any float type; offsets and pairs as there.
+        d: packed document tokens, nnz_d × r: fp32, fp16, bf16, int8 or float8_e4m3fn.
+        scales: nnz_d, fp32: what each document token is multiplied by.
+
+    Returns:
+        fp32 of length Σ_p Lq(p). A NaN in a document makes that document's values NaN, one in a query token that token's.
+
+    Raises:
+        MemoryError: no memory for a thread's working space.
+    """
+    q, d, pairs = q.float().contiguous(), _plain(d), pairs.contiguous()
+    q_offsets, d_offsets = q_offsets.contiguous(), d_offsets.contiguous()
+    scales = None if scales is None else scales.float().contiguous()
+    lengths = q_offsets.diff()
+    ends = lengths[pairs[:, 0]].cumsum(0)
+    out = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.float32)
+    level, library = _level(), _library()
+    if not len(out):
+        return out
+    if level < 0 or library is None:
+        return _torch_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)
+    starts = ends - lengths[pairs[:, 0]]
+    failed = library.rerank_attention(
+        level, _pool(), torch.get_num_threads(), q.data_ptr(), q_offsets.data_ptr(), int(lengths.max()), d.data_ptr(), DTYPES[d.dtype],
+        d_offsets.data_ptr(), d.shape[1], _address(scales), pairs.data_ptr(), starts.data_ptr(), len(pairs), tau, out.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the working space of subspace_attention")
+    return out
+
+
+def similarity_topk(
+    queries: Tensor, documents: Tensor, k: int, segments: Tensor | None = None, metric: str = "cosine", scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `reference.similarity_topk`, for checked arguments on the CPU; the B × N similarities are never held at once.
+
+    Args:
+        queries: B × d, any float type; k, segments and metric as there.
+        documents: N × d: fp32, fp16, bf16, int8 or float8_e4m3fn.
+        scales: N, fp32: what each document is multiplied by.
+
+    Returns:
+        values (B × k, fp32) and indices (B × k, int64). NaN ranks below every number.
+
+    Raises:
+        MemoryError: no memory for a thread's results.
+    """
+    level, library = _level(), _library()
+    if level < 0 or library is None or len(documents) >= MAX_DOCUMENTS:
+        return chunked_topk(queries, documents, k, segments, metric, scales)
+    queries, documents = queries.float().contiguous(), _plain(documents)
+    scales = None if scales is None else scales.float().contiguous()
+    segments = None if segments is None else segments.contiguous()
+    if metric == "cosine":
+        queries = normalize(queries, dim=-1)
+    values, indices = torch.empty(len(queries), k, dtype=torch.float32), torch.empty(len(queries), k, dtype=torch.int64)
+    failed = library.rerank_topk(
+        level, _pool(), torch.get_num_threads(), queries.data_ptr(), len(queries), documents.data_ptr(), DTYPES[documents.dtype], len(documents),
+        documents.shape[1], _address(scales), _address(segments), k, metric == "cosine", values.data_ptr(), indices.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the results of similarity_topk")
+    return values, indices
+
+
+def _plain(x: Tensor) -> Tensor:
+    return (x if x.dtype in DTYPES else x.float()).contiguous()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _torch_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
+    """Each query's documents, their tokens gathered in chunks: one product a chunk, then maximum or sums by document."""
+    lengths, out = d_offsets.diff(), []
+    queries, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
+    for query, documents in zip(queries.tolist(), pairs[:, 1].split_with_sizes(counts.tolist())):
+        x = q[q_offsets[query] : q_offsets[query + 1]]
+        sizes = lengths[documents]
+        owner = torch.repeat_interleave(torch.arange(len(documents)), sizes)
+        rows = torch.arange(len(owner)) + (d_offsets[documents] + sizes - sizes.cumsum(0))[owner]
+        first, second = torch.full((len(documents), len(x)), -torch.inf if tau == 0 else 0.0), torch.zeros(len(documents), len(x))
+        for start in range(0, len(rows), CHUNK):
+            row, text = rows[start : start + CHUNK], owner[start : start + CHUNK]
+            s = dequantize(d[row], None if scales is None else scales[row]) @ x.T
+            if tau == 0:
+                first.scatter_reduce_(0, text[:, None].expand_as(s), s, "amax")
+            else:
+                weight = torch.exp((s - 1) / tau)
+                first.index_add_(0, text, weight * s)
+                second.index_add_(0, text, weight)
+        values = first if tau == 0 else first / second
+        values[sizes == 0] = -1.0
+        out.append(values.flatten())
+    return torch.cat(out)
+
+
+def chunked_topk(
+    queries: Tensor, documents: Tensor, k: int, segments: Tensor | None = None, metric: str = "cosine", scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`similarity_topk` in torch alone, on any device and for any k: products of 8,192 documents at a time, the best of each joined to those before."""
+    if segments is not None:
+        bounds = list(zip(segments[:-1].tolist(), segments[1:].tolist()))
+        parts = [chunked_topk(queries[n : n + 1], documents[a:b], k, None, metric, None if scales is None else scales[a:b]) for n, (a, b) in enumerate(bounds)]
+        if parts:
+            return torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])
+    queries = normalize(queries.float(), dim=-1) if metric == "cosine" else queries.float()
+    values, indices = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(documents), CHUNK):
+        block = dequantize(documents[start : start + CHUNK], None if scales is None else scales[start : start + CHUNK])
+        values = torch.cat([values, queries @ (normalize(block, dim=-1) if metric == "cosine" else block).T], 1)
+        places = torch.arange(values.shape[1], device=queries.device)
+        indices = torch.cat([indices, (places[indices.shape[1] :] + (start - indices.shape[1])).expand(len(queries), -1)], 1)
+        # Distinct integers that order as (value, −place) do, since topk itself leaves open which of equal values it takes.
+        bits = (values + 0.0).view(torch.int32).long()
+        rank = torch.where(values.isnan(), -(2**31), torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+        best = (rank * 2**31 - places).topk(min(k, values.shape[1]), 1).indices
+        values, indices = values.gather(1, best), indices.gather(1, best)
+    missing = k - values.shape[1]
+    return pad(values, (0, missing), value=-torch.inf), pad(indices, (0, missing), value=-1)

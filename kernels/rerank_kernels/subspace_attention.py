@@ -1,0 +1,297 @@
+"""Subspace attention: each query token's soft maximum of similarity over a document's tokens, for packed documents.
+
+With s_ij = q_i · d_j: A_i = Σ_j exp((s_ij − 1)/τ) s_ij / Σ_j exp((s_ij − 1)/τ), which is MaxSim's max_j s_ij at τ = 0.
+Token vectors are at unit length, so s ≤ 1 and the fixed shift of 1 replaces a running maximum: numerator and denominator
+are plain sums. A document without tokens scores −1, a query without tokens has no values, a NaN stays in its document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_kernels import backend, checks, cpu, reference
+from rerank_kernels.backend import tl, triton
+from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
+from rerank_kernels.reference import MIN_TAU
+
+OP = "subspace_attention"
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load(q_ptr, d_ptr, q_row, q_live, d_row, d_live, k, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One step of d: document rows × BLOCK_D, and BLOCK_D × query columns, in one element type."""
+    inside = k < D if D % BLOCK_D else k >= 0
+    x = tl.load(d_ptr + d_row[:, None] * D + k[None, :], mask=d_live[:, None] & inside[None, :], other=0.0)
+    w = tl.load(q_ptr + q_row[None, :] * D + k[:, None], mask=q_live[None, :] & inside[:, None], other=0.0)
+    x = x.to(w.dtype)
+    if INTERPRETED:  # the interpreter multiplies bf16's bits as integers
+        return x.to(tl.float32), w.to(tl.float32)
+    return x, w
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, q_offsets, d_ptr, d_offsets, scale_ptr, pairs, out_offsets, out_ptr, inv_tau,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MAXSIM: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    query, document = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
+    q_start, d_start = tl.load(q_offsets + query), tl.load(d_offsets + document)
+    Lq, Ld = tl.load(q_offsets + query + 1) - q_start, tl.load(d_offsets + document + 1) - d_start
+    if tl.program_id(1) * BLOCK_N >= Lq:
+        return
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if MAXSIM:
+        best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
+    else:
+        num = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        den = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # One loop over tiles of rows and steps of d: a loop within a loop would stage the whole width in shared memory.
+    for step in range(tl.cdiv(Ld, BLOCK_M) * CHUNKS):
+        row = (step // CHUNKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+        k = (step % CHUNKS) * BLOCK_D + tl.arange(0, BLOCK_D)
+        x, w = _load(q_ptr, d_ptr, q_start + col, col < Lq, d_start + row, row < Ld, k, D, BLOCK_D)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if step % CHUNKS == CHUNKS - 1:
+            s = acc
+            if SCALED:
+                s *= tl.load(scale_ptr + d_start + row, mask=row < Ld, other=0.0)[:, None]
+            if MAXSIM:
+                best = tl.maximum(best, tl.where((row < Ld)[:, None], s, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
+            else:
+                p = tl.where((row < Ld)[:, None], tl.exp2((s - 1.0) * (inv_tau * LOG2E)), 0.0)
+                num += p * s
+                den += p
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if MAXSIM:
+        a = tl.where(tl.sum((best != best).to(tl.int32), 0) > 0, float("nan"), tl.max(best, 0))
+    else:
+        a = tl.sum(num, 0) / tl.sum(den, 0)
+    tl.store(out_ptr + tl.load(out_offsets + pair) + col, tl.where(Ld > 0, a, -1.0), mask=col < Lq)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr, q_ptr, q_offsets, d_ptr, d_offsets, scale_ptr, pairs, out_offsets, dq_ptr, dd_ptr, inv_tau,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MAXSIM: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dA_i/ds_ij = p_ij/Σp (1 + (s_ij − A_i)/τ); MaxSim's goes to the first token that reaches the maximum."""
+    pair = tl.program_id(0)
+    query, document = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
+    q_start, d_start = tl.load(q_offsets + query), tl.load(d_offsets + document)
+    Lq, Ld = tl.load(q_offsets + query + 1) - q_start, tl.load(d_offsets + document + 1) - d_start
+    if tl.program_id(1) * BLOCK_N >= Lq:
+        return
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    grad = tl.load(grad_ptr + tl.load(out_offsets + pair) + col, mask=col < Lq, other=0.0)
+    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    first = tl.full((BLOCK_N,), -1, tl.int64)
+    num = tl.zeros((BLOCK_N,), tl.float32)
+    den = tl.zeros((BLOCK_N,), tl.float32)
+    for sweep in range(2):  # what the softmax needs, then the gradient
+        for tile in range(tl.cdiv(Ld, BLOCK_M)):
+            row = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for chunk in range(CHUNKS):
+                k = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+                x, w = _load(q_ptr, d_ptr, q_start + col, col < Lq, d_start + row, row < Ld, k, D, BLOCK_D)
+                s = tl.dot(x, w, s, input_precision=PRECISION)
+            if SCALED:
+                scale = tl.load(scale_ptr + d_start + row, mask=row < Ld, other=0.0)
+                s *= scale[:, None]
+            live = (row < Ld)[:, None]
+            p = tl.where(live, tl.exp2((s - 1.0) * (inv_tau * LOG2E)), 0.0)
+            if sweep == 0:
+                if MAXSIM:
+                    top, at = tl.max(tl.where(live, s, float("-inf")), 0, return_indices=True, return_indices_tie_break_left=True)
+                    first = tl.where(top > best, tile * BLOCK_M + at, first)
+                    best = tl.maximum(best, top)
+                else:
+                    num += tl.sum(p * s, 0)
+                    den += tl.sum(p, 0)
+            else:
+                if MAXSIM:
+                    g = tl.where(row[:, None] == first[None, :], grad[None, :], 0.0)
+                else:
+                    g = p * (grad / den)[None, :] * (1.0 + (s - (num / den)[None, :]) * inv_tau)
+                if SCALED:
+                    g *= scale[:, None]
+                for chunk in range(CHUNKS):
+                    k = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+                    x, w = _load(q_ptr, d_ptr, q_start + col, col < Lq, d_start + row, row < Ld, k, D, BLOCK_D)
+                    dq = tl.dot(tl.trans(g).to(x.dtype), x, input_precision=PRECISION)
+                    tl.atomic_add(dq_ptr + (q_start + col)[:, None] * D + k[None, :], dq, mask=(col < Lq)[:, None] & (k < D)[None, :])
+                    if not SCALED:
+                        dd = tl.dot(g.to(x.dtype), tl.trans(w), input_precision=PRECISION)
+                        tl.atomic_add(dd_ptr + (d_start + row)[:, None] * D + k[None, :], dd, mask=live & (k < D)[None, :])
+
+
+def configuration(direction: str, arch: str, dtype: str, d: int, Lq: int) -> Config:
+    """Tiles by direction, architecture, dtype, width and query tokens, chosen from what the compiler reports."""
+    found = tuned().get(key(OP, direction, arch, dtype, d))
+    if found is not None:
+        return found
+    # Documents on M: 64 rows are one warp group's matrix instruction, and a query never fills a row of it with nothing.
+    columns = 16 if Lq <= 16 else 32
+    if direction == "backward":
+        return Config(32, columns, 16, 4, 1) if dtype == "fp32" else Config(64, columns, 64, 8, 2)
+    # Steps of 64 divide 384 and keep three stages of documents and queries in 36 kB: 5 to 6 blocks a multiprocessor.
+    # fp32 goes through three TF32 products, whose operands take the registers that a third stage would feed.
+    return Config(64, columns, 32, 4, 2) if dtype == "fp32" else Config(64, columns, 64, 4, 3)
+
+
+def _constants(direction: str, config: Config, dtype: str, d: int, tau: float) -> dict[str, Any]:
+    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    scaled = dtype in ("int8", "fp8")
+    return {"D": d, **tiles, "MAXSIM": tau == 0, "SCALED": scaled, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee"}
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Every compilation that ships, on 1 query of 32 tokens and 1,000 documents of 160."""
+    Ld, N = 160, 1000
+    shipped = [(t, "forward", 32, 0.1) for t in ("fp16", "bf16", "fp32", "int8", "fp8")] + [(t, "backward", 32, 0.1) for t in ("fp16", "bf16", "fp32")]
+    for dtype, direction, Lq, tau in [*shipped, ("fp16", "forward", 16, 0.1), ("fp16", "forward", 32, 0.0), ("fp16", "backward", 32, 0.0)]:
+        if dtype == "fp8" and arch == "sm_80":
+            continue
+        for d in (128, 384):
+            config = configuration(direction, arch, dtype, d, Lq)
+            kernel = _forward_kernel if direction == "forward" else _backward_kernel
+            constants = _constants(direction, config, dtype, d, tau)
+            types = {"q_ptr": "*fp16" if dtype in ("int8", "fp8") else POINTERS[dtype], "d_ptr": POINTERS[dtype], "inv_tau": "fp32"}
+            fp32 = ("grad_ptr", "scale_ptr", "out_ptr", "dq_ptr", "dd_ptr")
+            signature = {n: "constexpr" if n in constants else types.get(n, "*fp32" if n in fp32 else "*i64") for n in kernel.arg_names}
+            moved = N * Ld * (d * WIDTHS[dtype] + 4 * constants["SCALED"]) + N * Lq * 4
+            shape, flops = f"1 query x {Lq} tokens, {N:,} documents x {Ld}, d {d}" + (", tau 0" if tau == 0 else ""), 2.0 * N * Lq * Ld * d
+            if direction == "backward":  # twice through the documents, their gradient added in fp32; scores twice and two products
+                moved, flops = 2 * moved + N * Ld * d * 8, 4 * flops
+            yield Variant(OP, direction, dtype, d, config, kernel, signature, constants, shape, moved, flops)
+
+
+def _launch(direction: str, tensors: dict[str, Tensor], d: Tensor, Lq: int, tau: float, P: int) -> None:
+    dtype = NAMES[d.dtype]
+    config = configuration(direction, architecture(d.device), dtype, d.shape[1], Lq)
+    kernel = _forward_kernel if direction == "forward" else _backward_kernel
+    kernel[(P, triton.cdiv(Lq, config.block_n))](
+        **tensors,
+        inv_tau=1 / tau if tau else 1.0,
+        **_constants(direction, config, dtype, d.shape[1], tau),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _packed(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, scales: Tensor | None, pairs: Tensor) -> tuple[dict[str, Tensor], int, Tensor]:
+    """What both kernels take, the longest query's length, and where each pair's values stand."""
+    checks.check(d.dtype != torch.float8_e4m3fn or architecture(d.device) != "sm_80", "d", "int8 on this GPU, which has no fp8", d.dtype)
+    lengths = q_offsets.diff()[pairs[:, 0]]
+    out_offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    compute = torch.float16 if d.dtype in checks.QUANTIZED else d.dtype
+    tensors = {
+        "q_ptr": q.to(compute).contiguous(), "q_offsets": q_offsets.contiguous(), "d_ptr": d.contiguous(), "d_offsets": d_offsets.contiguous(),
+        "scale_ptr": (q_offsets if scales is None else scales).contiguous(), "pairs": pairs.contiguous(), "out_offsets": out_offsets,
+    }  # fmt: skip
+    return tensors, int(lengths.amax()) if len(lengths) else 0, out_offsets
+
+
+@torch.library.custom_op("rerank_kernels::subspace_attention", mutates_args=())
+def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
+    checks.rising(("q_offsets", q_offsets, len(q)), ("d_offsets", d_offsets, len(d)))
+    if len(pairs):
+        low, high = pairs.aminmax(dim=0)
+        inside = bool((low >= 0).all()) and int(high[0]) < len(q_offsets) - 1 and int(high[1]) < len(d_offsets) - 1
+        wanted = f"(query, document) among {len(q_offsets) - 1} queries and {len(d_offsets) - 1} documents"
+        checks.check(inside, "pairs", wanted, f"({int(low[0])}…{int(high[0])}, {int(low[1])}…{int(high[1])})")
+    match backend.resolve(q):
+        case "reference":
+            return reference.subspace_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)
+        case "cpu":
+            return cpu.subspace_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)
+    tensors, Lq, out_offsets = _packed(q, q_offsets, d, d_offsets, scales, pairs)
+    out = torch.empty(int(out_offsets[-1]), device=q.device)
+    if len(out):
+        _launch("forward", {**tensors, "out_ptr": out}, d, Lq, tau, len(pairs))
+    return out
+
+
+@_op.register_fake
+def _(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
+    return q.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
+
+
+@torch.library.custom_op("rerank_kernels::subspace_attention_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor, q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and of d (zero rows for quantised documents), fp32, added up with atomics where pairs share tokens."""
+    if backend.resolve(q) != "triton":
+        return reference.subspace_attention_backward(grad, q, q_offsets, d, d_offsets, pairs, tau, scales)
+    tensors, Lq, _ = _packed(q, q_offsets, d, d_offsets, scales, pairs)
+    dq, dd = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(d, dtype=torch.float32)
+    if len(grad):
+        _launch("backward", {**tensors, "grad_ptr": grad.contiguous(), "dq_ptr": dq, "dd_ptr": dd}, d, Lq, tau, len(pairs))
+    return dq, dd
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q, dtype=torch.float32), torch.empty_like(d, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.tau, scales = inputs
+    ctx.save_for_backward(*tensors, scales)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, q_offsets, d, d_offsets, pairs, scales = ctx.saved_tensors
+    dq, dd = _backward_op(grad, q, q_offsets, d, d_offsets, pairs, ctx.tau, scales)
+    return dq.to(q.dtype), None, dd.to(d.dtype) if d.is_floating_point() else None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
+    """Soft maximum of each query token's similarity over a document's tokens; the formula stands at the top of this file.
+
+    Differentiable in q and d (fp32, fp16, bf16). Quantised documents are computed with in fp16, others in their own
+    dtype, to which q is cast; sums are fp32.
+
+    Args:
+        q: packed query tokens, nnz_q × r, unit length (or zero), fp32, fp16 or bf16.
+        q_offsets: B + 1, int64: query b owns the rows q_offsets[b] to q_offsets[b + 1].
+        d: packed document tokens, nnz_d × r, unit length (or zero), fp32, fp16, bf16, int8 or float8_e4m3fn.
+        d_offsets: N + 1, int64.
+        pairs: P × 2 int64, (query, document).
+        tau: temperature; 0 is MaxSim exactly.
+        scales: nnz_d, fp32: what each row of int8 or fp8 documents is multiplied with.
+
+    Returns:
+        fp32 of length Σ_p Lq(p): pair after pair, one value a query token. A document without tokens scores −1 for
+        every query token, a query without tokens has no values.
+
+    Raises:
+        ValueError: 0 < tau < 0.025 (exp underflows in fp32), tau < 0, or arguments that do not fit; the message
+            names the argument and what it held.
+    """
+    checks.check(tau == 0 or MIN_TAU <= tau < float("inf"), "tau", f"0 (MaxSim) or at least {MIN_TAU}", tau)
+    checks.matrix("q", q)
+    checks.matrix("d", d, checks.FLOATS + checks.QUANTIZED, q.shape[1])
+    checks.row_scales("d", d, scales)
+    checks.offsets("q_offsets", q_offsets)
+    checks.offsets("d_offsets", d_offsets)
+    good = pairs.ndim == 2 and pairs.shape[1] == 2 and pairs.dtype == torch.int64
+    checks.check(good, "pairs", "P × 2 int64", f"{pairs.dtype} of shape {tuple(pairs.shape)}")
+    checks.same_device(q=q, q_offsets=q_offsets, d=d, d_offsets=d_offsets, pairs=pairs, scales=scales)
+    out: Tensor = _op(q, q_offsets, d, d_offsets, pairs, float(tau), scales)
+    return out
