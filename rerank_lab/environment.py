@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from rerank_kernels import backend, cpu
+
 PACKAGES = ("rerank_lab", "torch", "triton", "transformers", "tokenizers", "numpy", "scipy", "ir_measures", "pytrec_eval-terrier", "bm25s", "PyStemmer")
 
 
@@ -25,8 +27,19 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "kernels": kernels(device),
         "commit": _commit(),
     }
+
+
+def kernels(device: torch.device) -> str:
+    """What answers the operators' calls on this device now: "reference", "triton", or "cpu" with what it runs there (c-avx512, torch …).
+
+    Raises:
+        ValueError: the chosen backend cannot run on this device.
+    """
+    name = backend.resolve(torch.empty(0, device=device))
+    return f"cpu ({cpu.implementation()})" if name == "cpu" else name
 
 
 def _version(package: str) -> str | None:

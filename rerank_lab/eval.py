@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rerank_kernels import use_backend
 from rerank_lab import results
 from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
-from rerank_lab.environment import describe
+from rerank_lab.environment import describe, kernels
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.journal import Journal
 from rerank_lab.measures import DEFAULT, known_measures, parse_measures
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(handler)
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        print(_listing() if options.list else evaluate(options))
+        with use_backend(options.kernels):
+            print(_listing() if options.list else evaluate(options))
         return 0
     except UserError as error:
         print(f"rerank_lab: error: {error}", file=sys.stderr)
@@ -91,6 +93,10 @@ def evaluate(options: argparse.Namespace) -> str:
     for note in dataset.notes:
         log.warning("%s: %s", dataset.name, note)
     reranker = _reranker(options, methods)
+    try:
+        kernels(reranker.device)
+    except ValueError as error:
+        raise UserError(f"--kernels {options.kernels}: {error}") from None
     log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
     candidates = _candidates(options, dataset, reranker, any(m.tokens for m in methods.values()))
     for note in candidates.notes:

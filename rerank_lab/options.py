@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rerank_kernels import BACKENDS
 from rerank_lab.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -85,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    machine.add_argument(
+        "--kernels", choices=BACKENDS, default="auto", help="which implementation of the operators runs; auto: triton on CUDA, cpu on the CPU (default: auto)"
+    )
     machine.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
     machine.add_argument("--cache", type=Path, metavar="DIR", help="vector cache (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")

@@ -49,12 +49,13 @@ class Best(Method):
             terms.append((pool.logits(kept).to(cosine.device), self.cross_weight))
         with pool.clock.phase("score"):
             count, length = len(kept), len(query.tokens)
-            pairs = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], 1)
+            places = torch.arange(count + 1, device=cosine.device)
+            pairs = torch.stack([torch.zeros_like(places[1:]), places[:-1]], 1)
             A = subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, pairs, self.tau)
             scores = contrast_score(
                 A,
-                torch.arange(count + 1) * length,
-                torch.tensor([0, count]),
+                places * length,
+                places[[0, -1]],
                 cosine[kept],
                 alpha=self.alpha,
                 terms=terms,
