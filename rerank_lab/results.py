@@ -250,7 +250,7 @@ def report(result: dict[str, Any]) -> str:
         "",
         f"    {command}",
         "",
-        f"at commit {env['commit'] or 'unknown'} on {env['cpu']}, {env['cpus']} CPUs, {env['threads']} threads, device {env['device']}, Python {env['python']}, {versions}.",
+        f"at commit {env['commit'] or 'unknown'} on {env['cpu']}, {env['cpus']} CPUs, {env['threads']} threads, device {env['device']}, kernels {env['kernels']}, Python {env['python']}, {versions}.",
     ]
     lines += [f"Collection {result['dataset']['hash'][:16]}, candidates {result['candidates']['hash'][:16]}."]
     return "\n".join(lines) + "\n"

@@ -316,6 +316,29 @@ def test_cold_timings_are_kept_until_something_changes(folder: str, tmp_path: Pa
     assert c["cold_latency_ms"] != a["cold_latency_ms"] and c["cold_sample"]["queries"] == 2
 
 
+def test_every_backend_gives_the_same_measures_and_the_results_name_it(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, scores = {}, {}
+    for name in ("reference", "cpu", "triton"):
+        assert (
+            main(["--dataset", folder, "--methods", "fast,best", "--kernels", name, "--device", "cpu", "--cold-queries", "0", "--out", str(tmp_path / name)])
+            == 0
+        )
+        results[name], scores[name] = load(tmp_path / name), pd.read_parquet(tmp_path / name / "scores.parquet")
+    assert [results[name]["environment"]["kernels"].partition(" (")[0] for name in results] == ["reference", "cpu", "triton"]
+    assert "kernels cpu (" in (tmp_path / "cpu" / "report.md").read_text()
+    for name in ("cpu", "triton"):
+        assert [row["measures"] for row in results[name]["rows"]] == [row["measures"] for row in results["reference"]["rows"]]
+        pd.testing.assert_frame_equal(scores[name], scores["reference"], atol=1e-2 if name == "triton" else 1e-4, rtol=0)  # z stretches rounding to fp16
+
+
+def test_kernels_that_cannot_run_here_are_wrong_input(folder: str, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [*COMMAND, "--dataset", folder, "--methods", "fast", "--kernels", "triton", "--device", "cpu", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 2 and "--kernels triton: backend 'triton' runs on CUDA tensors" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     text = capsys.readouterr().out

@@ -31,6 +31,7 @@ def test_cranfield(collection: Callable[[str], Path], tmp_path: Path) -> None:
     ndcg = measures(evaluated(collection("cranfield"), tmp_path / "out", "--methods", "fast,best"), "nDCG@10")
     assert ndcg["fast"] == pytest.approx(0.3736, abs=0.001)
     assert ndcg["best"] >= 0.400
+    assert measures(evaluated(collection("cranfield"), tmp_path / "definition", "--methods", "fast,best", "--kernels", "reference"), "nDCG@10") == ndcg
 
 
 def test_bm25_on_scifact(collection: Callable[[str], Path]) -> None:
@@ -54,3 +55,6 @@ def test_scifact_and_a_second_run_from_the_cache(collection: Callable[[str], Pat
     assert measures(result, "R@100")["fast"] == pytest.approx(0.9250, abs=0.0005)
     assert measures(result, "nDCG@10")["best"] >= 0.710
     assert seconds[0] >= 10 * seconds[1]
+    definition = evaluated(folder, tmp_path / "definition", "--methods", "fast,best", "--kernels", "reference")
+    for method, value in measures(definition, "nDCG@10").items():
+        assert value == pytest.approx(measures(result, "nDCG@10")[method], abs=5e-5)

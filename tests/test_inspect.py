@@ -98,7 +98,7 @@ def test_the_table_fits_a_terminal(hopper: list[Row]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["3.6.0", "3.7.1"])
-def test_no_configuration_spills_on_any_architecture(release: str, tmp_path: Path) -> None:
+def test_a_release_of_triton_spills_nowhere_and_interprets_alike(release: str, tmp_path: Path) -> None:
     path = []
     if version("triton") != release:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), f"triton=={release}"]
@@ -109,6 +109,10 @@ def test_no_configuration_spills_on_any_architecture(release: str, tmp_path: Pat
     rows = rows_of(path=path)
     nothing_spilled(rows)
     hopper_budgets(rows)
+    tests = [f"tests/test_{operator}.py" for operator in (*OPERATORS, "contrast_score", "project_normalize")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-x", *tests], capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(

@@ -170,15 +170,39 @@ static void run(parallel start, worker work, void *job, int64_t threads, int64_t
 int rerank_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) return 2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
 }
 
+static int rises(const int64_t *offsets, int64_t count, int64_t rows) {
+    int64_t falls = offsets[0] != 0 || offsets[count] != rows;
+    for (int64_t i = 0; i < count; i++) falls |= offsets[i + 1] < offsets[i];
+    return !falls;
+}
+
+/* Where each pair's values begin (out_at, count + 1) and the longest query's length; -1 where offsets or pairs do not fit. */
+int64_t rerank_layout(const int64_t *q_offsets, int64_t queries, int64_t q_rows, const int64_t *d_offsets, int64_t documents, int64_t d_rows,
+                      const int64_t *pairs, int64_t count, int64_t *out_at) {
+    int64_t longest = 0, at = 0;
+    if (!rises(q_offsets, queries, q_rows) || !rises(d_offsets, documents, d_rows)) return -1;
+    for (int64_t p = 0; p < count; p++) {
+        int64_t query = pairs[2 * p], document = pairs[2 * p + 1];
+        if (query < 0 || query >= queries || document < 0 || document >= documents) return -1;
+        int64_t length = q_offsets[query + 1] - q_offsets[query];
+        out_at[p] = at, at += length, longest = length > longest ? length : longest;
+    }
+    out_at[count] = at;
+    return longest;
+}
+
 /* Both return 1 where memory ran out, else 0. */
 int rerank_attention(int level, parallel start, int64_t threads, const float *q, const int64_t *q_offsets, int64_t longest, const void *d, int type,
-                     const int64_t *d_offsets, int64_t dim, const float *scales, const int64_t *pairs, const int64_t *out_at, int64_t count, float tau, float *out) {
+                     const int64_t *d_offsets, int64_t dim, const float *scales, const int64_t *pairs, const int64_t *out_at, int64_t count,
+                     float tau, float *out) {
     attention job = {q, scales, d, q_offsets, d_offsets, pairs, out_at, count, dim, longest, 0, tau, out, type, 0};
     if (count) run(start, ATTENTION[level], &job, threads, (count + CHUNK - 1) / CHUNK);
     return job.failed;

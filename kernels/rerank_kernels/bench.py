@@ -23,11 +23,10 @@ import torch
 
 from rerank_kernels import bench_peers as peers
 from rerank_kernels import cpu, similarity_topk, subspace_attention
+from rerank_kernels.inspect import GPUS
 
 TOLERANCE = {"ragged": 2e-4, "search": 2e-5, "cuda": 5e-2}  # sums over 32 tokens, dot products, the same in fp16
 TAU = 0.1
-# Bytes/s and dense fp16 FLOP/s by the makers' data sheets (SXM parts).
-GPUS = {"A100": (2.04e12, 312e12), "H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12), "B200": (8.0e12, 2250e12)}
 Row = dict[str, Any]
 
 EPILOG = """Each task's contenders take turns, after one call each to warm up; times are medians over the rounds. "vs ours" is a contender's
@@ -155,10 +154,12 @@ def _time(task: peers.Ragged | peers.Search, rounds: int, side: int, with_peers:
 def _cuda(quick: bool, with_peers: bool) -> list[dict[str, Any]]:
     do_bench = import_module("triton.testing").do_bench
     name = torch.cuda.get_device_name()
-    known = next((key for key in GPUS if key in name), None)
+    known = next((gpu for gpu in GPUS.values() if gpu.name.split()[0] in name), None)
     block = torch.empty(2**28, dtype=torch.int8, device="cuda")
     other = torch.empty_like(block)
-    bandwidth, peak = GPUS[known] if known else (2 * block.nbytes / (do_bench(lambda: other.copy_(block), return_mode="median") / 1e3), float("inf"))
+    bandwidth, peak = (
+        (known.bandwidth, known.fp16) if known else (2 * block.nbytes / (do_bench(lambda: other.copy_(block), return_mode="median") / 1e3), float("inf"))
+    )
     tasks = []
     ragged: list[peers.Ragged | peers.Search] = [peers.Ragged(d, 50 if quick else 1000) for d in (128, 384)]
     for task in [*ragged, *(peers.Search(queries, 2000 if quick else 100_000) for queries in (1, 64))]:
@@ -188,7 +189,7 @@ def _cuda(quick: bool, with_peers: bool) -> list[dict[str, Any]]:
                 row["difference"] = float((result.float() - ours.float()).abs().max())
                 row["wrong"] = not row["difference"] <= TOLERANCE["cuda"]
             rows.append(row)
-        tasks.append({"task": title, "bandwidth_gbs": bandwidth / 1e9, "bandwidth_from": known or "a copy on this GPU", "rows": rows})
+        tasks.append({"task": title, "bandwidth_gbs": bandwidth / 1e9, "bandwidth_from": known.name if known else "a copy on this GPU", "rows": rows})
     return tasks
 
 

@@ -36,6 +36,7 @@ def _library() -> ctypes.CDLL | None:
                 library = ctypes.CDLL(str(path))
             except OSError:  # built for another machine
                 return None
+            library.rerank_layout.argtypes, library.rerank_layout.restype = [_P, _N, _N, _P, _N, _N, _P, _N, _P], _N
             library.rerank_attention.argtypes = [_I, _P, _N, _P, _P, _N, _P, _I, _P, _N, _P, _P, _P, _N, ctypes.c_float, _P]
             library.rerank_topk.argtypes = [_I, _P, _N, _P, _N, _P, _I, _N, _N, _P, _P, _N, _I, _P, _P]
             return library
@@ -65,6 +66,61 @@ def implementation() -> str:
     return "torch" if level < 0 else f"c-{LEVELS[level]}"
 
 
+def native_attention(
+    q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None
+) -> Tensor | None:
+    """`subspace_attention` by the C library, which looks at offsets and pairs itself: None without it, or where they do not fit.
+
+    Raises:
+        MemoryError: no memory for a thread's working space.
+    """
+    level, library = _level(), _library()
+    if level < 0 or library is None:
+        return None
+    q, d, pairs = q.float().contiguous(), _plain(d), pairs.contiguous()
+    q_offsets, d_offsets = q_offsets.contiguous(), d_offsets.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    starts = torch.empty(len(pairs) + 1, dtype=torch.int64)
+    longest = library.rerank_layout(
+        q_offsets.data_ptr(), len(q_offsets) - 1, len(q), d_offsets.data_ptr(), len(d_offsets) - 1, len(d), pairs.data_ptr(), len(pairs), starts.data_ptr()
+    )
+    if longest < 0:
+        return None
+    out = torch.empty(int(starts[-1]))
+    failed = len(out) and library.rerank_attention(
+        level, _pool(), torch.get_num_threads(), q.data_ptr(), q_offsets.data_ptr(), longest, d.data_ptr(), DTYPES[d.dtype],
+        d_offsets.data_ptr(), d.shape[1], _address(scales), pairs.data_ptr(), starts.data_ptr(), len(pairs), tau, out.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the working space of subspace_attention")
+    return out
+
+
+def torch_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
+    """`subspace_attention` in torch alone: each query's documents, their tokens in chunks, one product a chunk, then maximum or sums by document."""
+    q, lengths, out = q.float(), d_offsets.diff(), [torch.zeros(0)]
+    queries, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
+    for query, documents in zip(queries.tolist(), pairs[:, 1].split_with_sizes(counts.tolist())):
+        x = q[q_offsets[query] : q_offsets[query + 1]]
+        sizes = lengths[documents]
+        owner = torch.repeat_interleave(torch.arange(len(documents)), sizes)
+        rows = torch.arange(len(owner)) + (d_offsets[documents] + sizes - sizes.cumsum(0))[owner]
+        first, second = torch.full((len(documents), len(x)), -torch.inf if tau == 0 else 0.0), torch.zeros(len(documents), len(x))
+        for start in range(0, len(rows), CHUNK):
+            row, text = rows[start : start + CHUNK], owner[start : start + CHUNK]
+            s = dequantize(d[row], None if scales is None else scales[row]) @ x.T
+            if tau == 0:
+                first.scatter_reduce_(0, text[:, None].expand_as(s), s, "amax")
+            else:
+                weight = torch.exp((s - 1) / tau)
+                first.index_add_(0, text, weight * s)
+                second.index_add_(0, text, weight)
+        values = first if tau == 0 else first / second
+        values[sizes == 0] = -1.0
+        out.append(values.flatten())
+    return torch.cat(out)
+
+
 def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
     """As `reference.subspace_attention`, for checked arguments on the CPU.
 
@@ -79,25 +135,8 @@ def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tenso
     Raises:
         MemoryError: no memory for a thread's working space.
     """
-    q, d, pairs = q.float().contiguous(), _plain(d), pairs.contiguous()
-    q_offsets, d_offsets = q_offsets.contiguous(), d_offsets.contiguous()
-    scales = None if scales is None else scales.float().contiguous()
-    lengths = q_offsets.diff()
-    ends = lengths[pairs[:, 0]].cumsum(0)
-    out = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.float32)
-    level, library = _level(), _library()
-    if not len(out):
-        return out
-    if level < 0 or library is None:
-        return _torch_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)
-    starts = ends - lengths[pairs[:, 0]]
-    failed = library.rerank_attention(
-        level, _pool(), torch.get_num_threads(), q.data_ptr(), q_offsets.data_ptr(), int(lengths.max()), d.data_ptr(), DTYPES[d.dtype],
-        d_offsets.data_ptr(), d.shape[1], _address(scales), pairs.data_ptr(), starts.data_ptr(), len(pairs), tau, out.data_ptr(),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError("no memory for the working space of subspace_attention")
-    return out
+    found = native_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)
+    return torch_attention(q, q_offsets, d, d_offsets, pairs, tau, scales) if found is None else found
 
 
 def similarity_topk(
@@ -140,31 +179,6 @@ def _plain(x: Tensor) -> Tensor:
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def _torch_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
-    """Each query's documents, their tokens gathered in chunks: one product a chunk, then maximum or sums by document."""
-    lengths, out = d_offsets.diff(), []
-    queries, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
-    for query, documents in zip(queries.tolist(), pairs[:, 1].split_with_sizes(counts.tolist())):
-        x = q[q_offsets[query] : q_offsets[query + 1]]
-        sizes = lengths[documents]
-        owner = torch.repeat_interleave(torch.arange(len(documents)), sizes)
-        rows = torch.arange(len(owner)) + (d_offsets[documents] + sizes - sizes.cumsum(0))[owner]
-        first, second = torch.full((len(documents), len(x)), -torch.inf if tau == 0 else 0.0), torch.zeros(len(documents), len(x))
-        for start in range(0, len(rows), CHUNK):
-            row, text = rows[start : start + CHUNK], owner[start : start + CHUNK]
-            s = dequantize(d[row], None if scales is None else scales[row]) @ x.T
-            if tau == 0:
-                first.scatter_reduce_(0, text[:, None].expand_as(s), s, "amax")
-            else:
-                weight = torch.exp((s - 1) / tau)
-                first.index_add_(0, text, weight * s)
-                second.index_add_(0, text, weight)
-        values = first if tau == 0 else first / second
-        values[sizes == 0] = -1.0
-        out.append(values.flatten())
-    return torch.cat(out)
 
 
 def chunked_topk(

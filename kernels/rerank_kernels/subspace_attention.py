@@ -205,17 +205,17 @@ def _packed(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, scales: 
 
 @torch.library.custom_op("rerank_kernels::subspace_attention", mutates_args=())
 def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
+    name = backend.resolve(q)
+    if name == "cpu" and (found := cpu.native_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)) is not None:
+        return found  # the library has looked at offsets and pairs
     checks.rising(("q_offsets", q_offsets, len(q)), ("d_offsets", d_offsets, len(d)))
     if len(pairs):
         low, high = pairs.aminmax(dim=0)
         inside = bool((low >= 0).all()) and int(high[0]) < len(q_offsets) - 1 and int(high[1]) < len(d_offsets) - 1
         wanted = f"(query, document) among {len(q_offsets) - 1} queries and {len(d_offsets) - 1} documents"
         checks.check(inside, "pairs", wanted, f"({int(low[0])}…{int(high[0])}, {int(low[1])}…{int(high[1])})")
-    match backend.resolve(q):
-        case "reference":
-            return reference.subspace_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)
-        case "cpu":
-            return cpu.subspace_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)
+    if name != "triton":
+        return (cpu.torch_attention if name == "cpu" else reference.subspace_attention)(q, q_offsets, d, d_offsets, pairs, tau, scales)
     tensors, Lq, out_offsets = _packed(q, q_offsets, d, d_offsets, scales, pairs)
     out = torch.empty(int(out_offsets[-1]), device=q.device)
     if len(out):

@@ -150,7 +150,7 @@ class BiEncoder:
             pooled[torch.from_numpy(batch)] = self._pool(h, ends).float().cpu()
             if tokens:
                 own = torch.from_numpy(np.concatenate([encodings[i].special_tokens_mask for i in batch]) == 0)
-                vectors = project_normalize(h[own.to(h.device)], self.subspace).half().cpu()
+                vectors = project_normalize(h[own.to(h.device)], self.subspace, torch.float16).cpu()
                 start = 0
                 for i in batch:
                     packed[offsets[i] : offsets[i + 1]] = vectors[start : start + kept[i]]

@@ -1,0 +1,45 @@
+"""python experiments/report_kernels.py: writes reports/kernels.md, what inspect and bench print here (about four minutes).
+
+Needs the extra `peers`; nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from rerank_lab.environment import describe
+from rerank_lab.run import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = {
+    "CPU: ours and other libraries": ["rerank_kernels.bench", "--device", "cpu", "--peers"],
+    "GPU: ours and other libraries": ["rerank_kernels.bench", "--device", "cuda", "--peers"],
+    "What the compiler makes of the kernels": ["rerank_kernels.inspect"],
+}
+
+
+def main() -> int:
+    """Runs the commands in turn and writes the report when all have succeeded."""
+    facts = describe(torch.device("cpu"))
+    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "triton"))
+    made_on = f"Made by `python experiments/report_kernels.py` at commit {facts['commit']} on {facts['cpu']}, {facts['cpus']} CPUs, {versions}."
+    parts = [f"# Kernels\n\n{made_on} Times are one run on a shared machine: read the ratios.\n"]
+    for title, arguments in COMMANDS.items():
+        command = [sys.executable, "-m", *arguments]
+        print(f"python -m {' '.join(arguments)}", file=sys.stderr)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | {"COLUMNS": "80"})
+        if done.returncode:
+            print(f"report_kernels: python -m {' '.join(arguments)} ended with {done.returncode}; nothing written", file=sys.stderr)
+            return 1
+        parts.append(f"## {title}\n\n```\n$ python -m {' '.join(arguments)}\n{done.stdout.rstrip()}\n```\n")
+    write_atomically(ROOT / "reports" / "kernels.md", "\n".join(parts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
