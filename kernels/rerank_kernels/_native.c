@@ -12,7 +12,7 @@ enum { F32, F16, BF16, I8, F8 };
 static const int64_t SIZE[] = {4, 2, 2, 1, 1};
 enum {
     CHUNK = 4,      /* pairs a thread takes at a time */
-    BLOCK = 256,   /* documents a thread takes at a time */
+    BLOCK = 256,    /* documents a thread takes at a time */
     FEW = 3,        /* queries up to which lanes along the row are faster */
     QUERIES = 128,  /* queries that share one pass over the documents, */
     KEYS = 1 << 23, /* or fewer, so that all that is kept for them stays below this */

@@ -205,7 +205,7 @@ static TARGET void NAME(scan)(topk *job, int64_t start, int64_t end, int64_t ori
         const char *raw = (const char *)job->d + row * dim * item;
         float factor[ROWS], norm[ROWS], first[ROWS];
         if (few)
-            for (int64_t byte = 0; byte < R * dim * item; byte += 64) __builtin_prefetch(raw + byte + 4096);
+            for (int64_t byte = 0; byte < R * dim * item; byte += 64) __builtin_prefetch(raw + byte + 8192);
         const float *rows = NAME(widen)(raw, job->type, R * dim, wide);
         for (int64_t r = 0; r < R; r++) {
             factor[r] = job->scales ? job->scales[row + r] : 1.0f;

@@ -29,7 +29,7 @@ TOLERANCE = {"ragged": 2e-4, "search": 2e-5, "cuda": 5e-2}  # sums over 32 token
 TAU = 0.1
 Row = dict[str, Any]
 
-EPILOG = """Each task's contenders take turns, after one call each to warm up; times are medians over the rounds. "vs ours" is a contender's
+EPILOG = """Each task's contenders take turns, each time the second of two calls; times are medians over the rounds. "vs ours" is a contender's
 time over ours, "of GEMM" its FLOP/s over those of a large square product, "of read" its bytes/s over those of a plain sum
 of the same matrix. GEMM and read are measured in the same rounds. |diff| is the largest difference to our result.
 
@@ -124,9 +124,11 @@ def _time(task: peers.Ragged | peers.Search, rounds: int, side: int, with_peers:
     absent = {name: peers.missing(name) for name in names}
     remote = {name: peers.Remote(name, task, threads) for name in names if absent[name] is None}
     times: dict[str, list[float]] = {name: [] for name in (*calls, *remote)}
+    order = list(times)
     for _ in range(rounds):
-        for name, taken in times.items():
-            time.sleep(0.005)  # until the threads of the one before have stopped spinning
+        for before, (name, taken) in zip([order[-1], *order], times.items()):
+            # Until the threads of the one before have stopped spinning: torch's do after a few ms, others' pools after 200.
+            time.sleep(0.25 if before in remote or before.startswith("numpy") else 0.02)
             taken.append(remote[name].seconds() if name in remote else peers.seconds(calls[name]))
     for name, process in remote.items():
         process.close()

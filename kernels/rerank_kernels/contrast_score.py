@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import backend, checks, reference
-from rerank_kernels.backend import tl, triton
+from rerank_kernels.backend import operator, tl, triton
 from rerank_kernels.configs import Config, Variant
 
 OP = "contrast_score"
@@ -135,7 +135,7 @@ def _constants(config: Config, pool: int, d: int, feedback: bool) -> dict[str, i
     return {"D": d, "POOL": max(16, triton.next_power_of_2(pool)), **tiles, "FEEDBACK": feedback}
 
 
-@torch.library.custom_op("rerank_kernels::contrast_score", mutates_args=())
+@operator("contrast_score")
 def _op(
     A: Tensor, a_offsets: Tensor, pools: Tensor, columns: Tensor, weights: Sequence[float], alpha: float, gamma: float, embeddings: Tensor | None
 ) -> Tensor:
@@ -164,7 +164,7 @@ def _op(
     return out
 
 
-@_op.register_fake
+@torch.library.register_fake("rerank_kernels::contrast_score")
 def _(A: Tensor, a_offsets: Tensor, pools: Tensor, columns: Tensor, weights: Sequence[float], alpha: float, gamma: float, embeddings: Tensor | None) -> Tensor:
     return columns.new_empty(columns.shape[1])
 

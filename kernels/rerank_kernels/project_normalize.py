@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import backend, checks, reference
-from rerank_kernels.backend import tl, triton
+from rerank_kernels.backend import operator, tl, triton
 from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
 
 OP = "project_normalize"
@@ -154,7 +154,7 @@ def _launch(direction: str, h: Tensor, V: Tensor | None, outs: dict[str, Tensor]
     )
 
 
-@torch.library.custom_op("rerank_kernels::project_normalize", mutates_args=())
+@operator("project_normalize")
 def _op(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows, scales); no scales for dtypes that are not quantised."""
     quantized = dtype in checks.QUANTIZED
@@ -167,14 +167,14 @@ def _op(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return out, scales
 
 
-@_op.register_fake
+@torch.library.register_fake("rerank_kernels::project_normalize")
 def _(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows = h.shape[0]
     out = h.new_empty((rows, h.shape[1] if V is None else V.shape[1]), dtype=dtype)
     return out, h.new_empty(rows if dtype in checks.QUANTIZED else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("rerank_kernels::project_normalize_backward", mutates_args=())
+@operator("project_normalize_backward")
 def _backward_op(grad: Tensor, h: Tensor, V: Tensor | None) -> Tensor:
     """dx, nnz × r, fp32."""
     if backend.resolve(h) != "triton" or len(h) == 0:
@@ -184,7 +184,7 @@ def _backward_op(grad: Tensor, h: Tensor, V: Tensor | None) -> Tensor:
     return dx
 
 
-@_backward_op.register_fake
+@torch.library.register_fake("rerank_kernels::project_normalize_backward")
 def _(grad: Tensor, h: Tensor, V: Tensor | None) -> Tensor:
     return torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format)
 
@@ -210,7 +210,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (dx @ V.float().T).to(h.dtype), (h.float().T @ dx).to(V.dtype), None
 
 
-_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("rerank_kernels::project_normalize", _backward, setup_context=_setup)
 
 
 def _checked(h: Tensor, V: Tensor | None, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -248,7 +248,7 @@ def project_quantize(h: Tensor, V: Tensor | None, dtype: torch.dtype = torch.int
     return out, scales
 
 
-@torch.library.custom_op("rerank_kernels::pool_normalize", mutates_args=())
+@operator("pool_normalize")
 def _pool_op(h: Tensor, offsets: Tensor) -> Tensor:
     checks.rising(("offsets", offsets, len(h)))
     if backend.resolve(h) != "triton" or len(offsets) == 1:
@@ -259,7 +259,7 @@ def _pool_op(h: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-@_pool_op.register_fake
+@torch.library.register_fake("rerank_kernels::pool_normalize")
 def _(h: Tensor, offsets: Tensor) -> Tensor:
     return h.new_empty((offsets.shape[0] - 1, h.shape[1]), dtype=torch.float32)
 
@@ -272,7 +272,7 @@ def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return (_through_norm(mean, grad) / lengths.clamp(min=1)[:, None])[text].to(h.dtype), None
 
 
-_pool_op.register_autograd(_pool_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+torch.library.register_autograd("rerank_kernels::pool_normalize", _pool_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def pool_normalize(h: Tensor, offsets: Tensor) -> Tensor:

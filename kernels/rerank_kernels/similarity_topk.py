@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rerank_kernels import backend, checks, cpu, reference
-from rerank_kernels.backend import tl, triton
+from rerank_kernels.backend import operator, tl, triton
 from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
 
 OP = "similarity_topk"
@@ -213,7 +213,7 @@ def _triton(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None,
     return values, indices
 
 
-@torch.library.custom_op("rerank_kernels::similarity_topk", mutates_args=())
+@operator("similarity_topk")
 def _op(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, metric: str, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     if segments is not None:
         checks.rising(("segments", segments, len(documents)))
@@ -228,7 +228,7 @@ def _op(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, met
     return _triton(*arguments)
 
 
-@_op.register_fake
+@torch.library.register_fake("rerank_kernels::similarity_topk")
 def _(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, metric: str, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import backend, checks, cpu, reference
-from rerank_kernels.backend import tl, triton
+from rerank_kernels.backend import operator, tl, triton
 from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
 from rerank_kernels.reference import MIN_TAU
 
@@ -203,7 +203,7 @@ def _packed(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, scales: 
     return tensors, int(lengths.amax()) if len(lengths) else 0, out_offsets
 
 
-@torch.library.custom_op("rerank_kernels::subspace_attention", mutates_args=())
+@operator("subspace_attention")
 def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
     name = backend.resolve(q)
     if name == "cpu" and (found := cpu.native_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)) is not None:
@@ -223,12 +223,12 @@ def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tenso
     return out
 
 
-@_op.register_fake
+@torch.library.register_fake("rerank_kernels::subspace_attention")
 def _(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
     return q.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 
-@torch.library.custom_op("rerank_kernels::subspace_attention_backward", mutates_args=())
+@operator("subspace_attention_backward")
 def _backward_op(
     grad: Tensor, q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ def _backward_op(
     return dq, dd
 
 
-@_backward_op.register_fake
+@torch.library.register_fake("rerank_kernels::subspace_attention_backward")
 def _(grad: Tensor, q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, dtype=torch.float32), torch.empty_like(d, dtype=torch.float32)
 
@@ -258,7 +258,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dq.to(q.dtype), None, dd.to(d.dtype) if d.is_floating_point() else None, None, None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("rerank_kernels::subspace_attention", _backward, setup_context=_setup)
 
 
 def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
