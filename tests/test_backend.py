@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -136,3 +137,12 @@ def test_tune_keeps_the_fastest_of_what_can_be_launched_and_all_candidates_agree
     assert len(outputs) == 12 and configs.tuned() == {}
     for output in outputs:
         torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("command", ["bench", "inspect", "tune"])
+def test_help_teaches_in_80_columns(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"rerank_kernels.{command}", "--help"], capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "80"}
+    )
+    assert "xit code" in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())

@@ -1,4 +1,5 @@
-"""How fast the operators are, beside torch, numpy and other libraries on the same tensors in the same run.
+"""How fast the operators are, beside torch, numpy and other libraries, on the
+same tensors in the same run:
 
 python -m rerank_kernels.bench --peers
 """
@@ -29,11 +30,14 @@ TOLERANCE = {"ragged": 2e-4, "search": 2e-5, "cuda": 5e-2}  # sums over 32 token
 TAU = 0.1
 Row = dict[str, Any]
 
-EPILOG = """Each task's contenders take turns, each time the second of two calls; times are medians over the rounds. "vs ours" is a contender's
-time over ours, "of GEMM" its FLOP/s over those of a large square product, "of read" its bytes/s over those of a plain sum
-of the same matrix. GEMM and read are measured in the same rounds. |diff| is the largest difference to our result.
+EPILOG = """Each task's contenders take turns, each time the second of two calls; times are
+medians over the rounds. "vs ours" is a contender's time over ours, "of GEMM"
+its FLOP/s over those of a large square product, "of read" its bytes/s over
+those of a plain sum of the same matrix; GEMM and read are measured in the same
+rounds. |diff| is the largest difference to our result.
 
-exit status: 0 done (also where there is no GPU), 1 a result differs from ours, 2 wrong arguments"""
+exit codes: 0 done (also where there is no GPU), 1 a result differs from ours,
+2 wrong arguments"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

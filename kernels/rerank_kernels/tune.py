@@ -1,7 +1,10 @@
-"""Times launch configurations on this machine's GPU and writes the fastest: python -m rerank_kernels.tune --help.
+"""Times launch configurations on this machine's GPU and writes the fastest:
 
-Kernels take their configurations from a table that was made without timing. What this command writes overrides the table
-for one architecture; nothing is ever timed at a call.
+python -m rerank_kernels.tune
+
+Kernels take their configurations from a table that was made without timing.
+What this command writes overrides the table for one architecture; nothing is
+ever timed at a call.
 """
 
 from __future__ import annotations
@@ -23,17 +26,25 @@ from rerank_kernels.configs import NAMES, Config, Variant, architecture, key, tu
 
 OPERATORS = ("subspace_attention", "similarity_topk", "project_normalize")
 Call = Callable[[], object]
-EPILOG = """Takes minutes. Put the file elsewhere with --out, and name it in RERANK_KERNELS_CONFIGS when kernels run; delete it to go back
-to the table that ships. Operators and widths that the file does not name keep the table's configuration.
+EPILOG = """Takes minutes. Put the file elsewhere with --out, and name it in
+RERANK_KERNELS_CONFIGS when kernels run; delete it to go back to the table that
+ships. Operators and widths that it does not name keep the table's
+configuration.
 
-exit status: 0 done, 1 no GPU here or nothing could be launched, 2 wrong arguments"""
+exit codes: 0 done, 1 no GPU here or nothing could be launched, 2 wrong input"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser("python -m rerank_kernels.tune", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=OPERATORS, action="append", help="only this operator; may be given several times (default: all)")
-    parser.add_argument("--out", type=Path, default=tuned_path(), metavar="FILE", help="what is written; entries of other GPUs stay (default: %(default)s)")
+    parser.add_argument("--op", choices=OPERATORS, action="append", metavar="NAME", help=f"only this: {', '.join(OPERATORS)}; may be given again")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=tuned_path(),
+        metavar="FILE",
+        help="what is written; entries of other GPUs stay (default: $RERANK_KERNELS_CONFIGS, or configs.json in ~/.cache/rerank_kernels)",
+    )
     args = parser.parse_args(arguments)
     try:
         tuned()
