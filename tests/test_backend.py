@@ -100,7 +100,16 @@ def test_a_tuned_configuration_takes_the_place_of_the_tables(file: Path) -> None
     assert len(json.loads(file.read_text())["configs"]) == 2
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"configs": {"x": {"block_m": 1}}}', '{"configs": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"configs": {"x": {"block_m": 1}}}',
+        '{"configs": 3}',
+        '{"configs": {"x": {"block_m": "a", "block_n": 1, "block_d": 1, "num_warps": 1, "num_stages": 1}}}',
+    ],
+)
 def test_a_broken_file_of_configurations_is_named(file: Path, content: str) -> None:
     file.write_text(content)
     with pytest.raises(ValueError, match=r"configs\.json is no file of tuned configurations .*: delete it"):
@@ -108,6 +117,12 @@ def test_a_broken_file_of_configurations_is_named(file: Path, content: str) -> N
     with pytest.raises(SystemExit) as end:
         tune.main([])
     assert end.value.code == 2
+
+
+def test_a_folder_in_the_place_of_the_file_is_named(file: Path) -> None:
+    file.mkdir()
+    with pytest.raises(ValueError, match="no file of tuned configurations"):
+        configs.tuned()
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="there is a GPU")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rerank_kernels import inspect, inspect_peers
+from rerank_kernels import configs, inspect, inspect_peers
 from rerank_kernels.configs import Config, Variant
 
 from .conftest import ROOT
@@ -68,7 +68,7 @@ def hopper_budgets(rows: Sequence[Row]) -> None:
     fp16 = [r for r in forward if r["dtype"] == "fp16"]
     assert {(r["op"], r["d"]) for r in fp16} >= {(op, d) for op in OPERATORS for d in (128, 384)}
     assert not named([r for r in fp16 if not r["mma"].get("HGMMA")])
-    assert not named([r for r in forward if r["dtype"] != "fp32" and r["blocks_per_sm"] < {128: 4, 384: 2}[r["d"]]])
+    assert not named([r for r in forward if r["dtype"] != "fp32" and r["blocks_per_sm"] < {128: 4, 384: 2}.get(r["d"], 1)])
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,37 @@ def test_loops_to_the_longest_document_compute_tiles_too_many() -> None:
     assert inspect_peers.tiles_over_needed(64, to_longest=True, shortest=64, longest=65) == pytest.approx(4 / 3)
     assert inspect_peers.tiles_over_needed(64, to_longest=True) > 1.6
 
+
+@pytest.mark.parametrize("arch", configs.ARCHS)
+@pytest.mark.parametrize("d", [16, 32, 100, 768])
+def test_other_widths_compile_too(arch: str, d: int) -> None:
+    """Also where one step is the whole width, and where an argument is 1, which Triton makes a constant."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, arch, str(d)], capture_output=True, text=True, env=env | {"PYTHONPATH": str(ROOT / "kernels")}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+COMPILE = """
+import sys
+from dataclasses import replace
+from rerank_kernels import inspect
+from rerank_kernels.similarity_topk import _constants, configuration, variants
+from rerank_kernels.subspace_attention import variants as attention
+
+arch, d = sys.argv[1], int(sys.argv[2])
+ours = next(v for v in variants(arch) if v.dtype == "fp16")
+config = configuration(arch, "fp16", d)
+ours = replace(ours, d=d, config=config, constants=_constants(config, "fp16", d, 10, "cosine", d == 32))
+inspect.measure(ours, arch)
+if d == 16:
+    for name in ("N", "B", "tiles"):
+        inspect.measure(replace(ours, signature=ours.signature | {name: "constexpr"}, constants=ours.constants | {name: 1}), arch)
+for direction in ("forward", "backward"):
+    v = next(v for v in attention(arch) if v.dtype == "fp16" and v.direction == direction)
+    inspect.measure(replace(v, constants=v.constants | {"D": d}), arch)
+"""
 
 COUNT = """
 import json, torch

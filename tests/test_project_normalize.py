@@ -26,7 +26,7 @@ def basis(d: int, r: int) -> Tensor:
 
 @pytest.mark.parametrize("out", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("d", "r"), [(64, 16), (100, 24), (384, 128), (384, None), (1024, 100)])
+@pytest.mark.parametrize(("d", "r"), [(64, 16), (100, 24), (128, 128), (384, 128), (384, None), (1024, 100)])
 def test_the_kernel_is_the_definition(d: int, r: int | None, dtype: torch.dtype, out: torch.dtype) -> None:
     h, V = (unit(70, d, 1) * 5).to(dtype), None if r is None else basis(d, r)
     h[3] = 0
@@ -35,6 +35,21 @@ def test_the_kernel_is_the_definition(d: int, r: int | None, dtype: torch.dtype,
     assert y.dtype == out and not y[3].any()
     wanted = reference.project_normalize(h, None if V is None else V.to(dtype))
     torch.testing.assert_close(y.float(), wanted, atol=FLOATS[out], rtol=0)
+
+
+@given(st.sampled_from([0, 1, 15, 16, 17, 64, 65, 300]), st.integers(1, 140), st.integers(1, 40), st.sampled_from(list(FLOATS)), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_rows_and_widths(rows: int, d: int, r: int, dtype: torch.dtype, identity: bool) -> None:
+    h, V = (unit(rows, d, 1) * 3).to(dtype), None if identity else basis(d, min(r, d)).to(dtype)
+    with use_backend("triton"):
+        torch.testing.assert_close(project_normalize(h, V), reference.project_normalize(h, V), atol=FLOATS[torch.float32], rtol=0)
+
+
+def test_rows_wider_than_a_program_holds_still_get_an_answer() -> None:
+    h = unit(3, 1500, 1)
+    with use_backend("triton"):
+        torch.testing.assert_close(project_normalize(h * 2, None), h)
+        assert pool_normalize(h, offsets(1, 2)).shape == (2, 1500)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

@@ -50,6 +50,18 @@ def test_the_kernel_is_the_definition(d: int, dtype: torch.dtype) -> None:
         same(triton(queries.to(rounded) if metric == "dot" else queries, x, k, bounds, metric, scales), wanted)
 
 
+@given(st.integers(1, 20), st.sampled_from([0, 1, 15, 16, 17, 64, 65, 130]), st.integers(1, 70), st.sampled_from(["cosine", "dot"]), st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_queries_documents_and_width(B: int, N: int, d: int, metric: str, data: st.DataObject) -> None:
+    """Segmented: every query has N documents or fewer of its own."""
+    sizes = data.draw(st.lists(st.integers(0, N), min_size=B, max_size=B))
+    bounds = offsets(*sizes[:-1], max(sizes[-1], 1))
+    queries, x = unit(B, d, 1), unit(int(bounds[-1]), d, 2)
+    k = min(data.draw(st.integers(1, 100)), len(x))
+    same(triton(queries, x, k, bounds, metric), reference.similarity_topk(queries, x, k, bounds, metric))
+    same(triton(queries, x, k, None, metric), reference.similarity_topk(queries, x, k, None, metric))
+
+
 @given(st.lists(st.sampled_from([nan, -torch.inf, torch.inf, -2.0, -0.0, 0.0, 0.5, 2.0]), min_size=1, max_size=140), st.integers(1, 140))
 @settings(max_examples=15, deadline=None)
 def test_ties_infinities_and_nan_have_one_order(values: list[float], k: int) -> None:
@@ -95,16 +107,30 @@ def test_a_nan_stays_in_its_document(backend: str) -> None:
 def test_torch_sees_a_registered_operator(segments: Tensor | None) -> None:
     arguments = unit(2, 16, 1), unit(10, 16, 2), 3, segments, "cosine", None
     torch.library.opcheck(torch.ops.rerank_kernels.similarity_topk.default, arguments)
-    compiled = torch.compile(similarity_topk, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(compiled(*arguments), similarity_topk(*arguments)):
-        torch.testing.assert_close(ours, theirs)
+    for dynamic in (False, True):
+        compiled = torch.compile(similarity_topk, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for ours, theirs in zip(compiled(*arguments), similarity_topk(*arguments)):
+            torch.testing.assert_close(ours, theirs)
+        torch._dynamo.reset()
+
+
+def test_a_gradient_is_refused_not_lost() -> None:
+    values, _ = similarity_topk(unit(2, 8).requires_grad_(), unit(6, 8), 2)
+    with pytest.raises(RuntimeError, match="similarity_topk has no gradient"):
+        values.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_the_registered_operator_checks_as_the_function_does() -> None:
+    for name in ("queries", "documents", "k", "segments", "scales"):
+        with pytest.raises(ValueError, match=f"^{name} must"):
+            torch.ops.rerank_kernels.similarity_topk(*(GOOD | {name: BAD[name][0]}).values())
 
 
 GOOD: dict[str, Any] = {"queries": unit(2, 8), "documents": unit(6, 8), "k": 2, "segments": None, "metric": "cosine", "scales": None}
 BAD: dict[str, list[Any]] = {
     "queries": [unit(2, 8)[0], unit(2, 8).int(), unit(2, 0)],
     "documents": [unit(6, 7), unit(6, 8).double(), unit(6, 8)[0]],
-    "k": [0, -1, 7],
+    "k": [0, -1, 7, 2.0, None],
     "segments": [offsets(6), offsets(2, 4).int(), torch.tensor([0, 7, 6], device=DEVICE), torch.tensor([0, 2, 5], device=DEVICE)],
     "metric": ["euclid"],
     "scales": [torch.ones(6, device=DEVICE)],

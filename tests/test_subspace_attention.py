@@ -59,6 +59,14 @@ def test_every_length_of_query(Lq: int) -> None:
     torch.testing.assert_close(triton(*arguments), reference.subspace_attention(*arguments), atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.1])
+def test_vectors_out_of_range_and_infinities(tau: float) -> None:
+    x = unit(1, 16, 3)
+    for factor in (0.0, 1e-30, 1.5, 50.0, -50.0, 1e30, float("inf")):
+        arguments = x, offsets(1), torch.cat([x, unit(70, 16, 4)]) * factor, offsets(71), pairs_of(1, 1), tau
+        torch.testing.assert_close(triton(*arguments), reference.subspace_attention(*arguments), atol=TOLERANCE, rtol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.int8, 1e-3)], ids=str)
 def test_an_fp32_query_is_rounded_to_what_documents_are_computed_in(dtype: torch.dtype, tolerance: float) -> None:
     x, scales = stored(unit(50, 128, 2), dtype)
@@ -119,12 +127,12 @@ def test_documents_past_two_to_the_31_elements(tmp_path: Path) -> None:
 def test_gradients_are_those_of_the_definition(backend: str, tau: float, d: int) -> None:
     if backend == "cpu" and DEVICE.type != "cpu":
         pytest.skip("needs CPU tensors")
-    query_lengths, lengths = [3, 0, 18], [0, 1, 17, 70]
+    query_lengths, lengths = [3, 0, 40], [0, 1, 17, 70]
     pairs = torch.tensor([[0, 1], [2, 3], [0, 3], [2, 2], [1, 2], [0, 0]], device=DEVICE)
-    grad = torch.randn(3 * 3 + 2 * 18, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    grad = torch.randn(3 * 3 + 2 * 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = []
     for function in (subspace_attention, reference.subspace_attention):
-        q, x = unit(21, d, 1).requires_grad_(), unit(88, d, 2).requires_grad_()
+        q, x = unit(43, d, 1).requires_grad_(), unit(88, d, 2).requires_grad_()
         with use_backend(backend):
             function(q, offsets(*query_lengths), x, offsets(*lengths), pairs, tau).backward(grad)  # type: ignore[no-untyped-call]
         found.append((q.grad, x.grad))
@@ -133,15 +141,19 @@ def test_gradients_are_those_of_the_definition(backend: str, tau: float, d: int)
         torch.testing.assert_close(ours, theirs, atol=1e-5 if DEVICE.type == "cpu" else 2e-3, rtol=1e-5)
 
 
-def test_gradients_of_half_precision_and_of_a_query_against_int8() -> None:
-    q, x = unit(9, 64, 1).half().requires_grad_(), unit(40, 64, 2).half().requires_grad_()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 3e-2)], ids=str)
+def test_gradients_of_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    q, x = unit(9, 64, 1).to(dtype).requires_grad_(), unit(40, 64, 2).to(dtype).requires_grad_()
     with use_backend("triton"):
         subspace_attention(q, offsets(9), x, offsets(40), pairs_of(1, 1)).sum().backward()  # type: ignore[no-untyped-call]
-    assert q.grad is not None and x.grad is not None and q.grad.dtype == x.grad.dtype == torch.float16
+    assert q.grad is not None and x.grad is not None and q.grad.dtype == x.grad.dtype == dtype
     exact = [t.detach().float().requires_grad_() for t in (q, x)]
     reference.subspace_attention(exact[0], offsets(9), exact[1], offsets(40), pairs_of(1, 1)).sum().backward()  # type: ignore[no-untyped-call]
     for ours, theirs in zip((q, x), exact):
-        torch.testing.assert_close(ours.grad.float(), theirs.grad, atol=5e-3, rtol=5e-3)  # type: ignore[union-attr]
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, atol=tolerance, rtol=tolerance)  # type: ignore[union-attr]
+
+
+def test_gradients_of_a_query_against_int8() -> None:
     stored8, scales = reference.quantize(unit(40, 64, 2), torch.int8)
     found = []
     for backend in ("triton", "reference"):
@@ -178,8 +190,10 @@ def test_torch_compile_and_export_keep_it_whole() -> None:
 
     offsets_q, offsets_d, pairs = offsets(5), offsets(2, 7), pairs_of(1, 2)
     q, x = unit(5, 16, 1), unit(9, 16, 2)
-    compiled = torch.compile(scores, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, x), scores(q, x))
+    for dynamic in (False, True):
+        compiled = torch.compile(scores, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        torch.testing.assert_close(compiled(q, x), scores(q, x))
+        torch._dynamo.reset()
 
     class Module(torch.nn.Module):
         def forward(self, q: Tensor, q_offsets: Tensor, x: Tensor, d_offsets: Tensor, pairs: Tensor) -> Tensor:
@@ -212,6 +226,24 @@ def test_what_does_not_fit_is_named_before_any_launch(backend: str, name: str, p
     wanted = {"q": "q|d must be of 7 columns"} | ({"d": "scales"} if place == 2 else {})
     with use_backend(backend), pytest.raises(ValueError, match=rf"^({wanted.get(name, name)})"):
         subspace_attention(**GOOD | {name: bad})
+
+
+def test_the_registered_operator_checks_as_the_function_does() -> None:
+    """What was exported calls it directly."""
+    for name in ("q", "d", "pairs", "q_offsets", "tau"):
+        bad = torch.tensor(BAD[name][1], device=DEVICE) if name == "pairs" else BAD[name][1]
+        with pytest.raises(ValueError):
+            torch.ops.rerank_kernels.subspace_attention(*(GOOD | {name: bad}).values())
+    with pytest.raises(ValueError, match=r"^tau must be a number"):
+        subspace_attention(**GOOD | {"tau": "x"})
+
+
+def test_a_second_derivative_is_refused_not_zero() -> None:
+    q = unit(3, 8, 1).requires_grad_()
+    A = subspace_attention(q, offsets(3), unit(5, 8, 2), offsets(5), pairs_of(1, 1))
+    (first,) = torch.autograd.grad(A.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="subspace_attention_backward has no gradient"):
+        first.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_tensors_on_two_devices_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,7 +28,7 @@ try:
 except ImportError:
     triton = tl = _Absent()
 
-__all__ = ["BACKENDS", "HAS_TRITON", "interpreted", "operator", "resolve", "tl", "triton", "use_backend"]
+__all__ = ["BACKENDS", "HAS_TRITON", "chosen", "interpreted", "on_device", "operator", "resolve", "tl", "triton", "use_backend"]
 HAS_TRITON = not isinstance(triton, _Absent)
 BACKENDS = ("auto", "reference", "cpu", "triton")
 _chosen: ContextVar[str] = ContextVar("rerank_kernels_backend", default="auto")
@@ -76,16 +76,36 @@ def resolve(tensor: Tensor) -> str:
     return name
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+def chosen() -> str:
+    """The backend that `use_backend` has set here, for work that goes on in another thread."""
+    return _chosen.get()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU: within this, the one where the tensor is."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def operator(name: str, differentiable: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Registers a function as torch's operator rerank_kernels::name, for all devices; gives what calls it.
 
     torch.library.custom_op does the same with a wrapper that costs a cold call a tenth of a millisecond.
+
+    Args:
+        name: without the namespace.
+        differentiable: whether the caller registers a gradient; without one, a backward through the operator is an error.
     """
 
     def register(function: Callable[..., Any]) -> Any:
         full = f"rerank_kernels::{name}"
         torch.library.define(full, torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(full, "default", function)
+        if not differentiable:
+
+            def refuse(ctx: Any, *grads: Any) -> None:
+                raise RuntimeError(f"{full} has no gradient: detach its arguments")
+
+            torch.library.register_autograd(full, refuse)
         return getattr(torch.ops.rerank_kernels, name).default
 
     return register

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rerank_kernels.configs import has_fp8
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 
@@ -56,3 +58,8 @@ def rising(*named: tuple[str, Tensor, int]) -> None:
         if first != 0 or last != rows or step < 0:
             at = "" if step >= 0 else f" and fall after element {int((x.diff() < 0).nonzero()[0])}"
             raise ValueError(f"{name} must rise from 0 to {rows}, the number of rows, but go from {first} to {last}{at}")
+
+
+def fp8_runs(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """float8_e4m3fn on a GPU that Triton has no fp8 for."""
+    check(dtype != torch.float8_e4m3fn or has_fp8(device), name, "int8 on this GPU, which has no fp8 (compute capability below 8.9)", dtype)

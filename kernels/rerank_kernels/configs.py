@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,11 @@ def tuned() -> dict[str, Config]:
     if not path.exists():
         return {}
     try:
-        return {key: Config(**values) for key, values in json.loads(path.read_text())["configs"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = {key: Config(**values) for key, values in json.loads(path.read_text())["configs"].items()}
+        if not all(isinstance(number, int) and number > 0 for config in found.values() for number in asdict(config).values()):
+            raise ValueError("a value is no positive integer")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of tuned configurations ({error}): delete it, or write it again with python -m rerank_kernels.tune") from None
 
 
@@ -96,3 +99,8 @@ def architecture(device: torch.device) -> str:
         return "sm_90"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_80" if major <= 8 else "sm_90" if major == 9 else "sm_100"
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether Triton kernels take float8_e4m3fn there: compute capability 8.9 on, and the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

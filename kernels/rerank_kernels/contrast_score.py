@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import backend, checks, reference
-from rerank_kernels.backend import operator, tl, triton
+from rerank_kernels.backend import on_device, operator, tl, triton
 from rerank_kernels.configs import Config, Variant
 
 OP = "contrast_score"
@@ -69,6 +69,7 @@ def _forward_kernel(
     inside = at < end - start
     mark = tl.load(out_ptr + start + at, mask=inside, other=float("nan"))
     known = mark == mark
+    tl.debug_barrier()
     if count == 0:
         return
     fused = tl.zeros((POOL,), tl.float32)
@@ -111,9 +112,9 @@ def _forward_kernel(
 
 
 def configuration(pool: int, Lq: int, d: int) -> Config:
-    """Tiles by the largest pool, the longest query and the embeddings' width (1 without feedback): 2,048 values a tile at most."""
+    """Tiles by the largest pool, the longest query and the embeddings' width (1 without feedback), as ptxas fits them without a spill."""
     columns, width = max(16, triton.next_power_of_2(Lq)), max(16, triton.next_power_of_2(d))
-    return Config(max(1, min(64, 2048 // max(columns, width))), columns, width, 4 if pool <= 1024 else 8, 1)
+    return Config(max(1, min(64, 1024 // columns, 2048 // width)), columns, width, 4 if max(pool, columns, width // 4) <= 128 else 8 if pool <= 512 else 16, 1)
 
 
 def variants(arch: str) -> Iterator[Variant]:
@@ -156,11 +157,12 @@ def _op(
         terms = list(zip(columns[1:].unbind(), weights[1:]))
         return reference.contrast_score(A, a_offsets, pools, columns[0], alpha, terms, gamma, embeddings)
     config, out = configuration(pool, Lq, d), torch.empty(P, device=A.device)
-    _forward_kernel[(len(sizes),)](
-        A.contiguous(), a_offsets.contiguous(), pools.contiguous(), columns.contiguous(), torch.tensor(weights, dtype=torch.float32, device=A.device),
-        (A if embeddings is None else embeddings).contiguous(), out, P, len(columns), alpha, gamma,
-        **_constants(config, pool, d, embeddings is not None), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    with on_device(A):
+        _forward_kernel[(len(sizes),)](
+            A.contiguous(), a_offsets.contiguous(), pools.contiguous(), columns.contiguous(), torch.tensor(weights, dtype=torch.float32, device=A.device),
+            (A if embeddings is None else embeddings).contiguous(), out, P, len(columns), alpha, gamma,
+            **_constants(config, pool, d, embeddings is not None), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out
 
 

@@ -54,7 +54,7 @@ def _pool() -> ctypes.c_void_p | None:
 
 def _level() -> int:
     """Which of the library's levels to use; −1 for torch."""
-    library, wanted = _library(), os.environ.get("RERANK_KERNELS_SIMD", LEVELS[-1])
+    library, wanted = _library(), os.environ.get("RERANK_KERNELS_SIMD") or LEVELS[-1]
     if wanted not in (*LEVELS, "torch"):
         raise ValueError(f"RERANK_KERNELS_SIMD must be one of {', '.join(LEVELS)} or torch, not {wanted!r}")
     return -1 if library is None or wanted == "torch" else min(int(library.rerank_level()), LEVELS.index(wanted))

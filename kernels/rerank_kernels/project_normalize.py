@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import backend, checks, reference
-from rerank_kernels.backend import operator, tl, triton
+from rerank_kernels.backend import on_device, operator, tl, triton
 from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
 
 OP = "project_normalize"
-MAX_COLUMNS = 1024  # a program holds whole rows of the result
+MAX_COLUMNS = 1024  # a program holds whole rows of the result; the reference takes wider ones
 EPSILON = tl.constexpr(1e-12)
 
 
@@ -100,11 +100,10 @@ def configuration(direction: str, arch: str, dtype: str, d: int, columns: int, i
         return found
     # 64 rows × 128 columns are 64 registers a thread; wider results have fewer rows, narrower ones the fewest a product takes.
     rows = max(8192 // columns, 16) if columns >= 128 else 64
-    return Config(rows, columns, 32, 8 if dtype == "fp32" else 4, 2)
+    return Config(rows, columns, 32, 8 if dtype == "fp32" or columns > 512 else 4, 2)
 
 
 def _columns(width: int) -> int:
-    checks.check(width <= MAX_COLUMNS, "V", f"of at most {MAX_COLUMNS} columns on a GPU", f"of {width}")
     return int(max(16, triton.next_power_of_2(width)))
 
 
@@ -142,25 +141,43 @@ def _launch(direction: str, h: Tensor, V: Tensor | None, outs: dict[str, Tensor]
     config = configuration(direction, architecture(h.device), dtype, d, _columns(r), V is None)
     kernel = _forward_kernel if direction == "forward" else _backward_kernel
     h = h.contiguous()
-    kernel[(triton.cdiv(len(h), config.block_m),)](
-        h_ptr=h,
-        v_ptr=h if V is None else V.to(h.dtype).contiguous(),
-        **outs,
-        rows=len(h),
-        **_constants(config, dtype, d, r, V is None),
-        **constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    with on_device(h):
+        kernel[(triton.cdiv(len(h), config.block_m),)](
+            h_ptr=h,
+            v_ptr=h if V is None else V.to(h.dtype).contiguous(),
+            **outs,
+            rows=len(h),
+            **_constants(config, dtype, d, r, V is None),
+            **constants,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
 
-@operator("project_normalize")
+def _check(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> None:
+    """What shapes, dtypes and devices tell."""
+    checks.matrix("h", h)
+    if V is not None:
+        checks.matrix("V", V)
+        checks.check(len(V) == h.shape[1], "V", f"of {h.shape[1]} rows, the columns of h", f"of shape {tuple(V.shape)}")
+    checks.check(dtype in checks.FLOATS + checks.QUANTIZED, "dtype", "a float type, int8 or float8_e4m3fn", dtype)
+    checks.same_device(h=h, V=V)
+
+
+def _runs(h: Tensor, V: Tensor | None) -> bool:
+    """Whether the kernels answer: there are rows, and those of the result fit a program."""
+    return backend.resolve(h) == "triton" and len(h) > 0 and (h if V is None else V).shape[1] <= MAX_COLUMNS
+
+
+@operator("project_normalize", differentiable=True)
 def _op(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rows, scales); no scales for dtypes that are not quantised."""
     quantized = dtype in checks.QUANTIZED
-    if backend.resolve(h) != "triton" or len(h) == 0:
+    _check(h, V, dtype)
+    if not _runs(h, V):
         y = reference.project_normalize(h, V)
         return reference.quantize(y, dtype) if quantized else (y.to(dtype), y.new_empty(0))
+    checks.fp8_runs("dtype", dtype, h.device)
     out = torch.empty(len(h), h.shape[1] if V is None else V.shape[1], dtype=dtype, device=h.device)
     scales = torch.empty(len(h) if quantized else 0, device=h.device)
     _launch("forward", h, V, {"out_ptr": out, "scale_ptr": scales if quantized else h}, LARGEST=reference.LARGEST.get(dtype, 0.0))
@@ -169,6 +186,7 @@ def _op(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 @torch.library.register_fake("rerank_kernels::project_normalize")
 def _(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _check(h, V, dtype)
     rows = h.shape[0]
     out = h.new_empty((rows, h.shape[1] if V is None else V.shape[1]), dtype=dtype)
     return out, h.new_empty(rows if dtype in checks.QUANTIZED else 0, dtype=torch.float32)
@@ -177,7 +195,7 @@ def _(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @operator("project_normalize_backward")
 def _backward_op(grad: Tensor, h: Tensor, V: Tensor | None) -> Tensor:
     """dx, nnz × r, fp32."""
-    if backend.resolve(h) != "triton" or len(h) == 0:
+    if not _runs(h, V):
         return _through_norm(h.float() if V is None else h.float() @ V.float(), grad)
     dx = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format)
     _launch("backward", h, V, {"grad_ptr": grad.float().contiguous(), "dx_ptr": dx})
@@ -213,15 +231,6 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("rerank_kernels::project_normalize", _backward, setup_context=_setup)
 
 
-def _checked(h: Tensor, V: Tensor | None, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> None:
-    checks.matrix("h", h)
-    if V is not None:
-        checks.matrix("V", V)
-        checks.check(len(V) == h.shape[1], "V", f"of {h.shape[1]} rows, the columns of h", f"of shape {tuple(V.shape)}")
-    checks.check(dtype in dtypes, "dtype", " or ".join(str(t).removeprefix("torch.") for t in dtypes), dtype)
-    checks.same_device(h=h, V=V)
-
-
 def project_normalize(h: Tensor, V: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Token states on the model's subspace, at unit length: Vᵀh / ‖Vᵀh‖. Differentiable in h and V.
 
@@ -236,31 +245,40 @@ def project_normalize(h: Tensor, V: Tensor | None, dtype: torch.dtype = torch.fl
     Raises:
         ValueError: arguments that do not fit; the message names the argument and what it held.
     """
-    _checked(h, V, dtype, checks.FLOATS)
+    checks.check(dtype in checks.FLOATS, "dtype", "float32, float16 or bfloat16", dtype)
     out: Tensor = _op(h, V, dtype)[0]
     return out
 
 
 def project_quantize(h: Tensor, V: Tensor | None, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """project_normalize's result as int8 or float8_e4m3fn rows (nnz × r) and their scales (nnz, fp32), in the same pass."""
-    _checked(h, V, dtype, checks.QUANTIZED)
+    checks.check(dtype in checks.QUANTIZED, "dtype", "int8 or float8_e4m3fn", dtype)
     out, scales = _op(h, V, dtype)
     return out, scales
 
 
-@operator("pool_normalize")
+def _check_pool(h: Tensor, offsets: Tensor) -> None:
+    checks.matrix("h", h)
+    checks.offsets("offsets", offsets)
+    checks.same_device(h=h, offsets=offsets)
+
+
+@operator("pool_normalize", differentiable=True)
 def _pool_op(h: Tensor, offsets: Tensor) -> Tensor:
+    _check_pool(h, offsets)
     checks.rising(("offsets", offsets, len(h)))
-    if backend.resolve(h) != "triton" or len(offsets) == 1:
+    if not _runs(h, None) or len(offsets) == 1:
         return reference.pool_normalize(h, offsets)
     out = torch.empty(len(offsets) - 1, h.shape[1], device=h.device)
     config = configuration("pool", architecture(h.device), NAMES[h.dtype], h.shape[1], _columns(h.shape[1]), True)
-    _pool_kernel[(len(out),)](h.contiguous(), offsets.contiguous(), out, h.shape[1], config.block_m, config.block_n, num_warps=config.num_warps)
+    with on_device(h):
+        _pool_kernel[(len(out),)](h.contiguous(), offsets.contiguous(), out, h.shape[1], config.block_m, config.block_n, num_warps=config.num_warps)
     return out
 
 
 @torch.library.register_fake("rerank_kernels::pool_normalize")
 def _(h: Tensor, offsets: Tensor) -> Tensor:
+    _check_pool(h, offsets)
     return h.new_empty((offsets.shape[0] - 1, h.shape[1]), dtype=torch.float32)
 
 
@@ -288,8 +306,5 @@ def pool_normalize(h: Tensor, offsets: Tensor) -> Tensor:
     Raises:
         ValueError: arguments that do not fit; the message names the argument and what it held.
     """
-    checks.matrix("h", h)
-    checks.offsets("offsets", offsets)
-    checks.same_device(h=h, offsets=offsets)
     out: Tensor = _pool_op(h, offsets)
     return out

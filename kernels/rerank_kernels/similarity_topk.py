@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rerank_kernels import backend, checks, cpu, reference
-from rerank_kernels.backend import operator, tl, triton
+from rerank_kernels.backend import on_device, operator, tl, triton
 from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
 
 OP = "similarity_topk"
@@ -83,9 +83,10 @@ def _forward_kernel(
     # With segments a program has one query: the other columns of the product are idle, which costs no bandwidth.
     ROWS: tl.constexpr = 2**LOG_ROWS
     K: tl.constexpr = 2**LOG_K
-    col = tl.program_id(0) * ROWS + tl.arange(0, BLOCK_N)
+    col = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, BLOCK_N)
     live = (col < B) & (tl.arange(0, BLOCK_N) < ROWS)
-    start, end = tl.zeros((), tl.int64), N.to(tl.int64)
+    start = tl.zeros((), tl.int64)
+    end = start + N  # an N of 1 is a Python int here
     if SEGMENTED:
         start, end = tl.load(segments + tl.program_id(0)), tl.load(segments + tl.program_id(0) + 1)
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -118,7 +119,10 @@ def _forward_kernel(
             else:
                 s = tl.trans(s)
             keys = tl.where((row < end - start)[None, :], _keys(s, row[None, :]), NOTHING)
-            if tl.max((keys > tl.min(best, 1)[:, None]).to(tl.int32)) > 0:
+            # Two ifs within one another do not compile where the outer one is always taken.
+            if CHUNKS == 1:  # noqa: SIM114
+                best = _merge(best, _ascending(keys, LOG_ROWS, LOG_M), LOG_ROWS, LOG_K)
+            elif tl.max((keys > tl.min(best, 1)[:, None]).to(tl.int32)) > 0:
                 best = _merge(best, _ascending(keys, LOG_ROWS, LOG_M), LOG_ROWS, LOG_K)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             square = tl.zeros((BLOCK_M,), tl.float32)
@@ -154,7 +158,7 @@ def configuration(arch: str, dtype: str, d: int) -> Config:
     blackwell = arch == "sm_100"
     table = {"fp32": Config(64, 16, 16, 4, 3 if arch == "sm_80" else 2), "int8": Config(64, 16, 32, 4, 3 if blackwell else 2)}
     table["fp8"] = table["int8"]
-    return tuned().get(key(OP, "forward", arch, dtype, d)) or table.get(dtype, Config(64, 16, 64 if blackwell else 32, 4, 3))
+    return tuned().get(key(OP, "forward", arch, dtype, d)) or table.get(dtype, Config(64, 16, 16 if blackwell else 32, 4, 3))
 
 
 def _log2(n: int) -> int:
@@ -173,7 +177,7 @@ def variants(arch: str) -> Iterator[Variant]:
     """Every compilation that ships, on 16 queries (one, with segments), 100,000 documents and the 100 best."""
     N, k = 100_000, 100
     for dtype, segmented in [(t, False) for t in ("fp16", "bf16", "fp32", "int8", "fp8")] + [("fp16", True)]:
-        for d in (128, 384):
+        for d in (64, 128, 384, 1024) if dtype == "fp16" else (128, 384):
             if dtype == "fp8" and arch == "sm_80":
                 continue
             config, B = configuration(arch, dtype, d), 1 if segmented else 16
@@ -190,7 +194,7 @@ def variants(arch: str) -> Iterator[Variant]:
 
 
 def _triton(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, metric: str, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    checks.check(documents.dtype != torch.float8_e4m3fn or architecture(documents.device) != "sm_80", "documents", "int8 on this GPU, which has no fp8", "fp8")
+    checks.fp8_runs("documents", documents.dtype, documents.device)
     (B, d), N, device, dtype = queries.shape, len(documents), queries.device, NAMES[documents.dtype]
     config = configuration(architecture(device), dtype, d)
     constants = _constants(config, dtype, d, k, metric, segments is not None)
@@ -213,8 +217,21 @@ def _triton(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None,
     return values, indices
 
 
+def _check(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, metric: str, scales: Tensor | None) -> None:
+    """What shapes, dtypes and devices tell."""
+    checks.matrix("queries", queries)
+    checks.matrix("documents", documents, checks.FLOATS + checks.QUANTIZED, queries.shape[1])
+    checks.row_scales("documents", documents, scales)
+    checks.check(1 <= k <= len(documents), "k", f"1 to {len(documents)}, the number of documents", k)
+    checks.check(metric in METRICS, "metric", "'cosine' or 'dot'", repr(metric))
+    if segments is not None:
+        checks.offsets("segments", segments, len(queries))
+    checks.same_device(queries=queries, documents=documents, segments=segments, scales=scales)
+
+
 @operator("similarity_topk")
 def _op(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, metric: str, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check(queries, documents, k, segments, metric, scales)
     if segments is not None:
         checks.rising(("segments", segments, len(documents)))
     arguments = queries, documents, k, segments, metric, scales
@@ -223,13 +240,15 @@ def _op(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, met
             return reference.similarity_topk(*arguments)
         case "cpu":
             return cpu.similarity_topk(*arguments)
-    if k > MAX_K or len(queries) == 0:
+    if k > MAX_K or len(queries) == 0 or len(documents) >= 2**32:
         return cpu.chunked_topk(*arguments)
-    return _triton(*arguments)
+    with on_device(queries):
+        return _triton(*arguments)
 
 
 @torch.library.register_fake("rerank_kernels::similarity_topk")
 def _(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, metric: str, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check(queries, documents, k, segments, metric, scales)
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
@@ -259,13 +278,6 @@ def similarity_topk(
     Raises:
         ValueError: arguments that do not fit; the message names the argument and what it held.
     """
-    checks.matrix("queries", queries)
-    checks.matrix("documents", documents, checks.FLOATS + checks.QUANTIZED, queries.shape[1])
-    checks.row_scales("documents", documents, scales)
-    checks.check(1 <= k <= len(documents), "k", f"1 to {len(documents)}, the number of documents", k)
-    checks.check(metric in METRICS, "metric", "'cosine' or 'dot'", repr(metric))
-    if segments is not None:
-        checks.offsets("segments", segments, len(queries))
-    checks.same_device(queries=queries, documents=documents, segments=segments, scales=scales)
+    checks.check(not isinstance(k, float) and k is not None, "k", "an integer", k)
     values, indices = _op(queries, documents, k, segments, metric, scales)
     return values, indices

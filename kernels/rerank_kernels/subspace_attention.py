@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import backend, checks, cpu, reference
-from rerank_kernels.backend import operator, tl, triton
+from rerank_kernels.backend import on_device, operator, tl, triton
 from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
 from rerank_kernels.reference import MIN_TAU
 
@@ -40,7 +40,7 @@ def _forward_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MAXSIM: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0)
+    pair = tl.program_id(0).to(tl.int64)
     query, document = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
     q_start, d_start = tl.load(q_offsets + query), tl.load(d_offsets + document)
     Lq, Ld = tl.load(q_offsets + query + 1) - q_start, tl.load(d_offsets + document + 1) - d_start
@@ -85,7 +85,7 @@ def _backward_kernel(
     MAXSIM: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA_i/ds_ij = p_ij/Σp (1 + (s_ij − A_i)/τ); MaxSim's goes to the first token that reaches the maximum."""
-    pair = tl.program_id(0)
+    pair = tl.program_id(0).to(tl.int64)
     query, document = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
     q_start, d_start = tl.load(q_offsets + query), tl.load(d_offsets + document)
     Lq, Ld = tl.load(q_offsets + query + 1) - q_start, tl.load(d_offsets + document + 1) - d_start
@@ -98,7 +98,7 @@ def _backward_kernel(
     first = tl.full((BLOCK_N,), -1, tl.int64)
     num = tl.zeros((BLOCK_N,), tl.float32)
     den = tl.zeros((BLOCK_N,), tl.float32)
-    for sweep in range(2):  # what the softmax needs, then the gradient
+    for sweep in tl.static_range(2):  # what the softmax needs, then the gradient
         for tile in range(tl.cdiv(Ld, BLOCK_M)):
             row = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
             s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -163,7 +163,7 @@ def variants(arch: str) -> Iterator[Variant]:
     for dtype, direction, Lq, tau in [*shipped, ("fp16", "forward", 16, 0.1), ("fp16", "forward", 32, 0.0), ("fp16", "backward", 32, 0.0)]:
         if dtype == "fp8" and arch == "sm_80":
             continue
-        for d in (128, 384):
+        for d in (64, 128, 384, 1024) if dtype == "fp16" else (128, 384):
             config = configuration(direction, arch, dtype, d, Lq)
             kernel = _forward_kernel if direction == "forward" else _backward_kernel
             constants = _constants(direction, config, dtype, d, tau)
@@ -192,7 +192,7 @@ def _launch(direction: str, tensors: dict[str, Tensor], d: Tensor, Lq: int, tau:
 
 def _packed(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, scales: Tensor | None, pairs: Tensor) -> tuple[dict[str, Tensor], int, Tensor]:
     """What both kernels take, the longest query's length, and where each pair's values stand."""
-    checks.check(d.dtype != torch.float8_e4m3fn or architecture(d.device) != "sm_80", "d", "int8 on this GPU, which has no fp8", d.dtype)
+    checks.fp8_runs("d", d.dtype, d.device)
     lengths = q_offsets.diff()[pairs[:, 0]]
     out_offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     compute = torch.float16 if d.dtype in checks.QUANTIZED else d.dtype
@@ -203,8 +203,22 @@ def _packed(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, scales: 
     return tensors, int(lengths.amax()) if len(lengths) else 0, out_offsets
 
 
-@operator("subspace_attention")
+def _check(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> None:
+    """What shapes, dtypes and devices tell."""
+    checks.check(tau == 0 or MIN_TAU <= tau < float("inf"), "tau", f"0 (MaxSim) or at least {MIN_TAU}", tau)
+    checks.matrix("q", q)
+    checks.matrix("d", d, checks.FLOATS + checks.QUANTIZED, q.shape[1])
+    checks.row_scales("d", d, scales)
+    checks.offsets("q_offsets", q_offsets)
+    checks.offsets("d_offsets", d_offsets)
+    good = pairs.ndim == 2 and pairs.shape[1] == 2 and pairs.dtype == torch.int64
+    checks.check(good, "pairs", "P × 2 int64", f"{pairs.dtype} of shape {tuple(pairs.shape)}")
+    checks.same_device(q=q, q_offsets=q_offsets, d=d, d_offsets=d_offsets, pairs=pairs, scales=scales)
+
+
+@operator("subspace_attention", differentiable=True)
 def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
+    _check(q, q_offsets, d, d_offsets, pairs, tau, scales)
     name = backend.resolve(q)
     if name == "cpu" and (found := cpu.native_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)) is not None:
         return found  # the library has looked at offsets and pairs
@@ -219,12 +233,14 @@ def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tenso
     tensors, Lq, out_offsets = _packed(q, q_offsets, d, d_offsets, scales, pairs)
     out = torch.empty(int(out_offsets[-1]), device=q.device)
     if len(out):
-        _launch("forward", {**tensors, "out_ptr": out}, d, Lq, tau, len(pairs))
+        with on_device(q):
+            _launch("forward", {**tensors, "out_ptr": out}, d, Lq, tau, len(pairs))
     return out
 
 
 @torch.library.register_fake("rerank_kernels::subspace_attention")
 def _(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> Tensor:
+    _check(q, q_offsets, d, d_offsets, pairs, tau, scales)
     return q.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
 
 
@@ -238,7 +254,8 @@ def _backward_op(
     tensors, Lq, _ = _packed(q, q_offsets, d, d_offsets, scales, pairs)
     dq, dd = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(d, dtype=torch.float32)
     if len(grad):
-        _launch("backward", {**tensors, "grad_ptr": grad.contiguous(), "dq_ptr": dq, "dd_ptr": dd}, d, Lq, tau, len(pairs))
+        with on_device(q):
+            _launch("backward", {**tensors, "grad_ptr": grad.contiguous(), "dq_ptr": dq, "dd_ptr": dd}, d, Lq, tau, len(pairs))
     return dq, dd
 
 
@@ -249,12 +266,14 @@ def _(grad: Tensor, q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.tau, scales = inputs
+    ctx.backend = backend.chosen()  # the gradient of a GPU is computed in another thread
     ctx.save_for_backward(*tensors, scales)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, q_offsets, d, d_offsets, pairs, scales = ctx.saved_tensors
-    dq, dd = _backward_op(grad, q, q_offsets, d, d_offsets, pairs, ctx.tau, scales)
+    with backend.use_backend(ctx.backend):
+        dq, dd = _backward_op(grad, q, q_offsets, d, d_offsets, pairs, ctx.tau, scales)
     return dq.to(q.dtype), None, dd.to(d.dtype) if d.is_floating_point() else None, None, None, None, None
 
 
@@ -284,14 +303,6 @@ def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tenso
         ValueError: 0 < tau < 0.025 (exp underflows in fp32), tau < 0, or arguments that do not fit; the message
             names the argument and what it held.
     """
-    checks.check(tau == 0 or MIN_TAU <= tau < float("inf"), "tau", f"0 (MaxSim) or at least {MIN_TAU}", tau)
-    checks.matrix("q", q)
-    checks.matrix("d", d, checks.FLOATS + checks.QUANTIZED, q.shape[1])
-    checks.row_scales("d", d, scales)
-    checks.offsets("q_offsets", q_offsets)
-    checks.offsets("d_offsets", d_offsets)
-    good = pairs.ndim == 2 and pairs.shape[1] == 2 and pairs.dtype == torch.int64
-    checks.check(good, "pairs", "P × 2 int64", f"{pairs.dtype} of shape {tuple(pairs.shape)}")
-    checks.same_device(q=q, q_offsets=q_offsets, d=d, d_offsets=d_offsets, pairs=pairs, scales=scales)
+    checks.check(isinstance(tau, (int, float)), "tau", "a number", tau)
     out: Tensor = _op(q, q_offsets, d, d_offsets, pairs, float(tau), scales)
     return out

@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: there is no GPU here, so nothing can be timed; kernels use the configurations that ship", file=sys.stderr)
         return 1
+    try:
+        write(args.out, {}, torch.cuda.get_device_name())  # known now, not after minutes
+    except (OSError, ValueError, AttributeError) as error:
+        parser.error(f"--out {args.out} cannot be written: {error}")
     device = torch.device("cuda")
     found = run(args.op or OPERATORS, device, lambda call: float(import_module("triton.testing").do_bench(call, return_mode="median")))
     if not found:
