@@ -156,7 +156,7 @@ def configuration(arch: str, dtype: str, d: int) -> Config:
     # fp32's operands pass through registers as three TF32 each, quantised ones widened: shorter steps or fewer stages
     # leave room for the rest. What ptxas fits without a spill differs by architecture.
     blackwell = arch == "sm_100"
-    table = {"fp32": Config(64, 16, 16, 4, 3 if arch == "sm_80" else 2), "int8": Config(64, 16, 32, 4, 3 if blackwell else 2)}
+    table = {"fp32": Config(64, 16, 16, 4, 2 if arch == "sm_90" else 3), "int8": Config(64, 16, 32, 4, 3 if blackwell else 2)}
     table["fp8"] = table["int8"]
     return tuned().get(key(OP, "forward", arch, dtype, d)) or table.get(dtype, Config(64, 16, 16 if blackwell else 32, 4, 3))
 
