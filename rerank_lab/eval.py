@@ -28,6 +28,7 @@ from rerank_lab.journal import Journal
 from rerank_lab.measures import DEFAULT, known_measures, parse_measures
 from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
 from rerank_lab.models import REGISTRY
+from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import default_folder
 from rerank_lab.options import effective, parse
 from rerank_lab.reranker import Ranking, Reranker
@@ -98,7 +99,8 @@ def evaluate(options: argparse.Namespace) -> str:
     except ValueError as error:
         raise UserError(f"--kernels {options.kernels}: {error}") from None
     log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
-    candidates = _candidates(options, dataset, reranker, any(m.tokens for m in methods.values()))
+    detail = max(reranker.using(method, cross=runs_cross(label, method)).detail for label, method in methods.items())
+    candidates = _candidates(options, dataset, reranker, detail)
     for note in candidates.notes:
         log.warning("%s", note)
 
@@ -122,14 +124,14 @@ def evaluate(options: argparse.Namespace) -> str:
 
 def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]:
     """Label → method, and what is wrong with every name and setting that is."""
-    names = options.methods
+    names, cross = options.methods, options.model_cross != "none"
     if names is None:
-        names = [name for name, kind in METHODS.items() if options.model_cross or "cross-encoder" not in kind.roles]
-        if options.model_cross:
+        names = [name for name, kind in METHODS.items() if cross or "cross-encoder" not in kind.roles]
+        if cross:
             names.append(BEST_CROSS)
         else:
             left_out = ", ".join(name for name in METHODS if name not in names)
-            print(f"{left_out} left out: they need a cross-encoder, named by --model-cross (a Hugging Face checkpoint or a folder)", file=sys.stderr)
+            print(f"{left_out} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
     methods: dict[str, Method] = {}
     problems: list[str] = []
     for label in names:
@@ -137,8 +139,8 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]
         defaults = {"stage1_top_k": max(1, options.top_k // 2)} if name == "optimal" else {}
         try:
             methods[label] = make_method(("best" if name == BEST_CROSS else name) + colon + settings, **defaults)
-            if runs_cross(label, methods[label]) and not options.model_cross:
-                raise UserError(f"method {label!r} needs a cross-encoder: name one by --model-cross, a hub name or a folder")
+            if runs_cross(label, methods[label]) and not cross:
+                raise UserError(f"method {label!r} needs a cross-encoder, and --model-cross is none")
         except UserError as error:
             problems.append(str(error))
     return methods, problems
@@ -167,21 +169,22 @@ def _reranker(options: argparse.Namespace, methods: dict[str, Method]) -> Rerank
         max_tokens_per_doc=options.max_tokens_per_doc,
         fuse_first_stage=options.fuse_first_stage,
         cache_dir=None if options.no_cache else options.cache or default_folder(),
+        cache_bytes=int(options.cache_gb * 1e9),
         subspace=options.subspace,
         device=options.device,
     )
 
 
-def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, tokens: bool) -> Candidates:
+def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, detail: Detail) -> Candidates:
     """First stage, and the vectors of all documents that the methods will look at."""
     texts = list(dataset.corpus.values())
-    # One forward gives both kinds of vectors: token vectors of the whole corpus unless few of its documents will be looked at.
-    whole = tokens and len(dataset.qrels) * options.top_k >= len(texts)
+    # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
+    whole = detail and len(dataset.qrels) * options.top_k >= len(texts)
 
     def corpus_vectors() -> torch.Tensor:
         with _counting("encode corpus") as progress:
             if whole:
-                reranker.encode(texts, tokens=True, progress=progress)
+                reranker.encode(texts, detail=detail, progress=progress)
             return reranker.pooled(texts, progress=progress)
 
     found = make_candidates(
@@ -195,7 +198,7 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
     )
     needed = {d: None for ranked in found.run.values() for d in ranked.documents}
     with _counting("encode candidates") as progress:
-        reranker.encode([dataset.corpus[d] for d in needed], tokens=tokens, progress=progress)
+        reranker.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
     return found
 
 
@@ -220,7 +223,7 @@ def _cold(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidat
     """Cost with every document new, over the first few queries; kept beside the vectors, since only a change can change it."""
     queries = list(candidates.run)[: options.cold_queries]
     cold: dict[str, Any] = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": "not measured"}
-    if "bi-encoder" not in reranker.method.roles:
+    if not reranker.caches:
         return cold | {"measured": "no vectors are cached for this method: each run is new"}
     if not queries:
         return cold

@@ -21,12 +21,12 @@ else:
 EPILOG = """\
 examples:
   python -m rerank_lab.eval
-      fast and best on the bundled numpydoc collection
+      all methods on the bundled numpydoc collection
   python -m rerank_lab.eval --dataset path/to/scifact --methods fast,best
       a BEIR folder; the second run finds the vectors in the cache
   python -m rerank_lab.eval --dataset hf:mteb/nfcorpus --candidates bm25 \\
       --model-cross cross-encoder/ms-marco-MiniLM-L6-v2
-      all four methods over BM25's top 100, models from the hub
+      over BM25's top 100, the cross-encoder from the hub
   python -m rerank_lab.eval --methods fast,best,best:tau=0.05:lexical=0.25
       one method twice, under other settings
 
@@ -56,7 +56,12 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("methods and models")
     what.add_argument("--methods", type=_names, metavar="LIST", help="comma-separated, settings by colon: fast,best:tau=0.05 (default: all that can run)")
     what.add_argument("--model", default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name (default: all-MiniLM-L6-v2)")
-    what.add_argument("--model-cross", metavar="MODEL", help="cross-encoder for standard, optimal and best+cross: folder or hub name")
+    what.add_argument(
+        "--model-cross",
+        default="minilm-cross",
+        metavar="MODEL",
+        help="cross-encoder for standard, optimal and best+cross: id, folder, hub name, or none for methods without one (default: minilm-cross)",
+    )
     what.add_argument("--subspace", metavar="FILE", help="token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none")
     what.add_argument(
         "--max-tokens-per-doc", type=_count, default=512, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)"
@@ -91,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     )
     machine.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
     machine.add_argument("--cache", type=Path, metavar="DIR", help="vector cache (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    machine.add_argument("--cache-gb", type=_weight, default=16.0, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
     machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options by their long names; flags win over it")
     return p
@@ -113,7 +119,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def effective(options: argparse.Namespace) -> dict[str, Any]:
     """The configuration as results keep it: what decides figures, as it was given."""
-    left_out = {"list", "config", "out", "resume", "overwrite", "cache", "no_cache"}
+    left_out = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache"}
     return {k: v for k, v in sorted(vars(options).items()) if k not in left_out}
 
 

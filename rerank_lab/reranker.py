@@ -17,10 +17,10 @@ from rerank_lab.datasets import valid_text
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.methods import DROPPED, Method, Pool, make_method
 from rerank_lab.methods.base import Flops
-from rerank_lab.models import DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
-from rerank_lab.models.bi_encoder import BiEncoder
-from rerank_lab.models.cache import Progress, VectorCache, ensure
-from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
+from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure
+from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.run import order
 from rerank_lab.timing import Clock
 
@@ -72,10 +72,11 @@ class Reranker:
     Args:
         model: bi-encoder, by registry id, folder or hub name.
         method: "fast", "standard", "optimal" or "best", with settings as in "best:tau=0.05".
-        model_cross: cross-encoder; needed by standard and optimal, joins best where it is given.
+        model_cross: cross-encoder; joins best where it is given. None: "minilm-cross" for standard and optimal, none for best.
         max_tokens_per_doc: own tokens kept of each document; the model's limit applies too.
         fuse_first_stage: weight of z(first-stage score), added to z(method's score) where `rank` is given such scores.
         cache_dir: folder for vectors that outlive the process; None: in memory alone, at most 2 GiB.
+        cache_bytes: bound on what the folder holds of one model.
         subspace: safetensors file with the model's projection V; None: the shipped one, or none.
         device: "auto", "cpu", "cuda", "mps".
 
@@ -93,6 +94,7 @@ class Reranker:
         max_tokens_per_doc: int = 512,
         fuse_first_stage: float = 0.0,
         cache_dir: str | Path | None = None,
+        cache_bytes: int = DISK_BYTES,
         subspace: str | None = None,
         device: str = "auto",
     ):
@@ -100,10 +102,13 @@ class Reranker:
             raise UserError(f"max_tokens_per_doc must be at least 1, not {max_tokens_per_doc}")
         self.max_tokens, self.fuse_first_stage = max_tokens_per_doc, fuse_first_stage
         self.method = make_method(method) if isinstance(method, str) else method
+        if model_cross is None and "cross-encoder" in self.method.roles:
+            model_cross = DEFAULT_CROSS
         _check_roles(self.method, model, model_cross)
         self.encoder: BiEncoder | None = None if model is None else load_bi_encoder(model, subspace=subspace, device=device)
-        self.cross: CrossEncoder | None = None if model_cross is None else load_cross_encoder(model_cross, device=device)
-        self.cache = self._new_cache(None if cache_dir is None else Path(cache_dir))
+        self.cross = None if model_cross is None else load_cross_encoder(model_cross, device=device, encoder=self.encoder)
+        self.cache_bytes = cache_bytes
+        self._new_caches(None if cache_dir is None else Path(cache_dir))
 
     def rank(self, query: str, documents: Sequence[Document], top_n: int | None = None, *, first_stage: Sequence[float] | None = None) -> list[Result]:
         """Ranks documents for a query, best first, equal scores in input order.
@@ -136,7 +141,10 @@ class Reranker:
             raise UserError(f"first_stage has {len(first_stage)} scores for {len(texts)} documents")
         clock = Clock(None if self.encoder is None else self.encoder.device)
         cross = self.cross if self.cross is not None and self.method.uses_cross else None
-        pool = Pool(query, texts, encoder=self.encoder, cache=self.cache, cross=cross, max_tokens=self.max_tokens, clock=clock)
+        pool = Pool(
+            query, texts, encoder=self.encoder, cache=self.cache, cross=cross, cross_cache=self.cross_cache,
+            detail=self.detail, max_tokens=self.max_tokens, clock=clock,
+        )  # fmt: skip
         with torch.inference_mode():
             scores = self.method.score(pool).cpu()
             with clock.phase("rank"):
@@ -163,7 +171,7 @@ class Reranker:
     def without_cache(self) -> Reranker:
         """The same with an empty cache in memory: every document is new."""
         other = copy.copy(self)
-        other.cache = self._new_cache(None)
+        other._new_caches(None)
         return other
 
     @property
@@ -174,7 +182,20 @@ class Reranker:
     @property
     def cache_state(self) -> str:
         """Where vectors are kept: "disk", "memory", or "none" without a bi-encoder."""
-        return "none" if self.cache is None else "memory" if self.cache.folder is None else "disk"
+        cache = self.cache or self.cross_cache
+        return "none" if cache is None else "memory" if cache.folder is None else "disk"
+
+    @property
+    def detail(self) -> Detail:
+        """What a document's cached vectors hold for the method."""
+        if self.method.uses_cross and isinstance(self.cross, OneWayCrossEncoder):
+            return Detail.STATES
+        return Detail.TOKENS if self.method.tokens else Detail.POOLED
+
+    @property
+    def caches(self) -> bool:
+        """Whether the method has anything to cache of a document."""
+        return "bi-encoder" in self.method.roles or self.detail is Detail.STATES
 
     @property
     def token_limit(self) -> int:
@@ -192,21 +213,27 @@ class Reranker:
             "model_cross_files": None if self.cross is None else self.cross.fingerprint,
         }
 
-    def encode(self, texts: Sequence[str], *, tokens: bool, progress: Progress = lambda done, total: None) -> None:
+    def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
         """Puts documents' vectors into the cache, so that ranking them later costs no forward."""
         if self.encoder is not None and self.cache is not None:
-            ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=tokens, progress=progress)
+            own = detail if self.cross_cache is self.cache else min(detail, Detail.TOKENS)
+            ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, detail=own, progress=progress, keep=False)
+        if isinstance(self.cross, OneWayCrossEncoder) and self.cross_cache is not None and self.cross_cache is not self.cache and detail is Detail.STATES:
+            ensure(self.cross.encoder, self.cross_cache, texts, max_tokens=self.max_tokens, detail=detail, progress=progress, keep=False)
 
     def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: Progress = lambda done, total: None) -> Tensor:
         """Pooled vectors, N × d, through the cache."""
         if self.encoder is None or self.cache is None:
             raise UserError("a bi-encoder is needed for pooled vectors: name one as model")
         limit = self.max_tokens if kind == "document" else self.encoder.limit
-        keys = ensure(self.encoder, self.cache, texts, max_tokens=limit, tokens=False, kind=kind, progress=progress)
-        return self.cache.gather(keys, False).pooled
+        keys = ensure(self.encoder, self.cache, texts, max_tokens=limit, detail=Detail.POOLED, kind=kind, progress=progress)
+        return self.cache.gather(keys, Detail.POOLED).pooled
 
-    def _new_cache(self, folder: Path | None) -> VectorCache | None:
-        return None if self.encoder is None else VectorCache(self.encoder.key(), folder)
+    def _new_caches(self, folder: Path | None) -> None:
+        """One for the bi-encoder and one for a one-way cross-encoder's backbone, which is the same where they are."""
+        read = self.cross.encoder if isinstance(self.cross, OneWayCrossEncoder) else None
+        self.cache = None if self.encoder is None else VectorCache(self.encoder.key(), folder, disk_bytes=self.cache_bytes)
+        self.cross_cache = self.cache if read is self.encoder else None if read is None else VectorCache(read.key(), folder, disk_bytes=self.cache_bytes)
 
     def _names(self) -> str:
         return " and ".join(model.name for model in (self.encoder, self.cross) if model is not None)
@@ -231,7 +258,7 @@ def _text(document: Document, position: int) -> str:
 
 def _check_roles(method: Method, model: object, cross: object) -> None:
     if "cross-encoder" in method.roles and cross is None:
-        raise UserError(f"method {method.name} needs a cross-encoder: name one as model_cross (--model-cross), a hub name or a folder")
+        raise UserError(f"method {method.name} needs a cross-encoder: name one as model_cross (--model-cross), minilm-cross, a hub name or a folder")
     if "bi-encoder" in method.roles and model is None:
         raise UserError(f"method {method.name} needs a bi-encoder: name one as model (--model)")
 

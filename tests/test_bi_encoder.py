@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models import load_bi_encoder
-from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.models.forward import encoder_flops, plan_batches
 from tests.conftest import DOCUMENTS, QUERIES
 
@@ -65,7 +65,7 @@ def assert_like_sentence_transformers(folder: Path, kind: str = "document") -> B
     reference = SentenceTransformer(str(folder), device="cpu")
     wanted = (reference.encode_query if kind == "query" else reference.encode_document)(TEXTS, batch_size=2, convert_to_tensor=True)
     encoder = load_bi_encoder(str(folder), device="cpu")
-    torch.testing.assert_close(encoder.encode(TEXTS, kind=kind, tokens=False).pooled, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode(TEXTS, kind=kind, detail=Detail.POOLED).pooled, wanted, atol=1e-5, rtol=0)
     assert encoder.dimensions == wanted.shape[1]
     return encoder
 
@@ -94,7 +94,7 @@ def test_a_dense_module_projects_and_activates(variant: Variant) -> None:
 
 def test_without_normalize_lengths_stay(variant: Variant) -> None:
     encoder = assert_like_sentence_transformers(variant({"modules.json": MODULES[:2]}))
-    assert not torch.allclose(encoder.encode(TEXTS, tokens=False).pooled.norm(dim=1), torch.ones(len(TEXTS)), atol=0.1)
+    assert not torch.allclose(encoder.encode(TEXTS, detail=Detail.POOLED).pooled.norm(dim=1), torch.ones(len(TEXTS)), atol=0.1)
 
 
 def test_a_bare_transformer_is_mean_pooled(variant: Variant) -> None:
@@ -159,7 +159,7 @@ def test_truncation_keeps_the_first_tokens_and_reports_the_uncut_count(encoder: 
     reference = SentenceTransformer(str(MODEL), device="cpu")
     reference.max_seq_length = min(max_tokens, 254) + 2
     vectors = encoder.encode(TEXTS, max_tokens=max_tokens)
-    own = [len(ids) for ids in AutoTokenizer.from_pretrained(MODEL)(TEXTS, add_special_tokens=False).input_ids]
+    own = [len(ids) for ids in AutoTokenizer.from_pretrained(MODEL)(TEXTS, add_special_detail=Detail.POOLED).input_ids]
     assert vectors.lengths.tolist() == own and max(own) > 512
     assert vectors.offsets.diff().tolist() == [min(n, max_tokens, 254) for n in own]
     torch.testing.assert_close(vectors.pooled, reference.encode(TEXTS, batch_size=2, convert_to_tensor=True), atol=1e-5, rtol=0)
@@ -174,7 +174,7 @@ def test_an_empty_text_has_a_pooled_vector_and_no_tokens(encoder: BiEncoder) -> 
 
 
 def test_without_tokens_only_they_are_left_out(encoder: BiEncoder) -> None:
-    slim, full = encoder.encode(TEXTS, tokens=False), encoder.encode(TEXTS)
+    slim, full = encoder.encode(TEXTS, detail=Detail.POOLED), encoder.encode(TEXTS)
     assert torch.equal(slim.pooled, full.pooled) and torch.equal(slim.lengths, full.lengths)
     assert slim.offsets.tolist() == [0] * (len(TEXTS) + 1) and len(slim.tokens) == 0
 
@@ -257,8 +257,10 @@ def test_the_flops_formula_is_within_3_percent_of_what_torch_counts(encoder: BiE
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert encoder_flops(model.config, torch.tensor([length])) == pytest.approx(counter.get_total_flops(), rel=0.03)
-    assert encoder.flops(torch.tensor([length - 2, 5]), False) == encoder_flops(model.config, torch.tensor([length])) + encoder.flops(torch.tensor([5]), False)
-    assert encoder.flops(torch.tensor([10_000]), False) == encoder_flops(model.config, torch.tensor([256]))
+    assert encoder.flops(torch.tensor([length - 2, 5]), Detail.POOLED) == encoder_flops(model.config, torch.tensor([length])) + encoder.flops(
+        torch.tensor([5]), Detail.POOLED
+    )
+    assert encoder.flops(torch.tensor([10_000]), Detail.POOLED) == encoder_flops(model.config, torch.tensor([256]))
 
 
 @pytest.mark.parametrize("budget", [1, 60, 1000, 10**6])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rerank_lab.models import cache as module
-from rerank_lab.models.bi_encoder import BiEncoder, Vectors
+from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.cache import VectorCache, default_folder, ensure, text_key
 from tests.conftest import DOCUMENTS, ROOT
 
@@ -39,8 +39,8 @@ def encoded(encoder: BiEncoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def get(encoder: BiEncoder, cache: VectorCache, texts: Sequence[str] = TEXTS, tokens: bool = True, max_tokens: int = 256) -> Vectors:
-    return cache.gather(ensure(encoder, cache, texts, max_tokens=max_tokens, tokens=tokens), tokens)
+def get(encoder: BiEncoder, cache: VectorCache, texts: Sequence[str] = TEXTS, detail: Detail = Detail.TOKENS, max_tokens: int = 256) -> Vectors:
+    return cache.gather(ensure(encoder, cache, texts, max_tokens=max_tokens, detail=detail), detail)
 
 
 def assert_same(found: Vectors, wanted: Vectors) -> None:
@@ -53,7 +53,8 @@ def made(seed: int, count: int = 3) -> tuple[list[bytes], Vectors]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 4, (count,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    vectors = Vectors(torch.randn(count, 8, generator=generator), lengths, offsets, torch.randn(int(offsets[-1]), 4, generator=generator).half())
+    packed = [torch.randn(int(offsets[-1]), columns, generator=generator).half() for columns in (4, 6)]
+    vectors = Vectors(torch.randn(count, 8, generator=generator), lengths, offsets, *packed)
     return [text_key(f"{seed}/{i}", 9) for i in range(count)], vectors
 
 
@@ -90,13 +91,13 @@ def test_text_limit_and_kind_have_vectors_of_their_own(encoder: BiEncoder, encod
 
 def test_pooled_entries_are_encoded_again_for_tokens_and_not_the_other_way(encoder: BiEncoder, encoded: list[str], tmp_path: Path) -> None:
     cache = VectorCache(encoder.key(), tmp_path)
-    get(encoder, cache, tokens=False)
+    get(encoder, cache, detail=Detail.POOLED)
     wanted = get(encoder, cache)
     assert encoded == TEXTS * 2 and len(wanted.tokens) > 0
-    get(encoder, cache, tokens=False)
+    get(encoder, cache, detail=Detail.POOLED)
     for turn in range(2):  # whichever shard is read first
         for place, path in enumerate(shards(tmp_path)):
-            path.rename(path.with_name(f"{turn}{1 - place}-{path.name.rpartition('-')[2]}"))
+            os.utime(path, (1000 + abs(turn - place),) * 2)
         assert_same(get(encoder, VectorCache(encoder.key(), tmp_path)), wanted)
     assert encoded == TEXTS * 2
 
@@ -106,18 +107,18 @@ def test_gather_keeps_the_order_asked_for_across_shards(tmp_path: Path) -> None:
         texts: list[tuple[bytes, Tensor, Tensor]] = []
         for seed in range(4):
             keys, vectors = made(seed)
-            cache.add(keys, vectors, True)
+            cache.add(keys, vectors, Detail.TOKENS)
             tokens = torch.tensor_split(vectors.tokens, vectors.offsets[1:-1])
             texts += zip(keys, vectors.pooled, tokens)
         asked = [texts[i] for i in (11, 0, 5, 5, 7, 1, 0)]
-        found = cache.gather([key for key, _, _ in asked], True)
+        found = cache.gather([key for key, _, _ in asked], Detail.TOKENS)
         assert torch.equal(found.pooled, torch.stack([pooled for _, pooled, _ in asked]))
         assert torch.equal(found.tokens, torch.cat([tokens for _, _, tokens in asked])) and found.offsets[0] == 0
         assert found.lengths.tolist() == [len(tokens) for _, _, tokens in asked] == found.offsets.diff().tolist()
         assert found.lengths.min() == 0 < found.lengths.max()
-        slim = cache.gather([key for key, _, _ in asked], False)
+        slim = cache.gather([key for key, _, _ in asked], Detail.POOLED)
         assert torch.equal(slim.pooled, found.pooled) and len(slim.tokens) == 0
-        assert cache.gather([], True).offsets.tolist() == [0]
+        assert cache.gather([], Detail.TOKENS).offsets.tolist() == [0]
 
 
 def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
@@ -131,9 +132,9 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "empty": lambda p: change(p, lambda b: b""),
     "flipped in the middle": lambda p: change(p, lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :]),
     "flipped at the end": lambda p: change(p, lambda b: b[:-1] + bytes([b[-1] ^ 128])),
-    "another kind of shard": lambda p: change(p, lambda b: b.replace(b'"tokens":"1"', b'"tokens":"0"', 1)),
+    "another kind of shard": lambda p: change(p, lambda b: b.replace(b'"detail":"1"', b'"detail":"0"', 1)),
     "text": lambda p: change(p, lambda b: b"a file of someone else's"),
-    "another safetensors file": lambda p: save_file(load_file(p), p, {"schema": "1"}),
+    "another safetensors file": lambda p: save_file(load_file(p), p, {"schema": module.SCHEMA}),
 }
 
 
@@ -156,7 +157,7 @@ def test_a_damaged_shard_is_dropped_with_a_warning_and_rebuilt(
 
 
 def test_no_flipped_bit_of_a_shard_goes_unseen(tmp_path: Path) -> None:
-    VectorCache("m", tmp_path).add(*made(0), True)
+    VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
     (path,) = shards(tmp_path)
     data = path.read_bytes()
     for place in range(len(data)):
@@ -167,12 +168,12 @@ def test_no_flipped_bit_of_a_shard_goes_unseen(tmp_path: Path) -> None:
 def test_a_shard_of_another_schema_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as earlier:
         earlier.setattr(module, "SCHEMA", "0")
-        VectorCache("m", tmp_path).add(*made(0), True)
+        VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
     assert len(VectorCache("m", tmp_path)) == 0 and not shards(tmp_path)
 
 
 def test_leftovers_of_a_writer_are_ignored_and_old_ones_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    VectorCache("m", tmp_path).add(*made(0), True)
+    VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
     (shard,) = shards(tmp_path)
     young, old = shard.with_name("young.tmp"), shard.with_name("old.tmp")
     for path in (young, old):
@@ -186,22 +187,23 @@ def test_a_kill_while_writing_leaves_no_half_shard(tmp_path: Path, caplog: pytes
     code = """
 import os, signal, sys
 from pathlib import Path
+from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import VectorCache
 from tests.test_cache import made
 cache = VectorCache("m", Path(sys.argv[1]))
-cache.add(*made(0), True)
+cache.add(*made(0), Detail.TOKENS)
 os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-cache.add(*made(1), True)
+cache.add(*made(1), Detail.TOKENS)
 """
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, cwd=ROOT).returncode == -signal.SIGKILL
     assert len(list(tmp_path.rglob("*.tmp"))) == len(shards(tmp_path)) == 1
     cache = VectorCache("m", tmp_path)
     keys, vectors = made(0)
-    assert not caplog.records and len(cache) == 3 and torch.equal(cache.gather(keys, True).pooled, vectors.pooled)
+    assert not caplog.records and len(cache) == 3 and torch.equal(cache.gather(keys, Detail.TOKENS).pooled, vectors.pooled)
 
 
 def test_what_was_encoded_before_an_interruption_stays(encoder: BiEncoder, encoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(module, "CHUNK", dict.fromkeys(Detail, 3))
     calls: list[tuple[int, int]] = []
 
     def interrupt(done: int, total: int) -> None:
@@ -210,7 +212,7 @@ def test_what_was_encoded_before_an_interruption_stays(encoder: BiEncoder, encod
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ensure(encoder, VectorCache(encoder.key(), tmp_path), TEXTS, max_tokens=256, tokens=True, progress=interrupt)
+        ensure(encoder, VectorCache(encoder.key(), tmp_path), TEXTS, max_tokens=256, detail=Detail.TOKENS, progress=interrupt)
     assert {total for _, total in calls} == {len(TEXTS)}
     encoded.clear()
     get(encoder, VectorCache(encoder.key(), tmp_path))
@@ -232,15 +234,15 @@ def test_a_folder_that_cannot_be_made_leaves_the_cache_in_memory(
 def test_a_full_disk_leaves_the_cache_in_memory_with_what_it_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = VectorCache("m", tmp_path)
     (first, few), (second, many) = made(0), made(1, 10_000)
-    cache.add(first, few, True)
+    cache.add(first, few, Detail.TOKENS)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        cache.add(second, many, True)
+        cache.add(second, many, Detail.TOKENS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot be written" in caplog.text
-    assert torch.equal(cache.gather([*first, *second], True).pooled[3:], many.pooled)
+    assert torch.equal(cache.gather([*first, *second], Detail.TOKENS).pooled[3:], many.pooled)
     assert len(VectorCache("m", tmp_path)) == 3
 
 
@@ -253,24 +255,24 @@ def test_trim_drops_the_oldest_past_the_bound_and_no_more(encoder: BiEncoder, en
     wanted = get(encoder, cache, texts)
     assert len(cache) == 4
     cache.trim()
-    assert [cache.has(text_key(text, 256), True) for text in texts] == [False, False, True, True] and len(cache) == 2
+    assert [cache.has(text_key(text, 256), Detail.TOKENS) for text in texts] == [False, False, True, True] and len(cache) == 2
     assert_same(get(encoder, cache, texts), wanted)
     assert encoded == [*texts, *texts[:2]]
 
 
 def test_trim_keeps_what_a_later_shard_took_over_and_what_is_on_disk(tmp_path: Path) -> None:
     keys, vectors = made(0)
-    cache = VectorCache("m", memory_bytes=vectors.pooled.nbytes + vectors.tokens.nbytes)
-    for tokens in (False, True):
-        cache.add(keys, vectors, tokens)
+    cache = VectorCache("m", memory_bytes=vectors.pooled.nbytes + vectors.tokens.nbytes + vectors.states.nbytes)
+    for detail in (Detail.POOLED, Detail.TOKENS):
+        cache.add(keys, vectors, detail)
     cache.trim()
-    assert len(cache) == 3 and torch.equal(cache.gather(keys, True).tokens, vectors.tokens)
+    assert len(cache) == 3 and torch.equal(cache.gather(keys, Detail.TOKENS).tokens, vectors.tokens)
     disk = VectorCache("m", tmp_path, memory_bytes=0)
-    disk.add(keys, vectors, True)
+    disk.add(keys, vectors, Detail.TOKENS)
     disk.folder = None  # as after a full disk
-    disk.add(*made(1), True)
+    disk.add(*made(1), Detail.TOKENS)
     disk.trim()
-    assert len(disk) == 3 and all(disk.has(key, True) for key in keys)
+    assert len(disk) == 3 and all(disk.has(key, Detail.TOKENS) for key in keys)
 
 
 def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

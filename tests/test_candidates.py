@@ -15,7 +15,7 @@ from rerank_lab.candidates import Candidates, make_candidates, oracle
 from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
 from rerank_lab.lexical import BM25, PARAMETERS
-from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.run import Ranked
 from tests.conftest import DOCUMENTS, QRELS, QUERIES
 
@@ -43,8 +43,8 @@ def rounded(vectors: torch.Tensor, noise: float) -> torch.Tensor:
 
 def find(folder: Path, source: str, top_k: int = 10, encoder: BiEncoder | None = None, drop_identical: bool = False, noise: float = 0) -> Candidates:
     data = load_dataset(str(folder))
-    encode = unused if encoder is None else lambda texts: encoder.encode(texts, kind="query", tokens=False).pooled
-    corpus = unused if encoder is None else lambda: rounded(encoder.encode(list(data.corpus.values()), tokens=False).pooled, noise)
+    encode = unused if encoder is None else lambda texts: encoder.encode(texts, kind="query", detail=Detail.POOLED).pooled
+    corpus = unused if encoder is None else lambda: rounded(encoder.encode(list(data.corpus.values()), detail=Detail.POOLED).pooled, noise)
     return make_candidates(source, data, top_k, encode=encode, corpus_vectors=corpus, drop_identical=drop_identical, progress=silent)
 
 
@@ -91,9 +91,9 @@ def test_dense_is_brute_force(beir: Beir, encoder: BiEncoder) -> None:
     found = find(beir(queries=QUERIES | {"q5": " "}, qrels=QRELS | {"q5": {"d1": 1}}), "dense", encoder=encoder)
     assert list(found.run) == list(QUERIES)
     ids, texts = list(DOCUMENTS), [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
-    vectors = encoder.encode(texts, tokens=False).pooled.double().numpy()
+    vectors = encoder.encode(texts, detail=Detail.POOLED).pooled.double().numpy()
     for q, text in QUERIES.items():
-        cosine = vectors @ encoder.encode([text], kind="query", tokens=False).pooled[0].double().numpy()
+        cosine = vectors @ encoder.encode([text], kind="query", detail=Detail.POOLED).pooled[0].double().numpy()
         assert found.run[q].documents == [ids[i] for i in np.argsort(-cosine)]
         assert found.run[q].scores == pytest.approx(np.sort(cosine)[::-1], abs=1e-6)
     assert found.about["documents_per_query"] == 6

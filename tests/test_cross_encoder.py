@@ -26,9 +26,15 @@ TEXTS = [*(text for _, text in DOCUMENTS.values()), "", "naïve 你好 \n [SEP] 
 Copy = Callable[..., Path]
 
 
+def load(folder: Path | str) -> CrossEncoder:
+    model = load_cross_encoder(str(folder), device="cpu")
+    assert isinstance(model, CrossEncoder)
+    return model
+
+
 @pytest.fixture(scope="module")
 def cross(small_cross: Path) -> CrossEncoder:
-    return load_cross_encoder(str(small_cross), device="cpu")
+    return load(small_cross)
 
 
 @pytest.fixture
@@ -89,7 +95,7 @@ def test_a_limit_of_the_tokenizer_below_the_models_holds(copy: Copy) -> None:
     folder = copy()
     about = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(about | {"model_max_length": 40}))
-    model = load_cross_encoder(str(folder), device="cpu")
+    model = load(folder)
     logits, lengths, cut = model.score("join two tables", TEXTS)
     assert lengths.max() == model.limit == 40 and cut.sum() == 2
     torch.testing.assert_close(logits, reference(folder, "join two tables", TEXTS), atol=1e-4, rtol=0)
@@ -97,7 +103,7 @@ def test_a_limit_of_the_tokenizer_below_the_models_holds(copy: Copy) -> None:
 
 def test_a_copy_saved_by_sentence_transformers_loads(small_cross: Path, cross: CrossEncoder, tmp_path: Path) -> None:
     Reference(str(small_cross), device="cpu").save(str(tmp_path / "again"))
-    torch.testing.assert_close(load_cross_encoder(str(tmp_path / "again"), device="cpu").score("join", TEXTS)[0], cross.score("join", TEXTS)[0])
+    torch.testing.assert_close(load(tmp_path / "again").score("join", TEXTS)[0], cross.score("join", TEXTS)[0])
 
 
 def test_flops_are_the_encoders(cross: CrossEncoder) -> None:
@@ -113,11 +119,11 @@ def test_the_other_role_is_refused_by_name(small_cross: Path) -> None:
         load_bi_encoder(str(small_cross), device="cpu")
 
 
-@pytest.mark.parametrize("load", [load_cross_encoder, load_bi_encoder])
+@pytest.mark.parametrize("load_any", [load_cross_encoder, load_bi_encoder])
 @pytest.mark.parametrize("name", ["no-such-model", "nobody/nothing", "/no/such/folder"])
-def test_an_unknown_name_is_refused_with_those_known(load: Callable[..., object], name: str) -> None:
-    with pytest.raises(UserError, match=rf"model '{name}' is no known id \(all-MiniLM-L6-v2\), no folder, and the hub did not give it: "):
-        load(name, device="cpu")
+def test_an_unknown_name_is_refused_with_those_known(load_any: Callable[..., object], name: str) -> None:
+    with pytest.raises(UserError, match=rf"model '{name}' is no known id \(all-MiniLM-L6-v2, minilm-cross\), no folder, and the hub did not give it: "):
+        load_any(name, device="cpu")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -159,7 +165,7 @@ def test_without_tokenizer_files_it_is_refused(copy: Copy) -> None:
 def test_a_nan_is_an_error_that_names_the_model(copy: Copy) -> None:
     folder = copy(lambda weights: weights["classifier.bias"].fill_(torch.nan))
     with pytest.raises(ModelError, match=f"model '{folder}' gave a NaN"):
-        load_cross_encoder(str(folder), device="cpu").score("join", TEXTS[:2])
+        load(folder).score("join", TEXTS[:2])
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])

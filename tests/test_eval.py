@@ -101,13 +101,22 @@ def test_the_command_in_the_report_gives_the_same_measures(folder: str, tmp_path
     assert (a / "runs" / "best-tau=0.05.trec").read_text() == (b / "runs" / "best-tau=0.05.trec").read_text()
 
 
-def test_standard_and_optimal_are_left_out_with_a_line_and_refused_by_name(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--dataset", folder, "--out", str(tmp_path / "out"), "--cold-queries", "0"]) == 0
+def test_all_methods_run_without_a_model_named_and_none_leaves_the_cross_encoder_out(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dataset", folder, "--out", str(tmp_path / "all"), "--cold-queries", "1"]) == 0
+    rows = {r["method"]: r for r in load(tmp_path / "all")["rows"]}
+    assert {name: row["model_cross"] for name, row in rows.items()} == {
+        "fast": None, "standard": "minilm-cross", "optimal": "minilm-cross", "best": None, "best+cross": "minilm-cross"
+    }  # fmt: skip
+    assert all(row["cold_latency_ms"]["p50"] > row["latency_ms"]["p50"] for row in rows.values()), "its documents are cached too"
+    assert capsys.readouterr().err == ""
+    without = ["--dataset", folder, "--model-cross", "none"]
+    assert main([*without, "--out", str(tmp_path / "out"), "--cold-queries", "0"]) == 0
     assert [r["method"] for r in load(tmp_path / "out")["rows"]] == ["fast", "best"]
+    assert "--model-cross none" in (tmp_path / "out" / "report.md").read_text()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "standard, optimal" in lines[0] and "--model-cross" in lines[0]
     for method in ("standard", "optimal", "best+cross"):
-        assert "--model-cross" in failing(capsys, "--dataset", folder, "--methods", f"fast,{method}", "--out", str(tmp_path / "no"))
+        assert "--model-cross" in failing(capsys, *without, "--methods", f"fast,{method}", "--out", str(tmp_path / "no"))
     assert not (tmp_path / "no").exists()
 
 

@@ -13,6 +13,7 @@ from rerank_lab.errors import UserError
 from rerank_lab.lexical import BM25
 from rerank_lab.methods import METHODS, make_method
 from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.cross_encoder import CrossEncoder
 from tests.conftest import DOCUMENTS
 
 QUERY = "complex-conjugating dot product"
@@ -60,7 +61,7 @@ def test_fast_is_the_cosine(reranker: Reranker, encoder: BiEncoder) -> None:
 
 def test_standard_is_the_logit_shown_as_its_sigmoid(small_cross: Path) -> None:
     reranker = Reranker(None, "standard", str(small_cross), device="cpu")
-    assert reranker.cross is not None
+    assert isinstance(reranker.cross, CrossEncoder)
     logits = torch.cat([reranker.cross.score(QUERY, [text])[0] for text in TEXTS]).double()
     np.testing.assert_allclose(raw_scores(reranker), logits.numpy(), atol=1e-5)
     shown = {r.index: r.relevance_score for r in reranker.rank(QUERY, TEXTS)}
@@ -70,7 +71,7 @@ def test_standard_is_the_logit_shown_as_its_sigmoid(small_cross: Path) -> None:
 @pytest.mark.parametrize("keep", [3, 100])
 def test_optimal_cuts_by_cosine_then_sums_z(encoder: BiEncoder, small_cross: Path, keep: int) -> None:
     reranker = Reranker(method=f"optimal:stage1_top_k={keep}:cosine_weight=0.7", model_cross=str(small_cross), device="cpu")
-    assert reranker.cross is not None
+    assert isinstance(reranker.cross, CrossEncoder)
     cosine = cosines(encoder)
     kept = np.argsort(-cosine)[:keep]
     logits = reranker.cross.score(QUERY, [TEXTS[i] for i in kept])[0].double().numpy()
@@ -87,7 +88,7 @@ def test_best_is_steps_1_to_5(reranker: Reranker, encoder: BiEncoder, tau: float
 
 def test_best_with_feedback_lexical_term_and_cross_encoder(encoder: BiEncoder, small_cross: Path) -> None:
     reranker = Reranker(method="best:gamma=0.25:lexical=0.5:alpha=3:cross_weight=0.6", model_cross=str(small_cross), device="cpu")
-    assert reranker.cross is not None
+    assert isinstance(reranker.cross, CrossEncoder)
     cosine, logits = cosines(encoder), reranker.cross.score(QUERY, TEXTS)[0].double().numpy()
     bm25 = BM25(TEXTS).scores(QUERY).astype(np.float64)
     b = z(z(cosine) + 3 * z(token_score(attention(encoder, 0.1))) + 0.5 * z(bm25) + 0.6 * z(logits))
@@ -133,9 +134,9 @@ def test_a_wrong_spec_says_what_is_right(spec: str, message: str) -> None:
         make_method(spec)
 
 
-def test_methods_name_the_model_that_they_lack() -> None:
+def test_methods_name_the_model_that_they_lack(reranker: Reranker) -> None:
     for method in ("standard", "optimal"):
         with pytest.raises(UserError, match="model_cross"):
-            Reranker(method=method)
+            reranker.using(method)
     with pytest.raises(UserError, match="bi-encoder"):
         Reranker(None, "fast")

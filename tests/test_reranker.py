@@ -11,6 +11,7 @@ import torch
 import rerank_lab
 from rerank_lab import Reranker
 from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.bi_encoder import Detail
 from tests.conftest import DOCUMENTS
 
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
@@ -92,10 +93,10 @@ def test_flops_separate_seen_from_new_documents(reranker: Reranker) -> None:
     ranking, encoder = reranker.score(QUERY, TEXTS + TEXTS), reranker.encoder
     assert encoder is not None
     lengths = encoder.encode(TEXTS).lengths
-    assert ranking.flops.new == encoder.flops(lengths, True)
+    assert ranking.flops.new == encoder.flops(lengths, Detail.TOKENS)
     own = encoder.encode([QUERY], kind="query").lengths
     tokens = 2 * int(own) * 2 * int(lengths.sum()) * 128
-    assert ranking.flops.seen == encoder.flops(own, True) + 2 * len(TEXTS) * 2 * 384 + tokens
+    assert ranking.flops.seen == encoder.flops(own, Detail.TOKENS) + 2 * len(TEXTS) * 2 * 384 + tokens
 
 
 def test_truncated_documents_are_counted() -> None:

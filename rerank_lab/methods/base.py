@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rerank_kernels import similarity_topk
 from rerank_lab.lexical import BM25
-from rerank_lab.models.bi_encoder import BiEncoder, Vectors
+from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.cache import VectorCache, ensure
 from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.timing import Clock
 
 DROPPED = -torch.inf
@@ -40,6 +41,8 @@ class Pool:
         documents: n texts; empty and repeated ones are fine.
         encoder, cache: the bi-encoder and its vectors.
         cross: the cross-encoder, if the method uses one.
+        cross_cache: vectors of a one-way cross-encoder's backbone; the same as `cache` where that is the bi-encoder.
+        detail: all that will be asked of a document's vectors, so that it is encoded once.
         max_tokens: own tokens kept of each document.
         clock: where time is booked, by phase.
     """
@@ -51,16 +54,18 @@ class Pool:
         *,
         encoder: BiEncoder | None = None,
         cache: VectorCache | None = None,
-        cross: CrossEncoder | None = None,
+        cross: CrossEncoder | OneWayCrossEncoder | None = None,
+        cross_cache: VectorCache | None = None,
+        detail: Detail = Detail.POOLED,
         max_tokens: int = 512,
         clock: Clock | None = None,
     ):
         self.query, self.documents, self.max_tokens = query, documents, max_tokens
-        self.encoder, self.cache, self.cross = encoder, cache, cross
+        self.encoder, self.cache, self.cross, self.cross_cache, self.detail = encoder, cache, cross, cross_cache, detail
         self.clock, self.flops = clock or Clock(), Flops()
         first: dict[str, int] = {}
         self._first = torch.tensor([first.setdefault(text, i) for i, text in enumerate(documents)], dtype=torch.int64)
-        self._encoded = torch.zeros(len(documents), dtype=torch.bool)
+        self._encoded: dict[int, Tensor] = {}
         self._cut = torch.zeros(len(documents), dtype=torch.bool)
 
     def __len__(self) -> int:
@@ -71,35 +76,38 @@ class Pool:
         """Documents of which some model read only a part."""
         return int(self._cut[self._first].sum())
 
-    def vectors(self, positions: Tensor | None = None, *, tokens: bool, ahead: bool = False) -> Vectors:
-        """Vectors of the documents at these positions (all without), from the cache or encoded now.
-
-        ahead=True encodes token vectors in the same forward though they are not asked for yet.
-        """
+    def vectors(self, positions: Tensor | None = None, *, detail: Detail) -> Vectors:
+        """The bi-encoder's vectors of the documents at these positions (all without), from the cache or encoded now."""
         assert self.encoder is not None and self.cache is not None
+        return self._vectors(self.encoder, self.cache, positions, detail)
+
+    def _vectors(self, encoder: BiEncoder, cache: VectorCache, positions: Tensor | None, detail: Detail) -> Vectors:
         first = self._first if positions is None else self._first[positions]
+        shared = isinstance(self.cross, OneWayCrossEncoder) and self.cross.encoder is encoder
+        ahead = max(detail, self.detail if shared else min(self.detail, Detail.TOKENS))
         with self.clock.phase("encode"):
             texts = [self.documents[i] for i in first.tolist()]
-            keys = ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, tokens=tokens or ahead)
-            vectors = self.cache.gather(keys, tokens).to(self.encoder.device)
-            self.cache.trim()
-        limit, lengths = min(self.max_tokens, self.encoder.limit), vectors.lengths.cpu()
+            keys = ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=ahead)
+            vectors = cache.gather(keys, detail).to(encoder.device)
+            cache.trim()
+        limit, lengths = min(self.max_tokens, encoder.limit), vectors.lengths.cpu()
         self._cut[first[lengths > limit]] = True
         new = torch.zeros(len(self), dtype=torch.int64)
         new[first] = lengths.clamp(max=limit)
-        fresh = torch.zeros_like(self._encoded)
+        encoded = self._encoded.setdefault(id(encoder), torch.zeros(len(self), dtype=torch.bool))
+        fresh = torch.zeros_like(encoded)
         fresh[first] = True
-        fresh &= ~self._encoded
-        self._encoded |= fresh
-        self.flops.new += self.encoder.flops(new[fresh], tokens or ahead)
+        fresh &= ~encoded
+        encoded |= fresh
+        self.flops.new += encoder.flops(new[fresh], ahead)
         return vectors
 
-    def query_vectors(self, *, tokens: bool) -> Vectors:
+    def query_vectors(self, *, detail: Detail) -> Vectors:
         """Vectors of the query; never cached, since a query is new to the system that answers it."""
         assert self.encoder is not None
         with self.clock.phase("encode"):
-            vectors = self.encoder.encode([self.query], kind="query", max_tokens=self.encoder.limit, tokens=tokens).to(self.encoder.device)
-        self.flops.seen += self.encoder.flops(vectors.lengths, tokens)
+            vectors = self.encoder.encode([self.query], kind="query", max_tokens=self.encoder.limit, detail=detail).to(self.encoder.device)
+        self.flops.seen += self.encoder.flops(vectors.lengths, detail)
         return vectors
 
     def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
@@ -119,6 +127,14 @@ class Pool:
         """The cross-encoder's logits of the documents at these positions, each distinct text once."""
         assert self.cross is not None
         own, inverse = torch.unique(self._first[positions], return_inverse=True)
+        if isinstance(self.cross, OneWayCrossEncoder):
+            assert self.cross_cache is not None
+            documents = self._vectors(self.cross.encoder, self.cross_cache, own, Detail.STATES)
+            with self.clock.phase("score"):
+                logits, length = self.cross.score(self.query, documents)
+            self._cut[own] |= length > self.cross.limit
+            self.flops.seen += self.cross.flops(length, documents.offsets.diff())
+            return logits[inverse]
         with self.clock.phase("score"):
             logits, lengths, cut = self.cross.score(self.query, [self.documents[i] for i in own.tolist()], max_tokens=self.max_tokens)
         self._cut[own[cut]] = True

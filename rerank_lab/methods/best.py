@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rerank_kernels import MIN_TAU, contrast_score, subspace_attention
 from rerank_lab.methods.base import Method, Pool
+from rerank_lab.models.bi_encoder import Detail
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Best(Method):
             raise ValueError(f"best: tau must be 0 (MaxSim) or at least {MIN_TAU}, not {self.tau}")
 
     def score(self, pool: Pool) -> Tensor:
-        query = pool.query_vectors(tokens=True)
-        cosine, kept = pool.nearest(query, pool.vectors(tokens=False, ahead=True), self.stage1_top_k)
-        documents = pool.vectors(kept, tokens=True)
+        query = pool.query_vectors(detail=Detail.TOKENS)
+        cosine, kept = pool.nearest(query, pool.vectors(detail=Detail.POOLED), self.stage1_top_k)
+        documents = pool.vectors(kept, detail=Detail.TOKENS)
         terms = [(pool.lexical(kept).to(cosine.device), self.lexical)] if self.lexical else []
         if pool.cross is not None and self.cross_weight:
             terms.append((pool.logits(kept).to(cosine.device), self.cross_weight))

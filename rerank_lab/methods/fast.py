@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rerank_lab.methods.base import Method, Pool
+from rerank_lab.models.bi_encoder import Detail
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Fast(Method):
     name: ClassVar[str] = "fast"
 
     def score(self, pool: Pool) -> Tensor:
-        return pool.nearest(pool.query_vectors(tokens=False), pool.vectors(tokens=False), len(pool))[0]
+        return pool.nearest(pool.query_vectors(detail=Detail.POOLED), pool.vectors(detail=Detail.POOLED), len(pool))[0]
 
     def relevance(self, scores: Tensor) -> Tensor:
         return scores.double()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rerank_kernels import zscore
 from rerank_lab.methods.base import Method, Pool
+from rerank_lab.models.bi_encoder import Detail
 
 
 @dataclass(frozen=True)
@@ -25,5 +26,5 @@ class Optimal(Method):
     cosine_weight: float = 0.25
 
     def score(self, pool: Pool) -> Tensor:
-        cosine, kept = pool.nearest(pool.query_vectors(tokens=False), pool.vectors(tokens=False), self.stage1_top_k)
+        cosine, kept = pool.nearest(pool.query_vectors(detail=Detail.POOLED), pool.vectors(detail=Detail.POOLED), self.stage1_top_k)
         return pool.scatter(kept, zscore(pool.logits(kept)) + self.cosine_weight * zscore(cosine[kept].cpu()))

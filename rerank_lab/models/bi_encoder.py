@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,31 @@ POOLINGS = ("mean", "cls", "max", "lasttoken")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
+class Detail(IntEnum):
+    """How much of a text is kept; each level holds what those before it hold."""
+
+    POOLED = 0
+    TOKENS = 1  # and token vectors
+    STATES = 2  # and the keys and values of the upper half of the layers, which a one-way cross-encoder reads
+
+
 @dataclass(frozen=True)
 class Vectors:
-    """N encoded texts.
+    """N encoded texts. What was not asked for has no rows.
 
     Attributes:
         pooled: N × d, fp32, as the model's own modules pool and normalise.
         lengths: N, int64, tokens before truncation, special ones not counted.
-        offsets: N + 1, int64, into tokens; all 0 where token vectors were not asked for.
+        offsets: N + 1, int64, into tokens and states; all 0 where neither was asked for.
         tokens: nnz × r, fp16, unit vectors on the model's subspace, special tokens left out.
+        states: nnz × 2·d·S, fp16, keys and values of each of the upper S layers in turn, of the same tokens.
     """
 
     pooled: Tensor
     lengths: Tensor
     offsets: Tensor
     tokens: Tensor
+    states: Tensor
 
     def to(self, device: torch.device) -> Vectors:
         """The same on another device."""
@@ -88,8 +100,8 @@ class BiEncoder:
         self.prompts: dict[str, str] = {k: v for k, v in prompts.items() if isinstance(v, str)} if isinstance(prompts, dict) else {}
         if pooling.get("include_prompt") is False and (self.prompt("query") or self.prompt("document")):
             raise UserError(f"model {name!r} leaves its prompt out of the pooling (include_prompt: false), which is not known here")
-        self.fingerprint = fingerprint(folder)
-        self.subspace = subspace if subspace is not None else shipped_subspace(fingerprint(root, WEIGHTS))
+        self.fingerprint, self.weights = fingerprint(folder), fingerprint(root, WEIGHTS)
+        self.subspace = subspace if subspace is not None else shipped_subspace(self.weights)
         if self.subspace is not None:
             if self.subspace.ndim != 2 or self.subspace.shape[0] != self.config.hidden_size:
                 raise UserError(f"subspace of shape {tuple(self.subspace.shape)} does not fit {name!r}: it needs {self.config.hidden_size} rows")
@@ -123,7 +135,7 @@ class BiEncoder:
         *,
         kind: str = "document",
         max_tokens: int = 512,
-        tokens: bool = True,
+        detail: Detail = Detail.TOKENS,
         progress: Callable[[int], object] = lambda done: None,
     ) -> Vectors:
         """Encodes N texts; an empty one has a pooled vector (of the special tokens) and no token vectors.
@@ -132,41 +144,67 @@ class BiEncoder:
             texts: any strings.
             kind: "document" or "query", which chooses the model's prompt.
             max_tokens: own tokens kept of each text, special ones not counted; the model's limit applies too.
-            tokens: whether token vectors are wanted.
+            detail: what is wanted; STATES of a BERT alone.
             progress: called after each batch with its number of texts.
 
         Raises:
             ModelError: the model gave a NaN or an infinite value.
         """
-        encodings, lengths = self._tokenize(texts, kind, max_tokens)
-        d, r = self.dimensions, self.token_dimensions
-        pooled = torch.zeros(len(texts), d)
-        kept = [len(e.ids) - sum(e.special_tokens_mask) if tokens else 0 for e in encodings]
+        encodings, lengths = self.tokenize(texts, kind, max_tokens)
+        kept = [len(e.ids) - sum(e.special_tokens_mask) if detail else 0 for e in encodings]
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(kept)]).astype(np.int64))
-        packed = torch.zeros(int(offsets[-1]), r, dtype=torch.float16)
-        for batch, mask, output in forward(self.model, encodings, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
-            h = output.last_hidden_state[mask.bool()]
-            ends = torch.cat([mask.new_zeros(1), mask.sum(1).cumsum(0)])
-            pooled[torch.from_numpy(batch)] = self._pool(h, ends).float().cpu()
-            if tokens:
-                own = torch.from_numpy(np.concatenate([encodings[i].special_tokens_mask for i in batch]) == 0)
-                vectors = project_normalize(h[own.to(h.device)], self.subspace, torch.float16).cpu()
-                start = 0
-                for i in batch:
-                    packed[offsets[i] : offsets[i + 1]] = vectors[start : start + kept[i]]
-                    start += kept[i]
-            progress(len(batch))
-        if not bool(pooled.isfinite().all() and packed.isfinite().all()):
+        nnz, width = int(offsets[-1]), 2 * self.config.hidden_size * len(self.state_layers)
+        pooled = torch.zeros(len(texts), self.dimensions)
+        packed = {"tokens": torch.zeros(nnz, self.token_dimensions, dtype=torch.float16)}
+        packed["states"] = torch.zeros(nnz if detail >= Detail.STATES else 0, width, dtype=torch.float16)
+        with self._keys_and_values(detail >= Detail.STATES) as captured:
+            for batch, mask, output in forward(self.model, encodings, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
+                inside = mask.bool()
+                h = output.last_hidden_state[inside]
+                ends = torch.cat([mask.new_zeros(1), mask.sum(1).cumsum(0)])
+                pooled[torch.from_numpy(batch)] = self._pool(h, ends).float().cpu()
+                if detail:
+                    own = torch.from_numpy(np.concatenate([encodings[i].special_tokens_mask for i in batch]) == 0).to(h.device)
+                    rows = {"tokens": project_normalize(h[own], self.subspace, torch.float16).cpu()}
+                    if captured:
+                        rows["states"] = torch.cat([part[inside][own].half().cpu() for part in captured.values()], 1)
+                    start = 0
+                    for i in batch:
+                        for name, part in rows.items():
+                            packed[name][offsets[i] : offsets[i + 1]] = part[start : start + kept[i]]
+                        start += kept[i]
+                progress(len(batch))
+        if not bool(pooled.isfinite().all() and packed["tokens"].isfinite().all() and packed["states"].isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
-        return Vectors(pooled, torch.tensor(lengths, dtype=torch.int64), offsets, packed)
+        return Vectors(pooled, torch.tensor(lengths, dtype=torch.int64), offsets, **packed)
 
-    def flops(self, lengths: Tensor, tokens: bool) -> int:
+    @property
+    def state_layers(self) -> range:
+        """The layers whose keys and values are kept at Detail.STATES: the upper half."""
+        return range(self.config.num_hidden_layers // 2, self.config.num_hidden_layers)
+
+    @contextmanager
+    def _keys_and_values(self, wanted: bool) -> Iterator[dict[tuple[int, str], Tensor]]:
+        """While it lasts, each forward leaves its keys and values (B × L × d) in the dictionary."""
+        captured: dict[tuple[int, str], Tensor] = {}
+        hooks = []
+        for place in [(layer, name) for layer in self.state_layers for name in ("key", "value")] if wanted else []:
+            module = getattr(self.model.encoder.layer[place[0]].attention.self, place[1])  # type: ignore[union-attr,index]
+            hooks.append(module.register_forward_hook(lambda _, __, output, place=place: captured.update({place: output})))
+        try:
+            yield captured
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def flops(self, lengths: Tensor, detail: Detail) -> int:
         """FLOPs of encoding texts of these own tokens, with the projection of their token vectors where they are wanted."""
         lengths = lengths.clamp(max=self.limit)
-        project = 2 * int(lengths.sum()) * self.subspace.numel() if tokens and self.subspace is not None else 0
+        project = 2 * int(lengths.sum()) * self.subspace.numel() if detail and self.subspace is not None else 0
         return encoder_flops(self.config, lengths + self.specials) + project
 
-    def _tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> tuple[list[Encoding], list[int]]:
+    def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> tuple[list[Encoding], list[int]]:
+        """Texts as the model reads them, special tokens included, and their own tokens before truncation."""
         prompt = self.prompt(kind)
         prepared = [(prompt + text).lower() if self.lower else prompt + text for text in texts]
         encodings = self.tokenizer.encode_batch(prepared, add_special_tokens=False)

@@ -1,0 +1,274 @@
+"""A one-way cross-encoder: the query reads the document, the document never sees the query, so its side is cached.
+
+Query and document run through a bi-encoder of BERT's kind. In the upper half of its layers a copy of the query's side,
+changed by low-rank updates, also attends to the keys and values that the document left in the same layer. The document's
+side is the bi-encoder's own, untouched: its pooled vector, token vectors, keys and values serve fast and best too.
+
+    u     = unit mean of the query's fused states,  w_i = softplus(W h_i), Σ_i w_i = 1,  over the query's own tokens i
+    logit = c_cos u·e_k + c_diag·(u ⊙ e_k) + c_tok Σ_i w_i A_ik + r·mean + r_w·(Σ_i w_i x_i) + bias
+
+with e_k the document's pooled vector, A the subspace attention of `best` (tau = 0.1), h the query's last bi-encoder states
+and x its fused ones. Where the gates of the attention to the document are 0, and all but c_cos, it is the cosine.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.functional import gelu, normalize, scaled_dot_product_attention, softplus
+
+from rerank_kernels import project_normalize, subspace_attention
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models.forward import plan_batches
+
+TAU = 0.1
+# Padded document tokens of one batch: the keys and values of 4,096 take 38 MB in fp32.
+TOKEN_BUDGET = 4096
+
+
+class FusedLayer(nn.Module):
+    """A layer of BERT for the query, with attention to a document's keys and values beside its own.
+
+    The heads of that attention share one more key, whose value is zero, and have a gate each: a head that finds nothing
+    adds nothing, and a document without tokens is no special case.
+    """
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        attention = layer.attention
+        self.heads = int(attention.self.num_attention_heads)
+        self.query, self.key, self.value, self.output = map(
+            copy.deepcopy, (attention.self.query, attention.self.key, attention.self.value, attention.output.dense)
+        )
+        self.document_query, self.document_output = copy.deepcopy(attention.self.query), copy.deepcopy(attention.output.dense)
+        self.document_output.bias = None
+        self.up, self.down = copy.deepcopy(layer.intermediate.dense), copy.deepcopy(layer.output.dense)
+        self.norm, self.last_norm = copy.deepcopy(attention.output.LayerNorm), copy.deepcopy(layer.output.LayerNorm)
+        self.gate = nn.Parameter(torch.full((self.heads,), 0.1))
+        self.null_key = nn.Parameter(torch.zeros(self.heads, self.query.out_features // self.heads))
+
+    def forward(self, x: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, document_mask: Tensor) -> Tensor:
+        """One layer.
+
+        Args:
+            x: B × Lq × d states of the query; 1 × Lq × d where they do not differ yet.
+            mask: B × 1 × 1 × Lq, true for the query's tokens; None: all are.
+            keys, values: B × heads × (1 + Ld) × d/heads of the document; position 0 holds null_key and zeros.
+            document_mask: B × 1 × 1 × (1 + Ld), true for the document's tokens and position 0.
+
+        Returns:
+            B × Lq × d states.
+        """
+        own = scaled_dot_product_attention(self._split(self.query(x)), self._split(self.key(x)), self._split(self.value(x)), attn_mask=mask)
+        asked = self._split(self.document_query(x)).expand(len(keys), -1, -1, -1)
+        read = scaled_dot_product_attention(asked, keys, values, attn_mask=document_mask) * self.gate[:, None, None]
+        x = self.norm(x + self.output(own.transpose(1, 2).flatten(2)) + self.document_output(read.transpose(1, 2).flatten(2)))
+        states: Tensor = self.last_norm(x + self.down(gelu(self.up(x))))
+        return states
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(len(x), x.shape[1], self.heads, -1).transpose(1, 2)
+
+
+class OneWay(nn.Module):
+    """What a query's side needs beyond the bi-encoder: its fused layers and the head that makes a logit.
+
+    Args:
+        bert: the bi-encoder's transformer, a BertModel, whose weights the layers start from.
+        layers: which of its layers the query's side fuses; the others are the bi-encoder's.
+    """
+
+    calibration: Tensor
+
+    def __init__(self, bert: Any, layers: range):
+        super().__init__()
+        d, self.heads = int(bert.config.hidden_size), int(bert.config.num_attention_heads)
+        self.layers = nn.ModuleList(FusedLayer(bert.encoder.layer[n]) for n in layers)
+        self.token_weight = nn.Linear(d, 1)
+        self.cosine_scale, self.token_scale = nn.Parameter(torch.tensor(6.0)), nn.Parameter(torch.tensor(12.0))
+        self.diagonal, self.mean_readout, self.token_readout = (nn.Parameter(torch.zeros(d)) for _ in range(3))
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # slope and intercept on training lists
+        nn.init.zeros_(self.token_weight.weight), nn.init.zeros_(self.token_weight.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        last: Tensor,
+        mask: Tensor | None,
+        own: Tensor,
+        states: Sequence[tuple[Tensor, Tensor]],
+        document_mask: Tensor,
+        pooled: Tensor,
+        A: Tensor,
+    ) -> Tensor:
+        """Logits of B pairs.
+
+        Args:
+            x: B × Lq × d (or 1 × Lq × d) states of the query where the fused layers begin.
+            last: the same of the bi-encoder's last layer.
+            mask: B × Lq, true for the query's tokens, special ones too; None: all are.
+            own: B × Lq (or 1 × Lq), true for its own tokens alone.
+            states: (keys, values) a layer, as FusedLayer takes them.
+            document_mask: B × (1 + Ld).
+            pooled: B × d unit vectors of the documents.
+            A: B × Lq subspace attention, 0 at special tokens.
+        """
+        weight = softplus(self.token_weight(last))[..., 0] * own
+        weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
+        attends = None if mask is None else mask[:, None, None]
+        for layer, (keys, values) in zip(self.layers, states):
+            x = layer(x, attends, keys, values, document_mask[:, None, None])
+        mean = x.mean(1) if mask is None else (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        agreement = normalize(mean, dim=-1) * pooled
+        logit = self.cosine_scale * agreement.sum(-1) + 20 * agreement @ self.diagonal + self.token_scale * (weight * A).sum(1)
+        logit = logit + mean @ self.mean_readout + (weight[..., None] * x).sum(1) @ self.token_readout
+        calibrated: Tensor = self.calibration[0] * logit + self.calibration[1]
+        return calibrated
+
+
+def padded_states(documents: Vectors, rows: Tensor, net: OneWay, longest: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Keys and values of some documents as the layers take them, fp32, and which positions hold something.
+
+    Args:
+        documents: at Detail.STATES.
+        rows: B positions in documents.
+        net: whose null keys take position 0.
+        longest: tokens kept of each document at most.
+
+    Returns:
+        (keys, values) a layer, each B × heads × (1 + L) × d/heads, and a mask B × (1 + L).
+    """
+    starts, lengths = documents.offsets[rows], documents.offsets.diff()[rows].clamp(max=longest)
+    place = torch.arange(-1, int(lengths.max()) if len(rows) else 0, device=rows.device)
+    mask = place < lengths[:, None]
+    packed = documents.states if len(documents.states) else documents.states.new_zeros(1, documents.states.shape[1])
+    taken = packed[(starts[:, None] + place).clamp(0, len(packed) - 1)].float()
+    taken[:, 0] = 0
+    parts = taken.view(len(rows), -1, len(net.layers), 2, net.heads, taken.shape[2] // (2 * net.heads * len(net.layers))).permute(2, 3, 0, 4, 1, 5).contiguous()
+    states = []
+    for layer, (keys, values) in zip(net.layers, parts):
+        keys[:, :, 0] = layer.null_key
+        states.append((keys, values))
+    return states, mask
+
+
+class OneWayCrossEncoder:
+    """Scores a query against documents whose vectors are at hand.
+
+    Args:
+        encoder: the bi-encoder that the adapter belongs to.
+        adapter: a safetensors file, as experiments/train_cross_encoder.py writes it; its low-rank updates are merged here.
+        name: what messages and results call it.
+
+    Raises:
+        UserError: no such file, or one that does not fit the bi-encoder.
+    """
+
+    def __init__(self, encoder: BiEncoder, adapter: Path, name: str):
+        self.encoder, self.name = encoder, name
+        self.limit = encoder.limit
+        self.net = OneWay(encoder.model, encoder.state_layers)
+        try:
+            with safe_open(adapter, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model {name!r}: {adapter} is no safetensors file: {str(error).partition(chr(10))[0]}") from error
+        if about.get("backbone") != encoder.weights:
+            raise UserError(f"model {name!r}: {adapter} was trained on other weights than those of {encoder.name!r}")
+        try:
+            merge(self.net, tensors)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"model {name!r}: {adapter} holds no whole adapter ({str(error).partition(chr(10))[0]})") from error
+        self.net.eval().to(encoder.device)
+        self.fingerprint = hashlib.sha256(adapter.read_bytes() + encoder.key().encode()).hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.encoder.device
+
+    def score(self, query: str, documents: Vectors) -> tuple[Tensor, int]:
+        """Logits of N documents.
+
+        Args:
+            query: any string; its own tokens past the limit are cut.
+            documents: the bi-encoder's, at Detail.STATES.
+
+        Returns:
+            logits (N, fp32, on the CPU) and the query's own tokens before truncation.
+
+        Raises:
+            ModelError: the model gave a NaN or an infinite logit.
+        """
+        logits = torch.zeros(len(documents.pooled))
+        with torch.inference_mode():
+            x, last, own, tokens, length = self.read_query(query)
+            lengths, count = documents.offsets.diff(), len(documents.pooled)
+            places = torch.arange(count, device=self.device)
+            A = x.new_zeros(count, x.shape[1])
+            if len(tokens):
+                ends = torch.tensor([0, len(tokens)], device=self.device)
+                pairs = torch.stack([torch.zeros_like(places), places], 1)
+                A[:, own] = subspace_attention(tokens, ends, documents.tokens, documents.offsets, pairs, TAU).view(count, len(tokens))
+            for batch in plan_batches((lengths + 1).tolist(), TOKEN_BUDGET):
+                rows = torch.from_numpy(batch).to(self.device)
+                states, mask = padded_states(documents, rows, self.net, self.limit)
+                logits[torch.from_numpy(batch)] = self.net(x, last, None, own[None], states, mask, documents.pooled[rows], A[rows]).cpu()
+        if not bool(logits.isfinite().all()):
+            raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
+        return logits, length
+
+    def read_query(self, query: str) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """The bi-encoder's view of a query of Lq tokens, special ones included.
+
+        Returns:
+            states where the fused layers begin and of the last layer (1 × Lq × d each), which tokens are its own (Lq, bool),
+            the token vectors of those, and how many own tokens it had before truncation.
+        """
+        encodings, lengths = self.encoder.tokenize([query], "query", self.limit)
+        ids = torch.tensor([encodings[0].ids], device=self.device)
+        types = {"token_type_ids": torch.tensor([encodings[0].type_ids], device=self.device)} if self.encoder.token_types else {}
+        states = self.encoder.model(input_ids=ids, **types, output_hidden_states=True).hidden_states
+        own = torch.tensor(encodings[0].special_tokens_mask, device=self.device) == 0
+        tokens = project_normalize(states[-1][0, own].contiguous(), self.encoder.subspace, torch.float16)
+        return states[self.encoder.state_layers.start], states[-1], own, tokens, lengths[0]
+
+    def flops(self, length: int, lengths: Tensor) -> int:
+        """FLOPs of a query of these own tokens against documents of these, whose vectors are at hand; a multiplication and an addition are two.
+
+        The query's own encoding; a fused layer's six d × d and two d × m maps, 2·Lq·(6d² + 2dm), attention within the query,
+        4·Lq²·d, and to the document, 4·Lq·Ld·d; subspace attention, 2·Lq·Ld·r.
+        """
+        config, count, tokens = self.encoder.config, len(lengths), int(lengths.sum())
+        own = min(length, self.limit)
+        d, m, Lq = config.hidden_size, config.intermediate_size, own + self.encoder.specials
+        layer = count * (2 * Lq * (6 * d * d + 2 * d * m) + 4 * Lq * Lq * d) + 4 * Lq * tokens * d
+        total: int = self.encoder.flops(torch.tensor([length]), Detail.TOKENS) + len(self.net.layers) * layer + 2 * own * tokens * self.encoder.token_dimensions
+        return total
+
+
+def merge(net: OneWay, tensors: dict[str, Tensor]) -> None:
+    """Fills a network fresh from its bi-encoder: NAME.A (r × in) and NAME.B (out × r) add B·A to the weight NAME, others take a parameter's place.
+
+    Raises:
+        KeyError, RuntimeError: a name too many or too few, or a shape that does not fit.
+    """
+    weights = net.state_dict()
+    updates = {name.removesuffix(".A") for name in tensors if name.endswith(".A")}
+    plain = {name: value for name, value in tensors.items() if name.removesuffix(".A").removesuffix(".B") not in updates}
+    wanted = {name for name, _ in net.named_parameters() if ".layers." not in f".{name}" or name.endswith((".gate", ".null_key"))} | {"calibration"}
+    odd = plain.keys() ^ wanted | {name for name in plain.keys() & wanted if plain[name].shape != weights[name].shape}
+    if odd:
+        raise KeyError(f"tensors missing, not known or of another shape: {', '.join(sorted(odd))}")
+    for name in updates:
+        plain[f"{name}.weight"] = weights[f"{name}.weight"] + tensors[f"{name}.B"] @ tensors[f"{name}.A"]
+    net.load_state_dict(weights | plain)
