@@ -132,13 +132,15 @@ class Trainer:
 
     def train(self) -> Iterable[float]:
         """Steps until the last one, each with its loss."""
-        waiting: list[list[tuple[str, list[str], Tensor]]] = []
+        batches: list[list[tuple[str, list[str], Tensor]]] = []
         while self.step < self.options.steps:
-            if not waiting:
+            block, position = divmod(self.step, BATCHES_SORTED)
+            if not batches or not position:  # drawn by the block's number alone, so that a resumed run draws the same
+                self.random = random.Random(f"{self.options.seed}/{block}")
                 drawn = sorted((self.draw() for _ in range(BATCHES_SORTED * self.options.lists)), key=lambda d: len(d[0]))
-                waiting = [drawn[i : i + self.options.lists] for i in range(0, len(drawn), self.options.lists)]
-                self.random.shuffle(waiting)
-            batch = waiting.pop()
+                batches = [drawn[i : i + self.options.lists] for i in range(0, len(drawn), self.options.lists)]
+                self.random.shuffle(batches)
+            batch = batches[position]
             scale = min((self.step + 1) / 30, (self.options.steps - self.step) / max(1, self.options.steps - 30))
             for group in self.optimizer.param_groups:
                 group["lr"] = group.setdefault("full", group["lr"]) and group["full"] * scale
@@ -189,7 +191,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         return {
             "step": self.step, "trained": {n: p.detach() for n, p in self.trained.items()}, "average": self.average,
-            "optimizer": self.optimizer.state_dict(), "random": self.random.getstate(), "torch": torch.get_rng_state(),
+            "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -197,8 +199,6 @@ class Trainer:
         self._load(state["trained"])
         self.average.update(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.random.setstate(state["random"])
-        torch.set_rng_state(state["torch"])
 
     def export(self) -> dict[str, Tensor]:
         """The averaged network as rerank_lab.models.one_way.merge takes it, fp16."""

@@ -113,6 +113,8 @@ def examples(
         work: folder for what is kept.
         progress: wraps an iterable in a progress bar with a title.
     """
+    if not queries:
+        return []
     ids = list(corpus)
     place = {identifier: i for i, identifier in enumerate(ids)}
     name = teacher if isinstance(teacher, str) else f"{teacher.method.name}{teacher.method.settings()}"

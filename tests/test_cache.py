@@ -275,6 +275,40 @@ def test_trim_keeps_what_a_later_shard_took_over_and_what_is_on_disk(tmp_path: P
     assert len(disk) == 3 and all(disk.has(key, Detail.TOKENS) for key in keys)
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_states_hold_what_less_detail_asks_for(encoder: BiEncoder, encoded: list[str], tmp_path: Path, on_disk: bool) -> None:
+    folder = tmp_path if on_disk else None
+    cache = VectorCache(encoder.key(), folder)
+    wanted = get(encoder, cache)
+    states = get(encoder, cache, detail=Detail.STATES)
+    assert encoded == TEXTS * 2 and states.states.shape == (len(states.tokens), 6 * 384) and states.states.dtype == torch.float16
+    assert_same(states, wanted)
+    if on_disk:
+        cache = VectorCache(encoder.key(), folder)
+    assert torch.equal(get(encoder, cache, detail=Detail.STATES).states, states.states)
+    assert len(get(encoder, cache).states) == 0 == len(get(encoder, cache, detail=Detail.POOLED).tokens)
+    assert encoded == TEXTS * 2
+
+
+def test_the_folder_is_kept_to_its_bound_by_dropping_the_oldest_files(
+    encoder: BiEncoder, encoded: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [f"{word} two tables" for word in ("join", "sort", "read", "write")]
+    size = 4 * 384 + 2 * 3 * (encoder.token_dimensions + 6 * 384)  # of a text with three tokens
+    cache = VectorCache(encoder.key(), tmp_path, disk_bytes=2 * size)
+    for text in texts[:3]:
+        get(encoder, cache, [text], detail=Detail.STATES)
+    assert len(cache) == len(shards(tmp_path)) == 3 and not caplog.records, "not while something may be about to be gathered"
+    cache.trim()
+    assert len(cache) == len(shards(tmp_path)) == 2 and len(caplog.records) == 1 and "the oldest are dropped" in caplog.text
+    ensure(encoder, cache, texts, max_tokens=256, detail=Detail.STATES, keep=False)
+    assert encoded == [*texts[:3], texts[0], texts[3]] and len(shards(tmp_path)) <= 2
+    again = VectorCache(encoder.key(), tmp_path, disk_bytes=0)
+    shards(tmp_path)[0].unlink()  # by another process
+    again.trim()
+    assert len(again) == len(shards(tmp_path)) == 0
+
+
 def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RERANK_LAB_CACHE", "/own")
     assert default_folder() == Path("/own")

@@ -145,7 +145,7 @@ def test_every_tensor_of_the_adapter_counts(cross: OneWayCrossEncoder, changed: 
     for name in load_file(ADAPTER):
         if name.endswith(".A") and "layers.1" not in name:
             continue  # one layer's will do
-        other = load_cross_encoder(str(changed(lambda tensors, name=name: tensors[name].add_(torch.randn(tensors[name].shape, generator=noise)))), device="cpu")  # type: ignore[misc]
+        other = load_cross_encoder(str(changed(lambda tensors, name=name: tensors[name].add_(torch.randn(tensors[name].shape, generator=noise)))), device="cpu")
         assert isinstance(other, OneWayCrossEncoder)
         if name == "token_weight.bias":  # one number for all tokens: it moves their shares
             assert not torch.equal(other.score(QUERY, vectors)[0], logits)
@@ -158,7 +158,12 @@ def test_standard_reads_documents_that_best_and_fast_have_encoded(monkeypatch: p
     assert isinstance(reranker.cross, OneWayCrossEncoder) and reranker.cross.encoder is reranker.encoder and reranker.cross_cache is reranker.cache
     encoded: list[str] = []
     real = BiEncoder.encode
-    monkeypatch.setattr(BiEncoder, "encode", lambda self, texts, **options: encoded.extend(texts) or real(self, texts, **options))
+
+    def encode(self: BiEncoder, texts: Sequence[str], **options: Any) -> Vectors:
+        encoded.extend(texts)
+        return real(self, texts, **options)
+
+    monkeypatch.setattr(BiEncoder, "encode", encode)
     for method in ("best", "standard", "optimal", "fast", "best"):
         ranking = reranker.using(method).score(QUERY, TEXTS)
         assert sorted(t for t in encoded if t != QUERY) == sorted(TEXTS), method

@@ -152,9 +152,10 @@ def padded_states(documents: Vectors, rows: Tensor, net: OneWay, longest: int) -
     packed = documents.states if len(documents.states) else documents.states.new_zeros(1, documents.states.shape[1])
     taken = packed[(starts[:, None] + place).clamp(0, len(packed) - 1)].float()
     taken[:, 0] = 0
-    parts = taken.view(len(rows), -1, len(net.layers), 2, net.heads, taken.shape[2] // (2 * net.heads * len(net.layers))).permute(2, 3, 0, 4, 1, 5).contiguous()
+    parts = taken.view(len(rows), -1, len(net.layers), 2, net.heads, taken.shape[2] // (2 * net.heads * len(net.layers)))
     states = []
-    for layer, (keys, values) in zip(net.layers, parts):
+    for n, layer in enumerate(net.layers):
+        keys, values = (parts[:, :, n, kind].transpose(1, 2).contiguous() for kind in (0, 1))
         keys[:, :, 0] = layer.null_key
         states.append((keys, values))
     return states, mask
