@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 .PHONY: eval test test-slow lint clean
 
-# Fast and best on the bundled collection; ARGS="--dataset path/to/beir" for another.
+# All methods on the bundled collection; ARGS="--dataset path/to/beir" for another.
 eval: $(VENV)/.installed
 	$(BIN)/python -m rerank_lab.eval $(ARGS)
 

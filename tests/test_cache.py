@@ -87,6 +87,8 @@ def test_text_limit_and_kind_have_vectors_of_their_own(encoder: BiEncoder, encod
     assert get(encoder, cache, TEXTS[:1], max_tokens=2).offsets.tolist() == [0, 2]
     assert get(encoder, cache, TEXTS[:1], max_tokens=3).offsets.tolist() == [0, 3]
     assert encoded == TEXTS[:1] * 2
+    get(encoder, cache, TEXTS[:1], max_tokens=encoder.limit), get(encoder, cache, TEXTS[:1], max_tokens=512)
+    assert encoded == TEXTS[:1] * 3, "past the model's own limit there is nothing to tell apart"
 
 
 def test_pooled_entries_are_encoded_again_for_tokens_and_not_the_other_way(encoder: BiEncoder, encoded: list[str], tmp_path: Path) -> None:
@@ -255,7 +257,7 @@ def test_trim_drops_the_oldest_past_the_bound_and_no_more(encoder: BiEncoder, en
     wanted = get(encoder, cache, texts)
     assert len(cache) == 4
     cache.trim()
-    assert [cache.has(text_key(text, 256), Detail.TOKENS) for text in texts] == [False, False, True, True] and len(cache) == 2
+    assert [cache.has(text_key(text, encoder.limit), Detail.TOKENS) for text in texts] == [False, False, True, True] and len(cache) == 2
     assert_same(get(encoder, cache, texts), wanted)
     assert encoded == [*texts, *texts[:2]]
 

@@ -198,7 +198,7 @@ def test_results_are_not_overwritten_unasked(folder: str, tmp_path: Path, capsys
     assert main([*arguments, str(out), "--methods", "fast,best"]) == 0
     before = (out / "results.json").read_bytes()
     assert "--overwrite" in failing(capsys, *arguments, str(out), "--methods", "fast")
-    assert main([*arguments, str(out), "--resume"]) == 0 and "finished already" in capsys.readouterr().out
+    assert main([*arguments, str(out), "--methods", "fast,best", "--resume"]) == 0 and "finished already" in capsys.readouterr().out
     assert (out / "results.json").read_bytes() == before
     (out / "mine.txt").write_text("kept")
     assert main([*arguments, str(out), "--methods", "fast", "--overwrite"]) == 0

@@ -183,7 +183,7 @@ def ensure(
             interruption stays in the folder.
         keep: False where nothing is gathered next, so that the cache may be kept to its bounds meanwhile.
     """
-    keys = [text_key(text, max_tokens, kind) for text in texts]
+    keys = [text_key(text, min(max_tokens, encoder.limit), kind) for text in texts]
     missing = {key: text for key, text in zip(keys, texts) if not cache.has(key, detail)}
     new = list(missing)
     for start in range(0, len(new), CHUNK[detail]):
