@@ -256,7 +256,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     steps = [r["step"] for r in records if "loss" in r]
     left.plot(steps, [r["loss"] for r in records if "loss" in r], color="0.2")
-    left.set(xlabel="step", ylabel="KL divergence, mean of the steps since", title="training lists")
+    left.set(xlabel="step", ylabel="KL divergence, mean of 50 steps", title="training lists")
     scored = [r for r in records if "dev" in r]
     for name, marker in zip(scored[0]["dev"] if scored else [], "osD^vPX"):
         right.plot([r["step"] for r in scored], [r["dev"][name] for r in scored], marker=marker, markersize=4, label=name)

@@ -34,7 +34,7 @@ class Best(Method):
     alpha: float = 2.0
     gamma: float = 0.0
     lexical: float = 0.0
-    cross_weight: float = 1.0
+    cross_weight: float = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
