@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         help="any of ir-measures; the first is tested and plotted (default: nDCG@10,RR@10,AP@100,R@100,P@1,Judged@10)",
     )
     measure.add_argument("--baseline", metavar="METHOD", help="what the others are tested against (default: the first method)")
-    measure.add_argument("--cold-queries", type=_natural, default=5, metavar="N", help="queries timed with every document new, 0 for none (default: 5)")
+    measure.add_argument("--cold-queries", type=_natural, default=3, metavar="N", help="queries timed with every document new, 0 for none (default: 3)")
     measure.add_argument("--seed", type=_seed, default=0, help="of resampling (default: 0)")
     out = p.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<date>-<dataset>)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shlex
 import textwrap
 from typing import Any
@@ -193,7 +194,7 @@ def findings(result: dict[str, Any]) -> list[str]:
 def table(result: dict[str, Any]) -> str:
     """The results for a terminal of 80 columns."""
     primary = result["config"]["measures"][0]
-    cells = [["method", f"{primary} [95% CI]", f"delta to {result['config']['baseline']} [95% CI]", "Holm p", "p50 ms", "new docs"]]
+    cells = [["method", f"{primary} [95% CI]", "delta [95% CI]", "Holm p", "p50 ms", "new docs"]]
     for row in result["rows"]:
         vs = row["vs"]
         delta = _interval(vs["delta"], vs["ci95"], "+.3f", "+.3f") if vs else "baseline"
@@ -281,7 +282,10 @@ def _versus(vs: dict[str, Any] | None) -> list[str]:
 
 
 def _interval(value: float, ci: list[float] | None, form: str = ".4f", ends: str = ".3f") -> str:
-    return f"{value:{form}} [{ci[0]:{ends}}, {ci[1]:{ends}}]" if ci else f"{value:{form}} [one query]"
+    if ci is None:
+        return f"{value:{form}} [one query]"
+    low, high = (re.sub(r"^([+-]?)0\.", r"\1.", f"{end:{ends}}") for end in ci)
+    return f"{value:{form}} [{low}, {high}]"
 
 
 def _p(p: float | None) -> str:
@@ -299,7 +303,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 def _columns(rows: list[list[str]]) -> list[str]:
     """Aligned columns; a label too long for 80 columns gets a line of its own."""
     widths = [max(len(row[i]) for row in rows) for i in range(1, len(rows[0]))]
-    room = 78 - sum(widths) - 2 * len(widths)
+    room = 80 - sum(widths) - 2 * len(widths)
     label = max(6, min(max(len(row[0]) for row in rows), room))
     lines = []
     for row in rows:

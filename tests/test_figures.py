@@ -44,6 +44,23 @@ def test_bm25_on_scifact(collection: Callable[[str], Path]) -> None:
     assert evaluate(found.run, dataset.qrels, ["nDCG@10"])["nDCG@10"].mean() == pytest.approx(0.679, abs=0.002)
 
 
+def test_the_shipped_cross_encoder_beats_the_cosine_that_it_starts_from(tmp_path: Path) -> None:
+    """Some of numpydoc's test queries, so that weights that were merged wrongly show without a collection from elsewhere."""
+    arguments = ["--methods", "fast,standard", "--candidates", "bm25", "--top-k", "20", "--limit-queries", "40"]
+    ndcg = measures(evaluated(Path("numpydoc"), tmp_path / "out", *arguments), "nDCG@10")
+    assert ndcg["standard"] >= ndcg["fast"] + 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "standard", "both"), [("scifact", 0.0, 0.0), ("cranfield", 0.0, 0.0)])
+def test_cross_encoder(collection: Callable[[str], Path], tmp_path: Path, name: str, standard: float, both: float) -> None:
+    result = evaluated(collection(name), tmp_path / "out")
+    ndcg, flops = measures(result, "nDCG@10"), {row["method"]: row["flops_per_query"] for row in result["rows"]}
+    assert ndcg["standard"] >= standard and ndcg["best+cross"] >= both
+    assert ndcg["optimal"] >= ndcg["standard"] - 0.003 and flops["optimal"] <= 0.55 * flops["standard"]
+    assert ndcg["best+cross"] >= ndcg["best"] - 0.003 and ndcg["standard"] >= ndcg["fast"]
+
+
 @pytest.mark.slow
 def test_scifact_and_a_second_run_from_the_cache(collection: Callable[[str], Path], tmp_path: Path) -> None:
     folder, seconds = collection("scifact"), []
