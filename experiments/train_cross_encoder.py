@@ -97,7 +97,7 @@ class Trainer:
         texts = [text for _, documents in lists for text in documents]
         of = torch.tensor([n for n, (_, documents) in enumerate(lists) for _ in documents], device=device)
         keys = ensure(encoder, self.cache, texts, max_tokens=encoder.limit, detail=Detail.STATES)
-        documents = self.cache.gather(keys, Detail.STATES).to(device)
+        documents = self.cache.gather(keys, Detail.TOKENS).to(device)
         with torch.no_grad():
             states = encoder.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
             tokens = project_normalize(states[-1][own].contiguous(), encoder.subspace, torch.float16)
@@ -105,7 +105,7 @@ class Trainer:
             pairs = torch.stack([of, torch.arange(len(of), device=device)], 1)
             A = torch.zeros(len(of), width, device=device)
             A[own[of]] = subspace_attention(tokens, ends, documents.tokens, documents.offsets, pairs, TAU)
-        read, present = padded_states(documents, torch.arange(len(of), device=device), self.net, longest)
+        read, present = padded_states(self.cache.states(keys), self.net, longest)
         first = encoder.state_layers.start
         logits: Tensor = self.net(states[first][of], states[-1][of], mask[of], own[of], read, present, documents.pooled, A)
         return list(torch.split(logits, [len(documents) for _, documents in lists]))

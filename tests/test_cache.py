@@ -39,7 +39,7 @@ def encoded(encoder: BiEncoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def get(encoder: BiEncoder, cache: VectorCache, texts: Sequence[str] = TEXTS, detail: Detail = Detail.TOKENS, max_tokens: int = 256) -> Vectors:
+def get(encoder: BiEncoder, cache: VectorCache, texts: Sequence[str] = TEXTS, detail: Detail = Detail.TOKENS, max_tokens: int = 512) -> Vectors:
     return cache.gather(ensure(encoder, cache, texts, max_tokens=max_tokens, detail=detail), detail)
 
 
@@ -279,17 +279,19 @@ def test_trim_keeps_what_a_later_shard_took_over_and_what_is_on_disk(tmp_path: P
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_states_hold_what_less_detail_asks_for(encoder: BiEncoder, encoded: list[str], tmp_path: Path, on_disk: bool) -> None:
-    folder = tmp_path if on_disk else None
+    folder, keys = tmp_path if on_disk else None, [text_key(text, encoder.limit) for text in TEXTS]
     cache = VectorCache(encoder.key(), folder)
     wanted = get(encoder, cache)
-    states = get(encoder, cache, detail=Detail.STATES)
-    assert encoded == TEXTS * 2 and states.states.shape == (len(states.tokens), 6 * 384) and states.states.dtype == torch.float16
-    assert_same(states, wanted)
+    assert_same(get(encoder, cache, detail=Detail.STATES), wanted)
+    states = cache.states(keys)
+    direct = encoder.encode(TEXTS, detail=Detail.STATES)
+    assert encoded == TEXTS * 3 and torch.cat(states).shape == (len(direct.tokens), 6 * 384)
+    torch.testing.assert_close(torch.cat(states), direct.states, atol=2e-2, rtol=1e-2)
     if on_disk:
         cache = VectorCache(encoder.key(), folder)
-    assert torch.equal(get(encoder, cache, detail=Detail.STATES).states, states.states)
+    assert [part.tolist() for part in cache.states(keys)] == [part.tolist() for part in states]
     assert len(get(encoder, cache).states) == 0 == len(get(encoder, cache, detail=Detail.POOLED).tokens)
-    assert encoded == TEXTS * 2
+    assert encoded == TEXTS * 3
 
 
 def test_the_folder_is_kept_to_its_bound_by_dropping_the_oldest_files(

@@ -52,7 +52,7 @@ def test_the_shipped_cross_encoder_beats_the_cosine_that_it_starts_from(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "standard", "both"), [("scifact", 0.0, 0.0), ("cranfield", 0.0, 0.0)])
+@pytest.mark.parametrize(("name", "standard", "both"), [("scifact", 0.728, 0.7295), ("cranfield", 0.400, 0.4035)])
 def test_cross_encoder(collection: Callable[[str], Path], tmp_path: Path, name: str, standard: float, both: float) -> None:
     result = evaluated(collection(name), tmp_path / "out")
     ndcg, flops = measures(result, "nDCG@10"), {row["method"]: row["flops_per_query"] for row in result["rows"]}

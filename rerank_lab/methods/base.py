@@ -79,9 +79,9 @@ class Pool:
     def vectors(self, positions: Tensor | None = None, *, detail: Detail) -> Vectors:
         """The bi-encoder's vectors of the documents at these positions (all without), from the cache or encoded now."""
         assert self.encoder is not None and self.cache is not None
-        return self._vectors(self.encoder, self.cache, positions, detail)
+        return self._vectors(self.encoder, self.cache, positions, detail)[0]
 
-    def _vectors(self, encoder: BiEncoder, cache: VectorCache, positions: Tensor | None, detail: Detail) -> Vectors:
+    def _vectors(self, encoder: BiEncoder, cache: VectorCache, positions: Tensor | None, detail: Detail) -> tuple[Vectors, list[Tensor]]:
         first = self._first if positions is None else self._first[positions]
         shared = isinstance(self.cross, OneWayCrossEncoder) and self.cross.encoder is encoder
         ahead = max(detail, self.detail if shared else min(self.detail, Detail.TOKENS))
@@ -89,6 +89,7 @@ class Pool:
             texts = [self.documents[i] for i in first.tolist()]
             keys = ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=ahead)
             vectors = cache.gather(keys, detail).to(encoder.device)
+            states = cache.states(keys) if detail >= Detail.STATES else []
             cache.trim()
         limit, lengths = min(self.max_tokens, encoder.limit), vectors.lengths.cpu()
         self._cut[first[lengths > limit]] = True
@@ -100,7 +101,7 @@ class Pool:
         fresh &= ~encoded
         encoded |= fresh
         self.flops.new += encoder.flops(new[fresh], ahead)
-        return vectors
+        return vectors, states
 
     def query_vectors(self, *, detail: Detail) -> Vectors:
         """Vectors of the query; never cached, since a query is new to the system that answers it."""
@@ -129,9 +130,9 @@ class Pool:
         own, inverse = torch.unique(self._first[positions], return_inverse=True)
         if isinstance(self.cross, OneWayCrossEncoder):
             assert self.cross_cache is not None
-            documents = self._vectors(self.cross.encoder, self.cross_cache, own, Detail.STATES)
+            documents, states = self._vectors(self.cross.encoder, self.cross_cache, own, Detail.STATES)
             with self.clock.phase("score"):
-                logits, length = self.cross.score(self.query, documents)
+                logits, length = self.cross.score(self.query, documents, states)
             self._cut[own] |= length > self.cross.limit
             self.flops.seen += self.cross.flops(length, documents.offsets.diff())
             return logits[inverse]

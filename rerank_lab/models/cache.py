@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 
@@ -113,7 +114,7 @@ class VectorCache:
             self._register(shard)
 
     def gather(self, keys: Sequence[bytes], detail: Detail) -> Vectors:
-        """The vectors of N texts that are all here, in that order; `detail` and no more."""
+        """The vectors of N texts that are all here, in that order; `detail` and no more, states left to `states`."""
         rows = [(self._shards[s].vectors, row) for s, row in (self._places[key] for key in keys)]
         pooled = torch.stack([v.pooled[row] for v, row in rows]) if rows else torch.zeros(0, 0)
         lengths = torch.tensor([int(v.lengths[row]) for v, row in rows], dtype=torch.int64)
@@ -123,8 +124,12 @@ class VectorCache:
         spans = [(v, int(v.offsets[row]), int(v.offsets[row + 1])) for v, row in rows]
         counts = torch.tensor([0, *(end - start for _, start, end in spans)], dtype=torch.int64)
         tokens = torch.cat([v.tokens[start:end] for v, start, end in spans])
-        states = torch.cat([v.states[start:end] for v, start, end in spans]) if detail >= Detail.STATES else nothing
-        return Vectors(pooled, lengths, counts.cumsum(0), tokens, states)
+        return Vectors(pooled, lengths, counts.cumsum(0), tokens, nothing)
+
+    def states(self, keys: Sequence[bytes]) -> list[Tensor]:
+        """The states of N texts that are all here in that detail, one tensor each: views, since to copy them costs as much as to read them."""
+        places = [(self._shards[s].vectors, row) for s, row in (self._places[key] for key in keys)]
+        return [v.states[int(v.offsets[row]) : int(v.offsets[row + 1])] for v, row in places]
 
     def _register(self, shard: Shard) -> None:
         self._shards[self._next] = shard

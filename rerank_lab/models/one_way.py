@@ -134,37 +134,36 @@ class OneWay(nn.Module):
         return calibrated
 
 
-def padded_states(documents: Vectors, rows: Tensor, net: OneWay, longest: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Keys and values of some documents as the layers take them, fp32, and which positions hold something.
+def padded_states(documents: Sequence[Tensor], net: OneWay, longest: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Keys and values of B documents as the layers take them, fp32, and which positions hold something.
 
     Args:
-        documents: at Detail.STATES.
-        rows: B positions in documents.
+        documents: states of each, as VectorCache.states gives them.
         net: whose null keys take position 0.
         longest: tokens kept of each document at most.
 
     Returns:
         (keys, values) a layer, each B × heads × (1 + L) × d/heads, and a mask B × (1 + L).
     """
-    starts, lengths = documents.offsets[rows].tolist(), documents.offsets.diff()[rows].clamp(max=longest).tolist()
+    device, lengths = net.cosine_scale.device, [min(len(states), longest) for states in documents]
     size = max(lengths, default=0)
-    mask = torch.arange(-1, size, device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]
+    mask = torch.arange(-1, size, device=device) < torch.tensor(lengths, device=device)[:, None]
     # One pass from packed fp16 to padded fp32; what is padding must be finite, since softmax gives it a weight of 0.
-    taken = torch.empty(len(lengths), 1 + size, documents.states.shape[1], device=rows.device)
+    taken = torch.empty(len(lengths), 1 + size, documents[0].shape[1], device=device)
     taken[:, 0] = 0
-    for row, start, length in zip(taken, starts, lengths):
-        row[1 : 1 + length] = documents.states[start : start + length]
+    for row, own, length in zip(taken, documents, lengths):
+        row[1 : 1 + length] = own[:length]
         row[1 + length :] = 0
     parts = taken.view(len(lengths), 1 + size, len(net.layers), 2, net.heads, -1)
-    states = []
+    padded = []
     for n, layer in enumerate(net.layers):
         assert isinstance(layer, FusedLayer)
         keys, values = (parts[:, :, n, kind].transpose(1, 2) for kind in (0, 1))
         if torch.is_grad_enabled():
             keys = keys.contiguous()  # of its own, so that the null key's gradient does not run through all of them
         keys[:, :, 0] = layer.null_key
-        states.append((keys, values))
-    return states, mask
+        padded.append((keys, values))
+    return padded, mask
 
 
 class OneWayCrossEncoder:
@@ -203,12 +202,13 @@ class OneWayCrossEncoder:
         """Where the model is."""
         return self.encoder.device
 
-    def score(self, query: str, documents: Vectors) -> tuple[Tensor, int]:
+    def score(self, query: str, documents: Vectors, states: Sequence[Tensor]) -> tuple[Tensor, int]:
         """Logits of N documents.
 
         Args:
             query: any string; its own tokens past the limit are cut.
-            documents: the bi-encoder's, at Detail.STATES.
+            documents: the bi-encoder's, at Detail.TOKENS or more.
+            states: of each document, Ld × 2·d·S.
 
         Returns:
             logits (N, fp32, on the CPU) and the query's own tokens before truncation.
@@ -228,8 +228,8 @@ class OneWayCrossEncoder:
                 A[:, own] = subspace_attention(tokens, ends, documents.tokens, documents.offsets, pairs, TAU).view(count, len(tokens))
             for batch in plan_batches((lengths + 1).tolist(), TOKEN_BUDGET):
                 rows = torch.from_numpy(batch).to(self.device)
-                states, mask = padded_states(documents, rows, self.net, self.limit)
-                logits[torch.from_numpy(batch)] = self.net(x, last, None, own[None], states, mask, documents.pooled[rows], A[rows]).cpu()
+                padded, mask = padded_states([states[i] for i in batch], self.net, self.limit)
+                logits[torch.from_numpy(batch)] = self.net(x, last, None, own[None], padded, mask, documents.pooled[rows], A[rows]).cpu()
         if not bool(logits.isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
         return logits, length
