@@ -1,8 +1,10 @@
-"""python experiments/bench_models.py: models beside the libraries that people use, on the same texts, weights and threads.
+"""python experiments/bench_models.py: models beside the libraries in use
 
-Pairs a second of `standard` under the one-way cross-encoder and of sentence_transformers.CrossEncoder.predict, its
-defaults, on a classifier of the same backbone: each query of --dataset with its nearest 100 documents. Medians of five
-rounds after one of warm-up, the contenders in turn within a round. Times of one run on a shared machine: read the ratios.
+Pairs a second of `standard` under the one-way cross-encoder and of
+sentence_transformers.CrossEncoder.predict, its defaults, on a classifier of the
+same backbone: each query of --dataset with its nearest documents. Medians of
+five rounds after one of warm-up, the contenders in turn within a round. Times
+of one run on a shared machine: read the ratios.
 """
 
 from __future__ import annotations
@@ -107,8 +109,11 @@ def run(options: argparse.Namespace) -> str:
 
 
 def main() -> int:
+    options = parser().parse_args()
+    if min(options.queries, options.candidates, options.limit) < 1:
+        parser().error("--queries, --candidates and --limit must be at least 1")
     try:
-        print(run(parser().parse_args()))
+        print(run(options))
     except UserError as error:
         print(f"bench_models: error: {error}", file=sys.stderr)
         return 2

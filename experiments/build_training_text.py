@@ -1,9 +1,11 @@
 """python experiments/build_training_text.py --out text
 
-Makes text of other kinds for experiments/train_cross_encoder.py, from what a Debian system carries: text/debian, the
-descriptions of 4,000 packages (after `apt-get -o Acquire::Languages=en update`), and text/manpages, up to 1,850 manual
-pages (package manpages-dev and whatever else is installed) under their DESCRIPTION, with 300 of their NAME lines as queries
-for it. Prints what identifies the sources; other releases give other texts.
+Makes text of other kinds for experiments/train_cross_encoder.py, from what a
+Debian system carries: text/debian, the descriptions of 4,000 packages (after
+`apt-get -o Acquire::Languages=en update`), and text/manpages, up to 1,850
+manual pages (packages manpages, manpages-dev and whatever else is installed)
+under their DESCRIPTION, with 300 of their NAME lines as queries. Prints what
+identifies the descriptions; other releases give other texts.
 """
 
 from __future__ import annotations

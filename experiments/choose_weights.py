@@ -1,7 +1,9 @@
-"""python experiments/choose_weights.py RESULTS…: nDCG@10 of optimal and best+cross over their weights, from queries of train splits.
+"""python experiments/choose_weights.py RESULTS…
 
-Each RESULTS is a folder that rerank_lab.eval wrote with --methods fast,standard,best on a development split, as
-experiments/train_cross_encoder.py leaves them in its --work folder. Nothing is ranked again: the sums are made from its scores.
+nDCG@10 of optimal and best+cross over their weights, on train queries.
+Each RESULTS is a folder that rerank_lab.eval wrote with --methods
+fast,standard,best on a development split, as train_cross_encoder.py leaves them
+in its --work folder. Nothing is ranked again: sums are made from its scores.
 """
 
 from __future__ import annotations

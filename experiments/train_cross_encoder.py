@@ -1,11 +1,17 @@
-"""python experiments/train_cross_encoder.py --labelled scifact --labelled rerank_lab/data/numpydoc --text text/debian --out minilm-cross.safetensors
+"""python experiments/train_cross_encoder.py --labelled scifact \\
+    --labelled rerank_lab/data/numpydoc --text text/debian --out FILE
 
-Trains a one-way cross-encoder (rerank_lab/models/one_way.py) on a bi-encoder: low-rank updates, gates and a head. Learns from
-lists: judged queries of each --labelled collection's train split (one relevant document, the others from its candidates),
-and titles and sentences of every collection's and --text folder's documents, under the scores of a teacher (KL divergence).
-Some judged queries are held out for the development score, together with those of every --watch collection, of which
-nothing else is seen. Each writes a BEIR folder into --work, so that rerank_lab.eval can choose weights on it.
-The same command goes on where it was stopped. experiments/cross_encoder holds log and learning curve of the one that ships.
+Trains a one-way cross-encoder (rerank_lab/models/one_way.py) on
+all-MiniLM-L6-v2: low-rank updates, gates and a head. Learns from lists: judged
+queries of each --labelled collection's train split (one relevant document, the
+others from its candidates), and titles and sentences of every collection's and
+--text folder's documents, under the scores of a teacher (KL divergence).
+
+Some judged queries are held out for the development score, together with those
+of every --watch collection, of which nothing else is seen. Each writes a BEIR
+folder into --work, so that rerank_lab.eval can choose weights on it. The same
+command goes on where it was stopped. experiments/cross_encoder holds log and
+learning curve of the adapter that ships.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from rerank_kernels import project_normalize, subspace_attention
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.measures import evaluate
+from rerank_lab.models import DEFAULT_MODEL
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.models.cache import VectorCache, ensure
 from rerank_lab.models.one_way import TAU, OneWay, padded_states
@@ -179,13 +186,15 @@ class Trainer:
         """Slope and intercept that make the sigmoid a probability of relevance over judged queries' candidates."""
         import statsmodels.api as sm
 
+        if not self.judged:
+            return 1.0, 0.0
         logits, labels = [], []
         with torch.no_grad():
             for example in random.Random(0).sample(self.judged, min(count, len(self.judged))):
                 for start in range(0, example.found, 25):
                     logits += self.scores([(example.query, example.documents[start : min(start + 25, example.found)])], self.encoder.limit)[0].tolist()
                 labels += [int(n in example.relevant) for n in range(example.found)]
-        intercept, slope = sm.Logit(np.array(labels), sm.add_constant(np.array(logits))).fit(disp=0).params
+        intercept, slope = sm.Logit(np.array(labels), sm.add_constant(np.array(logits))).fit_regularized(alpha=1e-3, disp=0).params
         return float(slope), float(intercept)
 
     def state(self) -> dict[str, Any]:
@@ -212,11 +221,15 @@ class Trainer:
 
 def load_data(trainer: Trainer, options: argparse.Namespace) -> dict[str, str]:
     """Fills the trainer's lists and writes the development splits; gives the hash of each collection."""
-    encoder = Reranker(options.model, "fast", cache_dir=options.work / "cache", cache_bytes=1 << 60, device=options.device)
+    encoder = Reranker(DEFAULT_MODEL, "fast", cache_dir=options.work / "cache", cache_bytes=1 << 60, device=options.device)
     teacher = "bm25" if options.teacher == "bm25" else encoder.using(options.teacher)
     hashes = {}
-    for folder in dict.fromkeys([*options.labelled, *options.text, *options.watch]):
-        corpus, name = read_corpus(folder), folder.resolve().name
+    options.labelled, options.text, options.watch = ([p.resolve() for p in paths] for paths in (options.labelled, options.text, options.watch))
+    folders = list(dict.fromkeys([*options.labelled, *options.text, *options.watch]))
+    if len({f.name for f in folders}) < len(folders):
+        raise UserError(f"two of the folders have one name, by which work folder and log know them: {', '.join(map(str, folders))}")
+    for folder in folders:
+        corpus, name = read_corpus(folder), folder.name
         texts = {identifier: text for identifier, (_, text) in corpus.items()}
         hashes[name] = hashlib.sha256(json.dumps(list(texts.items())).encode()).hexdigest()[:16]
         with tqdm(total=len(texts), desc=f"{name}: encode", unit="doc", disable=None) as bar:
@@ -238,8 +251,9 @@ def load_data(trainer: Trainer, options: argparse.Namespace) -> dict[str, str]:
             learnt, held = split(dataset, options.held_out if folder in options.labelled else len(dataset.qrels), options.seed)
             judged = {q: [d for d, grade in dataset.qrels[q].items() if grade > 0] for q in dataset.qrels}
             trainer.judged += pools([(dataset.queries[q], judged[q], None) for q in learnt])
-            trainer.dev[name] = pools([(dataset.queries[q], judged[q], None) for q in held])
-            write_split(options.work / f"dev-{name}", folder, held, dataset)
+            if held:
+                trainer.dev[name] = pools([(dataset.queries[q], judged[q], None) for q in held])
+                write_split(options.work / f"dev-{name}", folder, held, dataset)
             hashes[f"{name} train"] = dataset.hash[:16]
         if folder in options.labelled or folder in options.text:
             trainer.text[name] = pools([(q, [], source) for q, source in pseudo_queries(corpus, options.pseudo, options.seed)])
@@ -272,7 +286,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--labelled", type=Path, action="append", default=[], metavar="DIR", help="BEIR folder with a train split; may be repeated")
     p.add_argument("--text", type=Path, action="append", default=[], metavar="DIR", help="BEIR folder of which the corpus alone is read; may be repeated")
     p.add_argument("--watch", type=Path, action="append", default=[], metavar="DIR", help="as --labelled, for the development score alone")
-    p.add_argument("--model", default="all-MiniLM-L6-v2", help="the bi-encoder, a BERT (default: all-MiniLM-L6-v2)")
     p.add_argument("--teacher", default="best:lexical=1.25:gamma=0.5", metavar="METHOD", help="a method with settings, or bm25 (default: %(default)s)")
     p.add_argument("--held-out", type=int, default=200, metavar="N", help="judged queries of each collection kept for development (default: 200)")
     p.add_argument("--pseudo", type=int, default=4000, metavar="N", help="queries made from each corpus, at most one a document (default: 4000)")
@@ -296,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    base = Reranker(options.model, "fast", device=options.device).encoder
+    base = Reranker(DEFAULT_MODEL, "fast", device=options.device).encoder
     assert base is not None
     trainer = Trainer(options, base)
     hashes = load_data(trainer, options)
@@ -305,7 +318,7 @@ def run(options: argparse.Namespace) -> None:
     config |= {"data": hashes, "backbone": base.weights}
     checkpoint, log = options.work / "checkpoint.pt", options.work / "log.jsonl"
     records: list[dict[str, Any]] = [{"config": config, "environment": describe(base.device)}]
-    if checkpoint.is_file():
+    if checkpoint.is_file() and log.is_file():
         records = [json.loads(line) for line in log.read_text().splitlines()]
         differing = [k for k in config if records[0]["config"].get(k) != config[k]]
         if differing:
@@ -342,13 +355,17 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> int:
     options = parser().parse_args()
+    if not options.labelled and not options.text:
+        parser().error("nothing to learn from: give --labelled or --text")
+    if min(options.every, options.steps, options.lists, options.rank) < 1:
+        parser().error("--every, --steps, --lists and --rank must be at least 1")
     try:
         run(options)
     except UserError as error:
         print(f"train_cross_encoder: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ntrain_cross_encoder: interrupted; the same command goes on from the last checkpoint in {options.work}", file=sys.stderr)
+        print(f"\ntrain_cross_encoder: interrupted; the same command goes on from what {options.work} holds", file=sys.stderr)
         return 130
     return 0
 

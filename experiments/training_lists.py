@@ -155,7 +155,8 @@ def write_split(folder: Path, source: Path, queries: Sequence[str], dataset: Dat
 
 
 def labelled(folder: Path) -> Dataset:
-    """The train split of a collection; queries without text or relevant documents left out."""
+    """The train split of a collection; judgements of documents that it lacks and queries without text or relevant documents left out."""
     dataset = load_dataset(str(folder), "train")
-    kept = {q: judged for q, judged in dataset.qrels.items() if dataset.queries.get(q, "").strip() and max(judged.values()) > 0}
+    known = {q: {d: grade for d, grade in judged.items() if d in dataset.corpus} for q, judged in dataset.qrels.items()}
+    kept = {q: judged for q, judged in known.items() if dataset.queries.get(q, "").strip() and max(judged.values(), default=0) > 0}
     return Dataset(dataset.name, dataset.split, dataset.corpus, dataset.queries, kept, dataset.hash, dataset.notes, dataset.facts)

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--model-cross",
         default="minilm-cross",
         metavar="MODEL",
-        help="cross-encoder for standard, optimal and best+cross: id, folder, hub name, or none for methods without one (default: minilm-cross)",
+        help="cross-encoder for standard, optimal and best+cross: id, folder, hub name, .safetensors of a one-way adapter, or none (default: minilm-cross)",
     )
     what.add_argument("--subspace", metavar="FILE", help="token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none")
     what.add_argument(

@@ -72,7 +72,7 @@ class Reranker:
     Args:
         model: bi-encoder, by registry id, folder or hub name.
         method: "fast", "standard", "optimal" or "best", with settings as in "best:tau=0.05".
-        model_cross: cross-encoder; joins best where it is given. None: "minilm-cross" for standard and optimal, none for best.
+        model_cross: cross-encoder, the file of a one-way adapter (.safetensors) too; joins best where it is given. None: "minilm-cross" for standard and optimal, none for best.
         max_tokens_per_doc: own tokens kept of each document; the model's limit applies too.
         fuse_first_stage: weight of z(first-stage score), added to z(method's score) where `rank` is given such scores.
         cache_dir: folder for vectors that outlive the process; None: in memory alone, at most 2 GiB.
@@ -143,7 +143,8 @@ class Reranker:
         cross = self.cross if self.cross is not None and self.method.uses_cross else None
         pool = Pool(
             query, texts, encoder=self.encoder, cache=self.cache, cross=cross, cross_cache=self.cross_cache,
-            detail=self.detail, max_tokens=self.max_tokens, clock=clock,
+            detail=self.detail if self.cross_cache is self.cache else min(self.detail, Detail.TOKENS if self.method.tokens else Detail.POOLED),
+            max_tokens=self.max_tokens, clock=clock,
         )  # fmt: skip
         with torch.inference_mode():
             scores = self.method.score(pool).cpu()
@@ -158,6 +159,9 @@ class Reranker:
                     raise ModelError(f"method {self.method.name} gave a NaN score with model {self._names()}")
                 scores, relevance = pool.unify(scores), pool.unify(relevance)
                 places = [i for i in order(scores.numpy()).tolist() if scores[i] != DROPPED]
+        for cache in (self.cache, self.cross_cache):
+            if cache is not None:
+                cache.trim()
         return Ranking(places, scores[places], relevance[places], dict(clock.seconds), pool.flops, pool.truncated)
 
     def using(self, method: str | Method, *, cross: bool = True) -> Reranker:
@@ -182,7 +186,7 @@ class Reranker:
     @property
     def cache_state(self) -> str:
         """Where vectors are kept: "disk", "memory", or "none" without a bi-encoder."""
-        cache = self.cache or self.cross_cache
+        cache = self.cache if self.cache is not None else self.cross_cache
         return "none" if cache is None else "memory" if cache.folder is None else "disk"
 
     @property

@@ -304,7 +304,7 @@ def test_the_folder_is_kept_to_its_bound_by_dropping_the_oldest_files(
         get(encoder, cache, [text], detail=Detail.STATES)
     assert len(cache) == len(shards(tmp_path)) == 3 and not caplog.records, "not while something may be about to be gathered"
     cache.trim()
-    assert len(cache) == len(shards(tmp_path)) == 2 and len(caplog.records) == 1 and "the oldest are dropped" in caplog.text
+    assert len(cache) == len(shards(tmp_path)) == 2 and len(caplog.records) == 1 and "the oldest are dropped" in caplog.text and "--cache-gb" in caplog.text
     ensure(encoder, cache, texts, max_tokens=256, detail=Detail.STATES, keep=False)
     assert encoded == [*texts[:3], texts[0], texts[3]] and len(shards(tmp_path)) <= 2
     again = VectorCache(encoder.key(), tmp_path, disk_bytes=0)

@@ -26,7 +26,6 @@ def train(beir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Runs the script on the small collection; the first argument is the work folder, beside which the adapter goes."""
     folder, watched = beir(split="train"), beir("watched", split="train")
     threads = torch.get_num_threads()
-    monkeypatch.setattr(script.Trainer, "calibrate", lambda self: (0.5, -1.0))  # four queries are too few to fit two numbers
 
     def run(work: str, *arguments: str) -> int:
         argv = [
@@ -96,6 +95,27 @@ def test_it_learns_to_put_the_relevant_document_first(train: Callable[..., int],
     assert train("work", "--steps", "100", "--every", "100", "--judged", "1", "--smoothing", "0") == 0
     losses = [r["loss"] for r in map(json.loads, (tmp_path / "work" / "log.jsonl").read_text().splitlines()) if "loss" in r]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_text_and_a_teacher_alone_will_do(beir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ["--steps", "2", "--every", "1", "--lists", "1", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "a.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["train", "--text", str(beir()), "--teacher", "bm25", *common])
+    assert script.main() == 0
+    assert load_file(tmp_path / "a.safetensors")["calibration"].tolist() == [1, 0]
+    assert json.loads((tmp_path / "w" / "log.jsonl").read_text().splitlines()[1])["dev"] == {}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--text", "x", "--every", "0"]])
+def test_wrong_flags_are_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, "--out", "a.safetensors"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_two_folders_of_one_name_are_refused(train: Callable[..., int], beir: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("work", "--text", str(beir("other/small"))) == 2
+    assert "have one name" in capsys.readouterr().err
 
 
 def test_held_out_queries_share_no_relevant_document_or_text_with_the_others(beir: Callable[..., Path]) -> None:

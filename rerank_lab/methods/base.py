@@ -42,7 +42,7 @@ class Pool:
         encoder, cache: the bi-encoder and its vectors.
         cross: the cross-encoder, if the method uses one.
         cross_cache: vectors of a one-way cross-encoder's backbone; the same as `cache` where that is the bi-encoder.
-        detail: all that will be asked of a document's vectors, so that it is encoded once.
+        detail: all that will be asked of the bi-encoder's vectors of a document, so that it is encoded once.
         max_tokens: own tokens kept of each document.
         clock: where time is booked, by phase.
     """
@@ -83,14 +83,12 @@ class Pool:
 
     def _vectors(self, encoder: BiEncoder, cache: VectorCache, positions: Tensor | None, detail: Detail) -> tuple[Vectors, list[Tensor]]:
         first = self._first if positions is None else self._first[positions]
-        shared = isinstance(self.cross, OneWayCrossEncoder) and self.cross.encoder is encoder
-        ahead = max(detail, self.detail if shared else min(self.detail, Detail.TOKENS))
+        ahead = max(detail, self.detail) if encoder is self.encoder else detail
         with self.clock.phase("encode"):
             texts = [self.documents[i] for i in first.tolist()]
             keys = ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=ahead)
             vectors = cache.gather(keys, detail).to(encoder.device)
             states = cache.states(keys) if detail >= Detail.STATES else []
-            cache.trim()
         limit, lengths = min(self.max_tokens, encoder.limit), vectors.lengths.cpu()
         self._cut[first[lengths > limit]] = True
         new = torch.zeros(len(self), dtype=torch.int64)
@@ -133,7 +131,6 @@ class Pool:
             documents, states = self._vectors(self.cross.encoder, self.cross_cache, own, Detail.STATES)
             with self.clock.phase("score"):
                 logits, length = self.cross.score(self.query, documents, states)
-            self._cut[own] |= length > self.cross.limit
             self.flops.seen += self.cross.flops(length, documents.offsets.diff())
             return logits[inverse]
         with self.clock.phase("score"):

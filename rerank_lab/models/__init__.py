@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
 
@@ -79,9 +79,14 @@ def load_cross_encoder(name: str, *, device: str = "auto", encoder: BiEncoder | 
     info = REGISTRY.get(name)
     if name.endswith(".safetensors") or (info is not None and info.source.startswith("adapter:")):
         file, backbone = (Path(name), DEFAULT_MODEL) if info is None else (ADAPTERS / f"{name}.safetensors", info.source.partition(":")[2])
-        own = load_bi_encoder(backbone, device=device)
-        return OneWayCrossEncoder(encoder if encoder is not None and encoder.key() == own.key() else own, file, name)
+        shared = encoder is not None and encoder.name == backbone and _has_shipped_subspace(encoder)
+        return OneWayCrossEncoder(encoder if encoder is not None and shared else load_bi_encoder(backbone, device=device), file, name)
     return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(device))
+
+
+def _has_shipped_subspace(encoder: BiEncoder) -> bool:
+    shipped = shipped_subspace(encoder.weights)
+    return shipped is not None and encoder.subspace is not None and torch.equal(encoder.subspace.cpu(), shipped)
 
 
 def pick_device(device: str) -> torch.device:

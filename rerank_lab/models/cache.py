@@ -82,6 +82,8 @@ class VectorCache:
                         path.unlink()
             for path in sorted(self.folder.glob("*.safetensors"), key=_age):
                 shard = _read(path)
+                if shard is None and not path.exists():
+                    continue  # another process has just dropped it
                 if shard is None:
                     log.warning("vector cache: %s does not read back; deleted, its texts will be encoded again", path)
                     with suppress(OSError):
@@ -110,8 +112,7 @@ class VectorCache:
             self.folder = None
             self.add(keys, vectors, detail)
             return
-        if shard is not None:
-            self._register(shard)
+        self._register(shard or Shard(list(keys), vectors, detail))  # another process may have dropped the file already
 
     def gather(self, keys: Sequence[bytes], detail: Detail) -> Vectors:
         """The vectors of N texts that are all here, in that order; `detail` and no more, states left to `states`."""
@@ -146,8 +147,10 @@ class VectorCache:
             if self._bytes[held] <= bound:
                 continue
             if not self._dropped:
-                where = "in memory" if held else f"in {self.folder}"
-                log.warning("vector cache: more than %.1f GB of vectors %s; the oldest are dropped and made again when needed", bound / 1e9, where)
+                where = "in memory (a folder holds more)" if held else f"in {self.folder} (--cache-gb, cache_bytes)"
+                log.warning(
+                    "vector cache: more than %.1f GB of vectors %s; the oldest are dropped, and timed again where they are made again", bound / 1e9, where
+                )
             self._dropped = True
             for number in [n for n, shard in self._shards.items() if (shard.path is None) == held]:
                 self._drop(number)

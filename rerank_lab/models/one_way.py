@@ -182,6 +182,8 @@ class OneWayCrossEncoder:
         self.encoder, self.name = encoder, name
         self.limit = encoder.limit
         self.net = OneWay(encoder.model, encoder.state_layers)
+        if not adapter.is_file():
+            raise UserError(f"model {name!r}: no file {adapter}")
         try:
             with safe_open(adapter, framework="pt") as file:
                 about = file.metadata() or {}
@@ -189,7 +191,7 @@ class OneWayCrossEncoder:
         except (OSError, SafetensorError) as error:
             raise UserError(f"model {name!r}: {adapter} is no safetensors file: {str(error).partition(chr(10))[0]}") from error
         if about.get("backbone") != encoder.weights:
-            raise UserError(f"model {name!r}: {adapter} was trained on other weights than those of {encoder.name!r}")
+            raise UserError(f"model {name!r}: {adapter} was trained on other weights than those of {encoder.name!r}; a checkpoint is named by its folder")
         try:
             merge(self.net, tensors)
         except (KeyError, RuntimeError) as error:
