@@ -18,8 +18,8 @@ def result(delta: float, p_holm: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("delta", "p_holm", "said"),
     [
-        (0.1, 0.01, "best beats fast: +0.100 [+0.080, +0.120] nDCG@10, Holm p .010, at 1.5 x its median latency"),
-        (-0.1, 0.0004, "best is worse than fast: -0.100 [-0.120, -0.080] nDCG@10, Holm p <.001"),
+        (0.1, 0.01, "best beats fast: +0.100 [+.080, +.120] nDCG@10, Holm p .010, at 1.5 x its median latency"),
+        (-0.1, 0.0004, "best is worse than fast: -0.100 [-.120, -.080] nDCG@10, Holm p <.001"),
         (0.1, 0.05, "best cannot be told from fast: +0.100"),
     ],
 )
