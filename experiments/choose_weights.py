@@ -66,19 +66,16 @@ def sweep(folder: Path) -> dict[str, float]:
     qrels = load_dataset(config["dataset"], config["split"]).qrels
     wide = table.pivot(index=["query", "document"], columns="method", values="score").reset_index("document")
     settings = [(f"optimal {w:g}", w, None) for w in OPTIMAL] + [(f"best+cross {w:g}", None, w) for w in BEST]
-    found = {"fast": np.nan, "standard": np.nan}
-    for label in found:
-        found[label] = measured({q: ranked(pool, pool[label]) for q, pool in wide.groupby(level="query")}, qrels)
+    pools = {q: pool.set_index("document") for q, pool in wide.groupby(level="query")}
+    found = {label: measured({q: ranked(pool[label]) for q, pool in pools.items()}, qrels) for label in ("fast", "standard")}
     for label, cosine_weight, cross_weight in settings:
-        run = {q: ranked(pool := whole.set_index("document"), scores(pool, cosine_weight, cross_weight)) for q, whole in wide.groupby(level="query")}
-        found[label] = measured(run, qrels)
+        found[label] = measured({q: ranked(scores(pool, cosine_weight, cross_weight)) for q, pool in pools.items()}, qrels)
     return found
 
 
-def ranked(pool: pd.DataFrame, values: pd.Series) -> Ranked:
-    documents = list(pool["document"]) if "document" in pool else list(values.index)
+def ranked(values: pd.Series) -> Ranked:
     places = order(values.to_numpy())
-    return Ranked([documents[i] for i in places], values.to_numpy()[places])
+    return Ranked([values.index[i] for i in places], values.to_numpy()[places])
 
 
 def measured(run: Run, qrels: dict[str, dict[str, int]]) -> float:

@@ -85,7 +85,7 @@ class Trainer:
         self.net = adaptable(encoder, options.rank)
         self.trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         rates = {"gate": 5e-3, "null_key": 5e-3, "cosine_scale": 3e-2, "token_scale": 3e-2, "A": options.rate, "B": options.rate}
-        groups = [{"params": [p], "lr": rates.get(n.rpartition(".")[2], 1e-3), "weight_decay": 0.01 if p.ndim > 1 else 0.0} for n, p in self.trained.items()]
+        groups = [{"params": [p], "full": rates.get(n.rpartition(".")[2], 1e-3), "weight_decay": 0.01 if p.ndim > 1 else 0.0} for n, p in self.trained.items()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
         self.average = {name: p.detach().clone() for name, p in self.trained.items()}
         self.random, self.step = random.Random(options.seed), 0
@@ -150,7 +150,7 @@ class Trainer:
             batch = batches[position]
             scale = min((self.step + 1) / 30, (self.options.steps - self.step) / max(1, self.options.steps - 30))
             for group in self.optimizer.param_groups:
-                group["lr"] = group.setdefault("full", group["lr"]) and group["full"] * scale
+                group["lr"] = group["full"] * scale
             logits = self.scores([(query, documents) for query, documents, _ in batch], self.options.document_tokens)
             parts = [(w * (w.clamp_min(1e-9).log() - log_softmax(s, 0))).sum() for s, (_, _, w) in zip(logits, batch)]
             loss = torch.stack(parts).mean()
