@@ -96,11 +96,11 @@ class Trainer:
     def scores(self, lists: list[tuple[str, list[str]]], longest: int) -> list[Tensor]:
         """Logits of each list's documents; documents cut to `longest` tokens where the network reads them."""
         device, encoder = self.encoder.device, self.encoder
-        encodings, _ = encoder.tokenize([query for query, _ in lists], "query", QUERY_TOKENS)
-        width = max(len(e.ids) for e in encodings)
-        ids = torch.tensor([e.ids + [encoder.pad_id] * (width - len(e.ids)) for e in encodings], device=device)
-        mask = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in encodings], device=device).bool()
-        own = torch.tensor([[1 - s for s in e.special_tokens_mask] + [0] * (width - len(e.ids)) for e in encodings], device=device).bool()
+        encodings = encoder.tokenize([query for query, _ in lists], "query", QUERY_TOKENS)
+        width = max(len(e) for e in encodings)
+        ids = torch.tensor([[*e.ids, *[encoder.pad_id] * (width - len(e))] for e in encodings], device=device)
+        mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in encodings], device=device).bool()
+        own = torch.tensor([[*~e.special, *[False] * (width - len(e))] for e in encodings], device=device).bool()
         texts = [text for _, documents in lists for text in documents]
         of = torch.tensor([n for n, (_, documents) in enumerate(lists) for _ in documents], device=device)
         keys = ensure(encoder, self.cache, texts, max_tokens=encoder.limit, detail=Detail.STATES)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from rerank_lab.methods.base import Flops
 from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure
+from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.run import order
 from rerank_lab.timing import Clock
 
 Document = str | Mapping[str, Any]
+AnyPool = TypeVar("AnyPool", bound=Pool)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Ranking:
         seconds: by phase.
         flops: counted by formula.
         truncated: documents of which some model read only a part.
+        tokens: read for it, cached or not (Pool.tokens).
     """
 
     order: list[int]
@@ -61,6 +64,7 @@ class Ranking:
     seconds: dict[str, float]
     flops: Flops
     truncated: int
+    tokens: int = 0
 
 
 class Reranker:
@@ -70,7 +74,7 @@ class Reranker:
         >>> Reranker(model="all-MiniLM-L6-v2", method="best").rank("query", ["first text", {"text": "second"}], top_n=1)
 
     Args:
-        model: bi-encoder, by registry id, folder or hub name.
+        model: bi-encoder, by registry id, folder or hub name, or loaded already; so is model_cross.
         method: "fast", "standard", "optimal" or "best", with settings as in "best:tau=0.05".
         model_cross: cross-encoder, the file of a one-way adapter (.safetensors) too; joins best where it is given. None: "minilm-cross" for standard and optimal, none for best.
         max_tokens_per_doc: own tokens kept of each document; the model's limit applies too.
@@ -87,9 +91,9 @@ class Reranker:
 
     def __init__(
         self,
-        model: str | None = DEFAULT_MODEL,
+        model: str | BiEncoder | None = DEFAULT_MODEL,
         method: str | Method = "best",
-        model_cross: str | None = None,
+        model_cross: str | CrossEncoder | OneWayCrossEncoder | None = None,
         *,
         max_tokens_per_doc: int = 512,
         fuse_first_stage: float = 0.0,
@@ -105,8 +109,8 @@ class Reranker:
         if model_cross is None and "cross-encoder" in self.method.roles:
             model_cross = DEFAULT_CROSS
         _check_roles(self.method, model, model_cross)
-        self.encoder: BiEncoder | None = None if model is None else load_bi_encoder(model, subspace=subspace, device=device)
-        self.cross = None if model_cross is None else load_cross_encoder(model_cross, device=device, encoder=self.encoder)
+        self.encoder: BiEncoder | None = load_bi_encoder(model, subspace=subspace, device=device) if isinstance(model, str) else model
+        self.cross = load_cross_encoder(model_cross, device=device, encoder=self.encoder) if isinstance(model_cross, str) else model_cross
         self.cache_bytes = cache_bytes
         self._new_caches(None if cache_dir is None else Path(cache_dir))
 
@@ -130,6 +134,20 @@ class Reranker:
 
     def score(self, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking:
         """What `rank` does, with raw scores, time and FLOPs beside the order."""
+        if first_stage is not None and len(first_stage) != len(texts):
+            raise UserError(f"first_stage has {len(first_stage)} scores for {len(texts)} documents")
+        ranking = self.finish(self.pool(Pool, query, texts), first_stage)
+        for cache in (self.cache, self.cross_cache):
+            if cache is not None:
+                cache.trim()
+        return ranking
+
+    def pool(self, kind: type[AnyPool], query: str, texts: Sequence[str]) -> AnyPool:
+        """The query and its documents, with these models to look at them.
+
+        Raises:
+            UserError: a blank query, no documents, half of a surrogate pair.
+        """
         if not isinstance(query, str) or not query.strip():
             raise UserError("the query must be a string that holds at least one non-blank character")
         if not texts:
@@ -137,18 +155,18 @@ class Reranker:
         for name, text in [("the query", query), *((f"documents[{i}]", text) for i, text in enumerate(texts))]:
             if not valid_text(text):
                 raise UserError(f"{name} holds half of a surrogate pair, which is no text")
-        if first_stage is not None and len(first_stage) != len(texts):
-            raise UserError(f"first_stage has {len(first_stage)} scores for {len(texts)} documents")
-        clock = Clock(None if self.encoder is None else self.encoder.device)
         cross = self.cross if self.cross is not None and self.method.uses_cross else None
-        pool = Pool(
+        return kind(
             query, texts, encoder=self.encoder, cache=self.cache, cross=cross, cross_cache=self.cross_cache,
             detail=self.detail if self.cross_cache is self.cache else min(self.detail, Detail.TOKENS if self.method.tokens else Detail.POOLED),
-            max_tokens=self.max_tokens, clock=clock,
+            max_tokens=self.max_tokens, clock=Clock(None if self.encoder is None else self.encoder.device),
         )  # fmt: skip
+
+    def finish(self, pool: Pool, first_stage: Sequence[float] | None = None) -> Ranking:
+        """Scores a pool and puts its documents in order."""
         with torch.inference_mode():
             scores = self.method.score(pool).cpu()
-            with clock.phase("rank"):
+            with pool.clock.phase("rank"):
                 relevance = self.method.relevance(scores)
                 if self.fuse_first_stage and first_stage is not None:
                     kept = (scores != DROPPED).nonzero()[:, 0]
@@ -159,10 +177,7 @@ class Reranker:
                     raise ModelError(f"method {self.method.name} gave a NaN score with model {self._names()}")
                 scores, relevance = pool.unify(scores), pool.unify(relevance)
                 places = [i for i in order(scores.numpy()).tolist() if scores[i] != DROPPED]
-        for cache in (self.cache, self.cross_cache):
-            if cache is not None:
-                cache.trim()
-        return Ranking(places, scores[places], relevance[places], dict(clock.seconds), pool.flops, pool.truncated)
+        return Ranking(places, scores[places], relevance[places], dict(pool.clock.seconds), pool.flops, pool.truncated, pool.tokens)
 
     def using(self, method: str | Method, *, cross: bool = True) -> Reranker:
         """The same loaded models and cache under another method; cross=False hides the cross-encoder."""

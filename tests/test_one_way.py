@@ -207,10 +207,10 @@ def test_the_flops_formula_is_within_3_percent_of_what_torch_counts(cross: OneWa
         for text in texts:
             states(cross.encoder, [text])
         encoding = own.get_total_flops()
-    query_once = 2 * cross.encoder.flops(torch.tensor([length]), Detail.TOKENS)
+    query_once = 3 * cross.encoder.flops(torch.tensor([length]), Detail.TOKENS)
     lengths = vectors.offsets.diff()
     attention = 2 * length * int(lengths.sum()) * 128  # the CPU kernel is not counted by torch
-    counted = counter.get_total_flops() - encoding + attention - query_once
+    counted = counter.get_total_flops() - encoding + attention - query_once  # which is read three times, and is not in the formula
     assert cross.flops(length, lengths) == pytest.approx(counted, rel=0.03)
 
 

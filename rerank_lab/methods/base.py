@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rerank_kernels import similarity_topk
 from rerank_lab.lexical import BM25
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models.bi_encoder import BiEncoder, Detail, Read, Vectors
 from rerank_lab.models.cache import VectorCache, ensure
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
@@ -67,6 +67,8 @@ class Pool:
         self._first = torch.tensor([first.setdefault(text, i) for i, text in enumerate(documents)], dtype=torch.int64)
         self._encoded: dict[int, Tensor] = {}
         self._cut = torch.zeros(len(documents), dtype=torch.bool)
+        self._read: dict[int, Read] = {}
+        self._tokens = torch.zeros(len(documents), dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -75,6 +77,11 @@ class Pool:
     def truncated(self) -> int:
         """Documents of which some model read only a part."""
         return int(self._cut[self._first].sum())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read for the answer, cached or not: the query's and each document's; those of every pair where a cross-encoder reads pairs."""
+        return int(self._tokens[self._first].sum()) + sum(int(read.vectors.lengths) for read in self._read.values())
 
     def vectors(self, positions: Tensor | None = None, *, detail: Detail) -> Vectors:
         """The bi-encoder's vectors of the documents at these positions (all without), from the cache or encoded now."""
@@ -86,13 +93,13 @@ class Pool:
         ahead = max(detail, self.detail) if encoder is self.encoder else detail
         with self.clock.phase("encode"):
             texts = [self.documents[i] for i in first.tolist()]
-            keys = ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=ahead)
+            keys = self.ensure(encoder, cache, texts, ahead)
             vectors = cache.gather(keys, detail).to(encoder.device)
             states = cache.states(keys) if detail >= Detail.STATES else []
         limit, lengths = min(self.max_tokens, encoder.limit), vectors.lengths.cpu()
         self._cut[first[lengths > limit]] = True
         new = torch.zeros(len(self), dtype=torch.int64)
-        new[first] = lengths.clamp(max=limit)
+        new[first] = self._tokens[first] = lengths.clamp(max=limit)
         encoded = self._encoded.setdefault(id(encoder), torch.zeros(len(self), dtype=torch.bool))
         fresh = torch.zeros_like(encoded)
         fresh[first] = True
@@ -104,10 +111,31 @@ class Pool:
     def query_vectors(self, *, detail: Detail) -> Vectors:
         """Vectors of the query; never cached, since a query is new to the system that answers it."""
         assert self.encoder is not None
-        with self.clock.phase("encode"):
-            vectors = self.encoder.encode([self.query], kind="query", max_tokens=self.encoder.limit, detail=detail).to(self.encoder.device)
-        self.flops.seen += self.encoder.flops(vectors.lengths, detail)
-        return vectors
+        return self.query_read(self.encoder, detail).vectors
+
+    def query_read(self, encoder: BiEncoder, detail: Detail) -> Read:
+        """The query as a bi-encoder sees it, once for all that ask; with its states where a one-way cross-encoder goes on from them."""
+        if id(encoder) not in self._read:
+            with self.clock.phase("encode"):
+                self.has_read(encoder, self.read(encoder, detail, self.goes_on_from(encoder)), detail)
+        return self._read[id(encoder)]
+
+    def has_read(self, encoder: BiEncoder, read: Read, detail: Detail) -> None:
+        """Keeps what a bi-encoder made of the query."""
+        self._read[id(encoder)] = Read(read.vectors.to(encoder.device), read.own, read.start, read.last)
+        self.flops.seen += encoder.flops(read.vectors.lengths.cpu(), Detail.TOKENS if self.goes_on_from(encoder) else detail)
+
+    def goes_on_from(self, encoder: BiEncoder) -> bool:
+        """Whether a one-way cross-encoder reads the query from this bi-encoder's states."""
+        return isinstance(self.cross, OneWayCrossEncoder) and self.cross.encoder is encoder
+
+    def read(self, encoder: BiEncoder, detail: Detail, hidden: bool) -> Read:
+        """Runs the bi-encoder over the query."""
+        return encoder.read(encoder.tokenize([self.query], "query", encoder.limit), detail=detail, hidden=hidden)[0]
+
+    def ensure(self, encoder: BiEncoder, cache: VectorCache, texts: Sequence[str], detail: Detail) -> list[bytes]:
+        """Puts what the cache lacks of the texts there; their keys."""
+        return ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=detail)
 
     def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
         """Stage 1: cosine with the query.
@@ -128,16 +156,26 @@ class Pool:
         own, inverse = torch.unique(self._first[positions], return_inverse=True)
         if isinstance(self.cross, OneWayCrossEncoder):
             assert self.cross_cache is not None
+            read = self.query_read(self.cross.encoder, Detail.TOKENS)
             documents, states = self._vectors(self.cross.encoder, self.cross_cache, own, Detail.STATES)
             with self.clock.phase("score"):
-                logits, length = self.cross.score(self.query, documents, states)
-            self.flops.seen += self.cross.flops(length, documents.offsets.diff())
+                logits = self.one_way(self.cross, read, own.tolist(), documents, states)
+            self.flops.seen += self.cross.flops(int(read.vectors.lengths), documents.offsets.diff())
             return logits[inverse]
         with self.clock.phase("score"):
-            logits, lengths, cut = self.cross.score(self.query, [self.documents[i] for i in own.tolist()], max_tokens=self.max_tokens)
+            logits, lengths, cut = self.pairs(self.cross, own.tolist())
         self._cut[own[cut]] = True
+        self._tokens[own] = lengths
         self.flops.seen += self.cross.flops(lengths)
         return logits[inverse]
+
+    def one_way(self, cross: OneWayCrossEncoder, query: Read, positions: Sequence[int], documents: Vectors, states: Sequence[Tensor]) -> Tensor:
+        """Runs a one-way cross-encoder over the documents at these positions, whose vectors are at hand."""
+        return cross.logits(query, documents, states)
+
+    def pairs(self, cross: CrossEncoder, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs a cross-encoder over the query with each document: logits, tokens of the pairs, what was cut."""
+        return cross.score(self.query, [self.documents[i] for i in positions], max_tokens=self.max_tokens)
 
     def lexical(self, positions: Tensor) -> Tensor:
         """BM25 with these documents as the whole collection: their own document frequencies and mean length."""

@@ -76,12 +76,19 @@ def load_cross_encoder(name: str, *, device: str = "auto", encoder: BiEncoder | 
     Raises:
         UserError: as for load_bi_encoder.
     """
-    info = REGISTRY.get(name)
-    if name.endswith(".safetensors") or (info is not None and info.source.startswith("adapter:")):
-        file, backbone = (Path(name), DEFAULT_MODEL) if info is None else (ADAPTERS / f"{name}.safetensors", info.source.partition(":")[2])
+    if backbone := backbone_of(name):
+        file = ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name)
         shared = encoder is not None and encoder.name == backbone and _has_shipped_subspace(encoder)
         return OneWayCrossEncoder(encoder if encoder is not None and shared else load_bi_encoder(backbone, device=device), file, name)
     return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(device))
+
+
+def backbone_of(name: str) -> str | None:
+    """The bi-encoder that a one-way adapter belongs to; None: no such adapter."""
+    info = REGISTRY.get(name)
+    if info is not None:
+        return info.source.removeprefix("adapter:") if info.source.startswith("adapter:") else None
+    return DEFAULT_MODEL if name.endswith(".safetensors") else None
 
 
 def _has_shipped_subspace(encoder: BiEncoder) -> bool:

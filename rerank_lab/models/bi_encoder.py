@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tokenizers import Encoding
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rerank_kernels import pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.forward import encoder_flops, forward, load_checkpoint
+from rerank_lab.models.forward import Tokens, encoder_flops, encodings, forward, load_checkpoint
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -55,6 +54,28 @@ class Vectors:
     def to(self, device: torch.device) -> Vectors:
         """The same on another device."""
         return Vectors(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def row(self, i: int) -> Vectors:
+        """Text i alone; views."""
+        a, b = int(self.offsets[i]), int(self.offsets[i + 1])
+        states = self.states[a:b] if len(self.states) else self.states
+        return Vectors(self.pooled[i : i + 1], self.lengths[i : i + 1], self.offsets[i : i + 2] - a, self.tokens[a:b], states)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A query of Lq tokens, special ones included, as a bi-encoder sees it.
+
+    Attributes:
+        vectors: its own (N = 1).
+        own: Lq, bool, false at special tokens.
+        start, last: 1 × Lq × d states where the upper half of the layers begins and of the last layer; None where not asked for.
+    """
+
+    vectors: Vectors
+    own: Tensor
+    start: Tensor | None = None
+    last: Tensor | None = None
 
 
 class BiEncoder:
@@ -150,21 +171,24 @@ class BiEncoder:
         Raises:
             ModelError: the model gave a NaN or an infinite value.
         """
-        encodings, lengths = self.tokenize(texts, kind, max_tokens)
-        kept = [len(e.ids) - sum(e.special_tokens_mask) if detail else 0 for e in encodings]
+        return self.encode_tokens(self.tokenize(texts, kind, max_tokens), detail=detail, progress=progress)
+
+    def encode_tokens(self, texts: Sequence[Tokens], *, detail: Detail = Detail.TOKENS, progress: Callable[[int], object] = lambda done: None) -> Vectors:
+        """What `encode` does, of texts that are tokenised already."""
+        kept = [len(t) - int(t.special.sum()) if detail else 0 for t in texts]
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(kept)]).astype(np.int64))
         nnz, width = int(offsets[-1]), 2 * self.config.hidden_size * len(self.state_layers)
         pooled = torch.zeros(len(texts), self.dimensions)
         packed = {"tokens": torch.zeros(nnz, self.token_dimensions, dtype=torch.float16)}
         packed["states"] = torch.zeros(nnz if detail >= Detail.STATES else 0, width, dtype=torch.float16)
         with self._keys_and_values(detail >= Detail.STATES) as captured:
-            for batch, mask, output in forward(self.model, encodings, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
+            for batch, mask, output in forward(self.model, texts, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
                 inside = mask.bool()
                 h = output.last_hidden_state[inside]
                 ends = torch.cat([mask.new_zeros(1), mask.sum(1).cumsum(0)])
                 pooled[torch.from_numpy(batch)] = self._pool(h, ends).float().cpu()
                 if detail:
-                    own = torch.from_numpy(np.concatenate([encodings[i].special_tokens_mask for i in batch]) == 0).to(h.device)
+                    own = torch.from_numpy(~np.concatenate([texts[i].special for i in batch])).to(h.device)
                     rows = {"tokens": project_normalize(h[own], self.subspace, torch.float16).cpu()}
                     if captured:
                         rows["states"] = torch.cat([part[inside][own].half().cpu() for part in captured.values()], 1)
@@ -176,7 +200,27 @@ class BiEncoder:
                 progress(len(batch))
         if not bool(pooled.isfinite().all() and packed["tokens"].isfinite().all() and packed["states"].isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
-        return Vectors(pooled, torch.tensor(lengths, dtype=torch.int64), offsets, **packed)
+        return Vectors(pooled, torch.tensor([t.wanted for t in texts], dtype=torch.int64), offsets, **packed)
+
+    def read(self, queries: Sequence[Tokens], *, detail: Detail = Detail.TOKENS, hidden: bool = False) -> list[Read]:
+        """Queries as vectors and, with hidden=True, as the states that a one-way cross-encoder goes on from."""
+        if not hidden:
+            vectors = self.encode_tokens(queries, detail=detail)
+            return [Read(vectors.row(i), torch.from_numpy(~query.special)) for i, query in enumerate(queries)]
+        found: dict[int, Read] = {}
+        nothing = torch.zeros(0, 0, dtype=torch.float16)
+        for batch, mask, output in forward(
+            self.model, queries, pad_id=self.pad_id, token_types=self.token_types, device=self.device, output_hidden_states=True
+        ):
+            for row, i in enumerate(batch.tolist()):
+                length = len(queries[i])
+                start, last = (output.hidden_states[n][row : row + 1, :length] for n in (self.state_layers.start, -1))
+                own = torch.from_numpy(~queries[i].special).to(self.device)
+                tokens = project_normalize(last[0, own].contiguous(), self.subspace, torch.float16)
+                pooled = self._pool(last[0].contiguous(), torch.tensor([0, length], device=self.device)).float()
+                ends = torch.tensor([0, len(tokens)], device=self.device)
+                found[i] = Read(Vectors(pooled, torch.tensor([queries[i].wanted]), ends, tokens, nothing), own, start, last)
+        return [found[i] for i in range(len(queries))]
 
     @property
     def state_layers(self) -> range:
@@ -203,15 +247,14 @@ class BiEncoder:
         project = 2 * int(lengths.sum()) * self.subspace.numel() if detail and self.subspace is not None else 0
         return encoder_flops(self.config, lengths + self.specials) + project
 
-    def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> tuple[list[Encoding], list[int]]:
-        """Texts as the model reads them, special tokens included, and their own tokens before truncation."""
-        prompt = self.prompt(kind)
-        prepared = [(prompt + text).lower() if self.lower else prompt + text for text in texts]
-        encodings = self.tokenizer.encode_batch(prepared, add_special_tokens=False)
-        lengths = [len(e.ids) for e in encodings]
-        for encoding in encodings:
-            encoding.truncate(min(max_tokens, self.limit))
-        return [self.tokenizer.post_process(e) for e in encodings], lengths
+    def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
+        """Texts as the model reads them."""
+        prompt, limit, found = self.prompt(kind), min(max_tokens, self.limit), []
+        for encoding in encodings(self.tokenizer, [(prompt + text).lower() if self.lower else prompt + text for text in texts]):
+            wanted = len(encoding)
+            encoding.truncate(limit)
+            found.append(Tokens.of(self.tokenizer.post_process(encoding), wanted))
+        return found
 
     def _pool(self, h: Tensor, offsets: Tensor) -> Tensor:
         match self.pooling:

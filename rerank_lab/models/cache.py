@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import time
 import uuid
 import zlib
@@ -71,6 +72,7 @@ class VectorCache:
     def __init__(self, model_key: str, folder: Path | None = None, memory_bytes: int = MEMORY_BYTES, disk_bytes: int = DISK_BYTES):
         self.folder = None if folder is None else folder / "vectors" / model_key
         self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
+        self._lock = threading.RLock()  # of what is written; a reader's own texts are in its way only where it borrowed them
         self._shards: dict[int, Shard] = {}
         self._places: dict[bytes, tuple[int, int]] = {}
         self._next, self._dropped = 0, False
@@ -132,17 +134,40 @@ class VectorCache:
         places = [(self._shards[s].vectors, row) for s, row in (self._places[key] for key in keys)]
         return [v.states[int(v.offsets[row]) : int(v.offsets[row + 1])] for v, row in places]
 
+    def borrow(self, other: VectorCache, keys: Sequence[bytes], detail: Detail) -> list[bytes]:
+        """Shares what another cache holds of these texts, so that it stays here when it is dropped there.
+
+        Returns:
+            the keys that neither holds in this detail.
+        """
+        lacking = []
+        with other._lock:
+            for key in keys:
+                if other.has(key, detail):
+                    number, row = other._places[key]
+                    shard = other._shards[number]
+                    self._shards[id(shard)] = shard
+                    self._places[key] = (id(shard), row)
+                elif not self.has(key, detail):
+                    lacking.append(key)
+        return lacking
+
     def _register(self, shard: Shard) -> None:
-        self._shards[self._next] = shard
-        for row, key in enumerate(shard.keys):
-            place = self._places.get(key)
-            if place is None or self._shards[place[0]].detail <= shard.detail:
-                self._places[key] = (self._next, row)
-        self._next += 1
-        self._bytes[shard.path is None] += shard.bytes
+        with self._lock:
+            self._shards[self._next] = shard
+            for row, key in enumerate(shard.keys):
+                place = self._places.get(key)
+                if place is None or self._shards[place[0]].detail <= shard.detail:
+                    self._places[key] = (self._next, row)
+            self._next += 1
+            self._bytes[shard.path is None] += shard.bytes
 
     def trim(self) -> None:
         """Drops the oldest shards past the bounds; called when nothing is about to be gathered."""
+        with self._lock:
+            self._trim()
+
+    def _trim(self) -> None:
         for held, bound in ((False, self.disk_bytes), (True, self.memory_bytes)):
             if self._bytes[held] <= bound:
                 continue

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
-from rerank_lab.models.forward import encoder_flops, forward, load_checkpoint
+from rerank_lab.models.forward import Tokens, encoder_flops, encodings, forward, load_checkpoint
 
 
 class CrossEncoder:
@@ -41,6 +42,10 @@ class CrossEncoder:
         self.token_types = "token_type_ids" in tokenizer.model_input_names
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        # One of two minds: truncation is a tokenizer's state, and threads share it.
+        self.pairing = Tokenizer.from_str(self.tokenizer.to_str())
+        self.pairing.enable_truncation(self.limit, strategy="longest_first")
         self.specials: int = tokenizer.num_special_tokens_to_add(True)
         self.fingerprint = fingerprint(folder)
 
@@ -59,20 +64,32 @@ class CrossEncoder:
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
         """
-        self.tokenizer.no_truncation()
-        own = self.tokenizer.encode_batch([query, *documents], add_special_tokens=False)
-        wanted = [len(own[0].ids) + len(e.ids) + self.specials for e in own[1:]]
-        for encoding in own[1:]:
-            encoding.truncate(min(max_tokens, 1 << 31))
-        self.tokenizer.enable_truncation(self.limit, strategy="longest_first")
-        pairs = [self.tokenizer.post_process(own[0], document) for document in own[1:]]
-        logits = torch.zeros(len(documents))
+        pairs = self.tokenize(query, documents, max_tokens)
+        lengths = torch.tensor([len(p) for p in pairs], dtype=torch.int64)
+        return self.logits(pairs), lengths, lengths < torch.tensor([p.wanted + self.specials for p in pairs], dtype=torch.int64)
+
+    def tokenize(self, query: str, documents: Sequence[str], max_tokens: int) -> list[Tokens]:
+        """The query with each of N documents, as the model reads them."""
+        own, *_ = encodings(self.tokenizer, [query])
+        pairs = []
+        for document in encodings(self.tokenizer, documents):
+            wanted = len(own) + len(document)
+            document.truncate(min(max_tokens, 1 << 31))
+            pairs.append(Tokens.of(self.pairing.post_process(own, document), wanted))
+        return pairs
+
+    def logits(self, pairs: Sequence[Tokens]) -> Tensor:
+        """Logits of N pairs (fp32, on the CPU), of one query or of many.
+
+        Raises:
+            ModelError: the model gave a NaN or an infinite logit.
+        """
+        logits = torch.zeros(len(pairs))
         for batch, _, output in forward(self.model, pairs, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
             logits[torch.from_numpy(batch)] = output.logits[:, 0].float().cpu()
         if not bool(logits.isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
-        lengths = torch.tensor([len(p.ids) for p in pairs], dtype=torch.int64)
-        return logits, lengths, lengths < torch.tensor(wanted, dtype=torch.int64)
+        return logits
 
     def flops(self, lengths: Tensor) -> int:
         """FLOPs of pairs of these lengths in tokens, special ones counted; the head is left out."""

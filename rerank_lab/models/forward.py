@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from rerank_lab.errors import UserError
 
 # Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
+# Characters tokenised at once: a tokenizer's own objects take a hundred times the bytes of what is kept of them.
+CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A text or a pair as a model reads it, special tokens included.
+
+    Attributes:
+        ids: L, int32.
+        types: L, int8, the segment of each.
+        special: L, bool.
+        wanted: tokens before truncation, special ones not counted.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray
+    special: np.ndarray
+    wanted: int
+
+    @classmethod
+    def of(cls, encoding: Encoding, wanted: int) -> Tokens:
+        """From the tokenizer's own object."""
+        mask = np.array(encoding.special_tokens_mask, dtype=bool)
+        return cls(np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int8), mask, wanted)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encodings(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
+    """The texts' own tokens, no special ones, never many texts' at once."""
+    start, size = 0, 0
+    for end, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= CHARACTERS or end == len(texts):
+            yield from tokenizer.encode_batch(list(texts[start:end]), add_special_tokens=False)
+            start, size = end, 0
 
 
 def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None) -> tuple[Any, Any]:
@@ -60,36 +99,41 @@ def plan_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:
     return batches
 
 
+def token_budget(device: torch.device) -> int:
+    """Padded tokens of one batch on a device."""
+    return TOKEN_BUDGET.get(device.type, 4096)
+
+
 def forward(
-    model: torch.nn.Module, encodings: Sequence[Encoding], *, pad_id: int, token_types: bool, device: torch.device, budget: int | None = None
+    model: torch.nn.Module, tokens: Sequence[Tokens], *, pad_id: int, token_types: bool, device: torch.device, **options: bool
 ) -> Iterator[tuple[np.ndarray, Tensor, Any]]:
-    """Runs the model over all encodings.
+    """Runs the model over all texts.
 
     Args:
         model: a Hugging Face model in eval mode.
-        encodings: tokenised texts, special tokens included.
+        tokens: what it reads.
         pad_id: the tokenizer's padding token.
         token_types: whether the model takes token_type_ids.
         device: where the model is.
-        budget: padded tokens a batch; None: TOKEN_BUDGET of the device.
+        options: the model's own (output_hidden_states).
 
     Yields:
         (positions of the batch's texts, attention mask B × L, the model's output).
     """
-    lengths = [len(e.ids) for e in encodings]
-    for batch in plan_batches(lengths, budget or TOKEN_BUDGET.get(device.type, 4096)):
+    lengths = [len(t) for t in tokens]
+    for batch in plan_batches(lengths, token_budget(device)):
         width = max(1, lengths[batch[0]])
         ids = np.full((len(batch), width), pad_id, dtype=np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
         for row, position in enumerate(batch):
-            encoding = encodings[position]
-            ids[row, : len(encoding.ids)] = encoding.ids
-            mask[row, : len(encoding.ids)] = 1
-            types[row, : len(encoding.ids)] = encoding.type_ids
+            text = tokens[position]
+            ids[row, : len(text)] = text.ids
+            mask[row, : len(text)] = 1
+            types[row, : len(text)] = text.types
         inputs = {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if token_types else {})
         tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
         with torch.inference_mode():
-            yield batch, tensors["attention_mask"], model(**tensors)
+            yield batch, tensors["attention_mask"], model(**tensors, **options)
 
 
 def encoder_flops(config: Any, lengths: Tensor) -> int:

@@ -19,14 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize, scaled_dot_product_attention, softplus
 
-from rerank_kernels import project_normalize, subspace_attention
+from rerank_kernels import subspace_attention
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models.bi_encoder import BiEncoder, Read, Vectors
 from rerank_lab.models.forward import plan_batches
 
 TAU = 0.1
@@ -218,50 +219,45 @@ class OneWayCrossEncoder:
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
         """
+        tokens = self.encoder.tokenize([query], "query", self.limit)
+        return self.logits(self.encoder.read(tokens, hidden=True)[0], documents, states), tokens[0].wanted
+
+    def logits(self, query: Read, documents: Vectors, states: Sequence[Tensor]) -> Tensor:
+        """What `score` does, of a query that is read already (hidden=True)."""
+        assert query.start is not None and query.last is not None
         logits = torch.zeros(len(documents.pooled))
         with torch.inference_mode():
-            x, last, own, tokens, length = self.read_query(query)
+            own, tokens = query.own, query.vectors.tokens
             lengths, count = documents.offsets.diff(), len(documents.pooled)
             places = torch.arange(count, device=self.device)
-            A = x.new_zeros(count, x.shape[1])
+            A = query.start.new_zeros(count, query.start.shape[1])
             if len(tokens):
-                ends = torch.tensor([0, len(tokens)], device=self.device)
                 pairs = torch.stack([torch.zeros_like(places), places], 1)
-                A[:, own] = subspace_attention(tokens, ends, documents.tokens, documents.offsets, pairs, TAU).view(count, len(tokens))
-            for batch in plan_batches((lengths + 1).tolist(), TOKEN_BUDGET):
+                A[:, own] = subspace_attention(tokens, query.vectors.offsets, documents.tokens, documents.offsets, pairs, TAU).view(count, len(tokens))
+            for batch in self.plan(lengths):
                 rows = torch.from_numpy(batch).to(self.device)
                 padded, mask = padded_states([states[i] for i in batch], self.net, self.limit)
-                logits[torch.from_numpy(batch)] = self.net(x, last, None, own[None], padded, mask, documents.pooled[rows], A[rows]).cpu()
+                found = self.net(query.start, query.last, None, own[None], padded, mask, documents.pooled[rows], A[rows])
+                logits[torch.from_numpy(batch)] = found.cpu()
         if not bool(logits.isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
-        return logits, length
+        return logits
 
-    def read_query(self, query: str) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """The bi-encoder's view of a query of Lq tokens, special ones included.
-
-        Returns:
-            states where the fused layers begin and of the last layer (1 × Lq × d each), which tokens are its own (Lq, bool),
-            the token vectors of those, and how many own tokens it had before truncation.
-        """
-        encodings, lengths = self.encoder.tokenize([query], "query", self.limit)
-        ids = torch.tensor([encodings[0].ids], device=self.device)
-        types = {"token_type_ids": torch.tensor([encodings[0].type_ids], device=self.device)} if self.encoder.token_types else {}
-        states = self.encoder.model(input_ids=ids, **types, output_hidden_states=True).hidden_states
-        own = torch.tensor(encodings[0].special_tokens_mask, device=self.device) == 0
-        tokens = project_normalize(states[-1][0, own].contiguous(), self.encoder.subspace, torch.float16)
-        return states[self.encoder.state_layers.start], states[-1], own, tokens, lengths[0]
+    def plan(self, lengths: Tensor) -> list[np.ndarray]:
+        """Documents of these tokens in the batches that one forward takes."""
+        return plan_batches((lengths + 1).tolist(), TOKEN_BUDGET)
 
     def flops(self, length: int, lengths: Tensor) -> int:
-        """FLOPs of a query of these own tokens against documents of these, whose vectors are at hand; a multiplication and an addition are two.
+        """FLOPs of a query of these own tokens, read already, against documents of these, whose vectors are at hand; a multiplication and an addition are two.
 
-        The query's own encoding; a fused layer's six d × d and two d × m maps, 2·Lq·(6d² + 2dm), attention within the query,
+        A fused layer's six d × d and two d × m maps, 2·Lq·(6d² + 2dm), attention within the query,
         4·Lq²·d, and to the document, 4·Lq·Ld·d; subspace attention, 2·Lq·Ld·r.
         """
         config, count, tokens = self.encoder.config, len(lengths), int(lengths.sum())
         own = min(length, self.limit)
         d, m, Lq = config.hidden_size, config.intermediate_size, own + self.encoder.specials
         layer = count * (2 * Lq * (6 * d * d + 2 * d * m) + 4 * Lq * Lq * d) + 4 * Lq * tokens * d
-        total: int = self.encoder.flops(torch.tensor([length]), Detail.TOKENS) + len(self.net.layers) * layer + 2 * own * tokens * self.encoder.token_dimensions
+        total: int = len(self.net.layers) * layer + 2 * own * tokens * self.encoder.token_dimensions
         return total
 
 
