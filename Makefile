@@ -2,11 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: eval test test-slow lint clean
+.PHONY: eval serve test test-slow lint clean
 
 # All methods on the bundled collection; ARGS="--dataset path/to/beir" for another.
 eval: $(VENV)/.installed
 	$(BIN)/python -m rerank_lab.eval $(ARGS)
+
+# The v3 API on http://127.0.0.1:8000; ARGS="--port 9000" for another port, and so on.
+serve: $(VENV)/.installed
+	$(BIN)/python -m rerank_lab.server $(ARGS)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

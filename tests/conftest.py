@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 from rerank_lab import Reranker
 from rerank_lab.models import load_bi_encoder
 from rerank_lab.models.bi_encoder import BiEncoder
+from tests.serving import ALIASES, Server, serving
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
@@ -111,3 +112,11 @@ def collection() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture(scope="session")
+def server(small_cross: Path) -> Iterator[Server]:
+    """One server for all that only ask, with both models that are known, a small classifier, and the upstream page's names as aliases."""
+    names = [flag for alias, target in ALIASES.items() for flag in ("--alias", f"{alias}={target}")]
+    with serving("--model-cross", str(small_cross), *names) as running:
+        yield running

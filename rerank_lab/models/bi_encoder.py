@@ -209,9 +209,7 @@ class BiEncoder:
             return [Read(vectors.row(i), torch.from_numpy(~query.special)) for i, query in enumerate(queries)]
         found: dict[int, Read] = {}
         nothing = torch.zeros(0, 0, dtype=torch.float16)
-        for batch, mask, output in forward(
-            self.model, queries, pad_id=self.pad_id, token_types=self.token_types, device=self.device, output_hidden_states=True
-        ):
+        for batch, _, output in forward(self.model, queries, pad_id=self.pad_id, token_types=self.token_types, device=self.device, output_hidden_states=True):
             for row, i in enumerate(batch.tolist()):
                 length = len(queries[i])
                 start, last = (output.hidden_states[n][row : row + 1, :length] for n in (self.state_layers.start, -1))

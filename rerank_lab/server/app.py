@@ -1,0 +1,215 @@
+"""The routes: bytes in, bytes out; what they mean stands in contract.py and clients.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rerank_lab.reranker import Ranking
+from rerank_lab.server import clients, contract, openapi
+from rerank_lab.server.contract import Call, Refusal
+from rerank_lab.server.scheduler import Job
+from rerank_lab.server.service import Service
+
+log = logging.getLogger(__name__)
+PAGE = Path(__file__).with_name("page.html")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+LINGER = 5.0  # seconds in which the rest of a body that was refused is read and thrown away
+LEFT = 499  # what logs and metrics say of a client that left; nobody is there to read it
+
+Parse = Callable[[Any], Call]
+Render = Callable[[Call, Ranking], bytes]
+
+
+def create_app(service: Service) -> ASGIApp:
+    """The whole server as an ASGI application."""
+    app = FastAPI(title="rerank_lab", version=version("rerank_lab"), description=openapi.DESCRIPTION, redirect_slashes=False)
+    known = openapi.Known(service)
+
+    def post(path: str, parse: Parse, render: Render, name: str) -> None:
+        async def route(request: Request) -> Response:
+            return await _respond(service, request, parse, render)
+
+        app.post(path, name=name, openapi_extra=known.operation(name), responses=known.responses(name), status_code=200)(route)
+
+    post("/api/v3/inference/reranker", lambda data: _v3(service, data), contract.answer, "rerank_v3")
+    post("/v2/rerank", lambda data: clients.read_client(service, data), clients.answer_v2, "rerank_v2")
+    post("/v1/rerank", lambda data: clients.read_client(service, data), clients.answer_v1, "rerank_v1")
+    post("/rerank", lambda data: clients.read_any(service, data), clients.answer_any, "rerank")
+
+    @app.get("/health", responses=known.responses("health"))
+    async def health() -> dict[str, str]:
+        """Liveness: the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses=known.responses("ready"))
+    async def ready() -> dict[str, str]:
+        """Readiness: the models are warm and the server is not about to stop."""
+        service.check_ready()
+        return {"status": "ready"}
+
+    @app.get("/metrics", responses=known.responses("metrics"), response_class=Response)
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        if service.fleet is not None:
+            service.metrics.cache_bytes.set(sum(cache.held_bytes for cache in service.fleet.caches.values()))
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/api/v3/models", responses=known.responses("models"))
+    async def models() -> JSONResponse:
+        """Ids with their roles, dimensions, token limits and score scales."""
+        return JSONResponse({"models": service.models()})
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
+
+    @app.exception_handler(Refusal)
+    async def refuse(_: Request, refusal: Refusal) -> JSONResponse:
+        return JSONResponse({"detail": refusal.detail}, refusal.status, refusal.headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_found(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+    app.openapi = known.document(app)  # type: ignore[method-assign]
+    return Observed(app, service, {route.path for route in app.routes if hasattr(route, "path")})
+
+
+def _v3(service: Service, data: Any) -> Call:
+    return contract.validate(contract.RerankRequest, data, service.settings.max_documents).call(data)
+
+
+async def _respond(service: Service, request: Request, parse: Parse, render: Render) -> Response:
+    """The order of checks is the contract's: token, size, schema, ids, roles."""
+    started = time.perf_counter()
+    service.authorize(request.headers.get("authorization"))
+    service.check_ready()
+    held = [0]
+    try:
+        call, ranking, job = await asyncio.wait_for(_work(service, request, parse, held), service.settings.timeout)
+    except (TimeoutError, asyncio.TimeoutError):
+        service.metrics.dropped.labels("deadline").inc()
+        raise Refusal(504, f"No answer within {service.settings.timeout:g} s.") from None
+    except ClientDisconnect:
+        service.metrics.dropped.labels("disconnect").inc()
+        return Response(status_code=LEFT)
+    finally:
+        service.body_bytes -= held[0]
+    body = render(call, ranking)
+    spent = {"queue": job.waiting or 0.0, "model": job.model, "score": job.scoring, "total": time.perf_counter() - started}
+    timing = ", ".join(f"{name};dur={1000 * seconds:.2f}" for name, seconds in spent.items())
+    return Response(body, media_type="application/json", headers={"Server-Timing": timing})
+
+
+async def _work(service: Service, request: Request, parse: Parse, held: list[int]) -> tuple[Call, Ranking, Job]:
+    call = parse(contract.read(await _body(service, request, held)))
+    ranking = asyncio.ensure_future(service.rank(call))
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({ranking, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not ranking.done():
+            raise ClientDisconnect
+        return call, *ranking.result()
+    finally:
+        for task in (ranking, gone):
+            task.cancel()
+        with contextlib.suppress(BaseException):
+            await gone
+
+
+async def _body(service: Service, request: Request, held: list[int]) -> bytes:
+    """The body, refused as soon as it is known to be too large.
+
+    Args:
+        held: its only item grows by what is held, for whoever takes it back.
+    """
+    most = service.settings.max_body
+    too_large = Refusal(413, f"The body may hold {most} bytes.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > most:
+        raise too_large
+    chunks = []
+    async for chunk in request.stream():
+        held[0] += len(chunk)
+        service.body_bytes += len(chunk)
+        if held[0] > most:
+            raise too_large
+        if service.body_bytes > 4 * most:
+            service.metrics.dropped.labels("queue_full").inc()
+            raise Refusal(429, "Bodies in memory take all that they may; try again later.", {"Retry-After": "1"})
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Observed:
+    """Around everything: request ids, one log line and the counters of each request, and an answer whatever happens."""
+
+    def __init__(self, app: ASGIApp, service: Service, routes: set[str]):
+        self.app, self.service, self.routes = app, service, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status, unread = time.perf_counter(), 0, True
+        asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = asked if re.fullmatch(rb"[!-~]{1,128}", asked) else uuid.uuid4().hex.encode()
+
+        async def reading() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = bool(message.get("more_body"))
+            return message
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            elif unread and scope["method"] == "POST" and not message.get("more_body"):
+                # A connection closed on a client that is still sending takes the answer with it.
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                    await asyncio.wait_for(self._discard(reading), LINGER)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        self.service.in_flight += 1
+        try:
+            await self.app(scope, reading, observed)
+        except Exception:
+            log.exception("request %s failed", request_id.decode())
+            if not status:
+                await JSONResponse({"detail": "The server failed; its log says why."}, 500)(scope, reading, observed)
+        finally:
+            self.service.in_flight -= 1
+            route = scope["path"] if scope["path"] in self.routes else "other"
+            seconds = time.perf_counter() - started
+            self.service.metrics.requests.labels(route, str(status)).inc()
+            self.service.metrics.seconds.labels(route).observe(seconds)
+            log.info("%s %s %d %.1f ms request %s", scope["method"], route, status, 1000 * seconds, request_id.decode())
+
+    @staticmethod
+    async def _discard(receive: Receive) -> None:
+        while (await receive()).get("more_body"):
+            pass

@@ -1,0 +1,173 @@
+"""The contract for machines: every field, every status that can occur, which ids stand in which role, examples that run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from rerank_lab.server.clients import ClientRequest, TEIRequest
+from rerank_lab.server.contract import RerankRequest
+from rerank_lab.server.service import Service
+
+DESCRIPTION = "Reranks documents for a query by one of four methods. The routes beside it speak to the clients of Cohere, Jina, Voyage and TEI."
+QUERY = "How are two tables joined on a key?"
+DOCUMENTS = ["Merge DataFrame objects with a database-style join.", {"text": "Sort by the values along either axis.", "id": 7}]
+TEXT = {"type": "string"}
+COUNT = {"type": "integer", "minimum": 0}
+SCORE = {"type": "number"}
+ERRORS = {
+    401: "No token, another scheme, or an unknown token.",
+    404: "No such model; the known ids stand in the message.",
+    413: "The body is too large.",
+    422: "The body is not what the schema says, or a model has another role.",
+    429: "The queue is full.",
+    500: "A model failed or gave a NaN; the message names it.",
+    503: "Loading or draining.",
+    504: "No answer before the deadline.",
+}
+HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
+
+
+def obj(required: dict[str, Any], optional: dict[str, Any] | None = None, *, closed: bool = True) -> dict[str, Any]:
+    """A schema of an object."""
+    return {"type": "object", "required": list(required), "properties": required | (optional or {}), "additionalProperties": not closed}
+
+
+def array(items: dict[str, Any]) -> dict[str, Any]:
+    """A schema of a list."""
+    return {"type": "array", "items": items}
+
+
+ERROR = obj({"detail": TEXT})
+INVALID = obj({"detail": array(obj({"loc": array({"anyOf": [TEXT, {"type": "integer"}]}), "msg": TEXT, "type": TEXT}))})
+META = obj({"api_version": obj({"version": TEXT}), "billed_units": obj({"search_units": COUNT})}, {"tokens": obj({"input_tokens": COUNT})})
+PLAIN: dict[str, Any] = {"index": COUNT, "relevance_score": SCORE}
+AS_OBJECT = {"document": obj({"text": TEXT})}
+V1 = obj(
+    {
+        "id": TEXT, "object": TEXT, "model": TEXT, "results": array(obj(PLAIN, AS_OBJECT)), "data": array(obj(PLAIN, {"document": TEXT})),
+        "usage": obj({"total_tokens": COUNT, "prompt_tokens": COUNT}), "meta": META,
+    }
+)  # fmt: skip
+ANSWERS: dict[str, dict[str, Any]] = {
+    "rerank_v3": obj(
+        {
+            "results": array(obj(PLAIN, {"document": {"anyOf": [TEXT, {"type": "object"}]}})),
+            "meta": obj({"method": TEXT, "deployed_model_id": TEXT}, {"model_cross": TEXT, "stage1_top_k": COUNT}),
+        }
+    ),
+    "rerank_v2": obj({"id": TEXT, "results": array(obj(PLAIN, AS_OBJECT)), "meta": META}),
+    "rerank_v1": V1,
+    "rerank": {"anyOf": [array(obj({"index": COUNT, "score": SCORE}, {"text": TEXT})), V1]},
+    "health": obj({"status": TEXT}),
+    "ready": obj({"status": TEXT}),
+    "models": obj(
+        {
+            "models": array(
+                obj({"id": TEXT, "role": TEXT, "score_scale": TEXT, "token_limit": COUNT, "dimensions": COUNT}, {"token_dimensions": COUNT, "alias_of": TEXT})
+            )
+        }
+    ),
+}
+
+
+class Known:
+    """The contract of one server.
+
+    Args:
+        service: whose ids, limits and keys it tells.
+    """
+
+    def __init__(self, service: Service):
+        self.service = service
+        self.models, self.crosses = service.ids("bi-encoder"), service.ids("cross-encoder")
+
+    def responses(self, name: str) -> dict[int | str, dict[str, Any]]:
+        """Every status of a route, by its name."""
+        if name == "metrics":
+            return {200: {"description": "The exposition format.", "content": {"text/plain": {"schema": TEXT}}}}
+        found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": {"application/json": {"schema": ANSWERS[name]}}}}
+        for status in ERRORS if name.startswith("rerank") else [503] if name != "health" else []:
+            if status == 401 and self.service.settings.keys is None:
+                continue
+            schema = INVALID if status == 422 else ERROR
+            found[status] = {"description": ERRORS[status], "content": {"application/json": {"schema": schema}}}
+            if status in HEADERS:
+                found[status]["headers"] = {HEADERS[status]: {"schema": TEXT, "required": True}}
+        for response in found.values():
+            response.setdefault("headers", {})["X-Request-ID"] = {"schema": TEXT, "required": True}
+        return found
+
+    def operation(self, name: str) -> dict[str, Any]:
+        """What FastAPI cannot know of a route: its body and who may call it."""
+        bodies = {"rerank_v3": self._v3, "rerank_v1": self._client, "rerank_v2": self._client, "rerank": self._any}
+        schema, examples = bodies[name]()
+        named = {key: {"value": value} for key, value in examples.items()}
+        body = {"required": True, "content": {"application/json": {"schema": schema, "examples": named}}}
+        return {"requestBody": body} | ({} if self.service.settings.keys is None else {"security": [{"key": []}]})
+
+    def document(self, app: FastAPI) -> Callable[[], dict[str, Any]]:
+        """What app.openapi is to be."""
+
+        def made() -> dict[str, Any]:
+            if app.openapi_schema is None:
+                app.openapi_schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+                if self.service.settings.keys is not None:
+                    schemes = {"key": {"type": "http", "scheme": "bearer"}}
+                    app.openapi_schema.setdefault("components", {})["securitySchemes"] = schemes
+            return app.openapi_schema
+
+        return made
+
+    def _schema(self, kind: type[BaseModel]) -> dict[str, Any]:
+        """A request's own schema, with the limits that the command line sets."""
+        plain = kind.model_json_schema()
+        schema: dict[str, Any] = _inlined(plain, plain.pop("$defs", {}))
+        for name in ("documents", "texts"):
+            if name in schema["properties"]:
+                schema["properties"][name]["maxItems"] = self.service.settings.max_documents
+        return schema
+
+    def _v3(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        schema = self._schema(RerankRequest)
+        any_id, model, cross = ({"enum": ids} for ids in (self.models + self.crosses, self.models, self.crosses))
+        for name in ("model", "model_cross", "method"):
+            about = schema["properties"].pop(name)
+            schema["description"] += f"\n\n`{name}`: {about['description']}"
+        ways = [obj({"model": model}, {"method": {"const": "fast"}, "model_cross": {"type": ["string", "null"]}}, closed=False)]
+        if self.crosses:
+            ways.append(obj({"method": {"const": "standard"}, "model": any_id, "model_cross": cross}, closed=False))
+            ways.append(obj({"method": {"const": "optimal"}, "model": model, "model_cross": cross}, closed=False))
+        ways.append(obj({"method": {"const": "best"}, "model": model}, {"model_cross": {"enum": [*self.crosses, None]}}, closed=False))
+        schema["required"] = ["query", "documents"]
+        whole = [way | {"properties": schema["properties"] | way["properties"], "required": schema["required"] + way["required"]} for way in ways]
+        base = {"model": self.models[0] if self.models else "", "query": QUERY, "documents": DOCUMENTS}
+        examples = {"fast": base | {"method": "fast", "top_n": 1, "return_documents": True}, "best": base | {"method": "best"}}
+        if self.crosses:
+            examples["optimal"] = base | {"method": "optimal", "model_cross": self.crosses[0], "stage1_top_k": 100}
+        return {"title": "RerankRequest", "description": schema["description"], "anyOf": whole}, examples
+
+    def _client(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        schema = self._schema(ClientRequest)
+        schema["properties"]["model"] = {"enum": [*self.models, *self.crosses, None]}
+        return schema, {"cohere": {"model": (self.crosses or self.models)[0], "query": QUERY, "documents": DOCUMENTS, "top_n": 1}}
+
+    def _any(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        client, examples = self._client()
+        tei = self._schema(TEIRequest)
+        tei["properties"]["model"] = client["properties"]["model"]
+        client["properties"] = client["properties"] | {"texts": False}
+        return {"anyOf": [tei, client]}, {"tei": {"query": QUERY, "texts": ["Merge two tables.", "Sort rows."]}, "jina": examples["cohere"]}
+
+
+def _inlined(value: Any, defs: dict[str, Any]) -> Any:
+    """A schema whose references are replaced by what they stand for."""
+    if isinstance(value, dict):
+        if "$ref" in value:
+            return _inlined(defs[value["$ref"].rpartition("/")[2]], defs)
+        return {key: _inlined(item, defs) for key, item in value.items() if key not in ("title", "discriminator") or not isinstance(item, (str, dict))}
+    return [_inlined(item, defs) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,105 @@
+"""A real server process on a real port."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+KEY = "a-key-for-tests"
+ALIASES = {"bge-reranker-v2-m3": "all-MiniLM-L6-v2", "bge-reranker-cross-encoder": "minilm-cross"}
+
+
+@dataclass
+class Server:
+    """A running server.
+
+    Attributes:
+        url: http://127.0.0.1:PORT.
+        process: of its own.
+        log: where its stderr goes.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def post(self, body: Any, path: str = "/api/v3/inference/reranker", key: str | None = KEY, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        """Status, JSON and headers (names in lower case) of an answer; a body of bytes is sent as it is."""
+        data = body if isinstance(body, bytes) else orjson.dumps(body)
+        given = {"Content-Type": "application/json", **headers} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        return self._ask(urllib.request.Request(self.url + path, data, given))
+
+    def get(self, path: str) -> tuple[int, Any, dict[str, str]]:
+        """The same of a GET; text where it is no JSON."""
+        return self._ask(urllib.request.Request(self.url + path))
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, labels included in its name."""
+        line = next(line for line in self.get("/metrics")[1].splitlines() if line.startswith(f"{name} "))
+        return float(line.rpartition(" ")[2])
+
+    def _ask(self, request: urllib.request.Request) -> tuple[int, Any, dict[str, str]]:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                status, body, headers = answer.status, answer.read(), answer.headers
+        except urllib.error.HTTPError as error:
+            status, body, headers = error.code, error.read(), error.headers
+        found = {name.lower(): value for name, value in headers.items()}
+        return status, orjson.loads(body) if "json" in found.get("content-type", "") else body.decode(), found
+
+
+@contextmanager
+def serving(*flags: str, wait: bool = True, code: str = "", env: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server with these flags on a free port, stopped at the end.
+
+    Args:
+        flags: of python -m rerank_lab.server.
+        wait: until it is ready.
+        code: Python that runs in the process before the server, to break a model on purpose.
+        env: more of the environment.
+    """
+    log = Path(tempfile.mkdtemp()) / "server.log"
+    start = f"{code}\nimport sys; from rerank_lab.server.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "--port", "0", "--threads", "1", "--device", "cpu", *flags]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stderr=file, stdout=file, env=os.environ | {"RERANK_LAB_API_KEYS": KEY} | (env or {}))
+    try:
+        found = _wait_for(r"rerank_lab (http://\S+?)/", log, process)
+        server = Server(found.group(1), process, log)
+        if wait:
+            _wait_for(r"ready: ", log, process)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(pattern: str, log: Path, process: subprocess.Popen[bytes]) -> re.Match[str]:
+    for _ in range(600):
+        if found := re.search(pattern, log.read_text(errors="replace")):
+            return found
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise AssertionError(f"the server never said {pattern!r}: {log.read_text(errors='replace')}")
