@@ -35,6 +35,9 @@ exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 """
 
 
+SUBSPACE = "token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none"
+
+
 def parser() -> argparse.ArgumentParser:
     """Every option with its default, so that --help teaches."""
     p = argparse.ArgumentParser(
@@ -48,11 +51,11 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--dataset", default="numpydoc", metavar="NAME", help="bundled name, BEIR folder or .zip, hf:NAME, irds:ID (default: numpydoc)")
     data.add_argument("--split", default="test", help="which judgements (default: test)")
     data.add_argument("--candidates", default="dense", metavar="bm25|dense|run:FILE", help="the first stage (default: dense)")
-    data.add_argument("--top-k", type=_count, default=100, metavar="N", help="candidates a query (default: 100)")
+    data.add_argument("--top-k", type=count, default=100, metavar="N", help="candidates a query (default: 100)")
     data.add_argument(
         "--drop-identical-ids", action="store_true", help="drop the candidate whose id is the query's; only for collections whose queries are documents"
     )
-    data.add_argument("--limit-queries", type=_count, metavar="N", help="the first N judged queries only")
+    data.add_argument("--limit-queries", type=count, metavar="N", help="the first N judged queries only")
     what = p.add_argument_group("methods and models")
     what.add_argument("--methods", type=_names, metavar="LIST", help="comma-separated, settings by colon: fast,best:tau=0.05 (default: all that can run)")
     what.add_argument("--model", default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name (default: all-MiniLM-L6-v2)")
@@ -62,13 +65,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="cross-encoder for standard, optimal and best+cross: id, folder, hub name, .safetensors of a one-way adapter, or none (default: minilm-cross)",
     )
-    what.add_argument("--subspace", metavar="FILE", help="token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none")
+    what.add_argument("--subspace", metavar="FILE", help=SUBSPACE)
     what.add_argument(
-        "--max-tokens-per-doc", type=_count, default=512, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)"
+        "--max-tokens-per-doc", type=count, default=512, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)"
     )
     what.add_argument(
         "--fuse-first-stage",
-        type=_weight,
+        type=weight,
         nargs="?",
         const=1.0,
         default=0.0,
@@ -90,16 +93,21 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same configuration")
     out.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     machine = p.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    machine.add_argument(
-        "--kernels", choices=BACKENDS, default="auto", help="which implementation of the operators runs; auto: triton on CUDA, cpu on the CPU (default: auto)"
-    )
-    machine.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
+    machine_options(machine)
     machine.add_argument("--cache", type=Path, metavar="DIR", help="vector cache (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
-    machine.add_argument("--cache-gb", type=_weight, default=16.0, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
+    machine.add_argument("--cache-gb", type=weight, default=16.0, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
     machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options by their long names; flags win over it")
     return p
+
+
+def machine_options(group: argparse._ArgumentGroup) -> None:
+    """What every command that runs models takes."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    group.add_argument(
+        "--kernels", choices=BACKENDS, default="auto", help="which implementation of the operators runs; auto: triton on CUDA, cpu on the CPU (default: auto)"
+    )
+    group.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -158,7 +166,7 @@ def _names(value: str) -> list[str]:
     return names
 
 
-def _count(value: str) -> int:
+def count(value: str) -> int:
     number = _natural(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
@@ -178,7 +186,7 @@ def _seed(value: str) -> int:
     return number
 
 
-def _weight(value: str) -> float:
+def weight(value: str) -> float:
     try:
         number = float(value)
     except ValueError:
