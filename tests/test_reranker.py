@@ -79,13 +79,15 @@ def test_vectors_are_made_once(reranker: Reranker) -> None:
     ready = reranker.without_cache()
     new = ready.score(QUERY, TEXTS)
     assert ready.cache is not None and len(ready.cache) == len(TEXTS)
-    encode, encoded = ready.encoder.encode, []  # type: ignore[union-attr]
-    ready.encoder.encode = lambda texts, **options: encoded.extend(texts) or encode(texts, **options)  # type: ignore[method-assign,union-attr,func-returns-value]
+    assert ready.encoder is not None
+    encode, encoded = ready.encoder.encode_tokens, []
+    ready.encoder.encode_tokens = lambda texts, **options: encoded.extend(texts) or encode(texts, **options)  # type: ignore[method-assign,func-returns-value]
     try:
         seen = ready.score(QUERY, TEXTS)
     finally:
-        del ready.encoder.encode  # type: ignore[union-attr]
-    assert encoded == [QUERY]
+        del ready.encoder.encode_tokens
+    (query,) = ready.encoder.tokenize([QUERY], "query", 512)
+    assert [text.ids.tolist() for text in encoded] == [query.ids.tolist()]
     assert seen.order == new.order and torch.equal(seen.scores, new.scores)
 
 
