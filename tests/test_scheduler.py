@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ class Bench:
         self.fleet = Fleet.load(["all-MiniLM-L6-v2"], [], device="cpu", cache_bytes=1 << 20)
         self.metrics = Metrics()
         self.scheduler = Scheduler(BUDGET, max_queue_tokens, self.metrics)
+        threading.Thread(target=self.scheduler.work, daemon=True).start()
         self.reranker: Reranker = self.fleet.reranker("fast", "all-MiniLM-L6-v2", None)
         self.encoder = self.fleet.encoders["all-MiniLM-L6-v2"]
         self.batches: list[list[Tokens]] = []

@@ -11,11 +11,13 @@ import logging
 import os
 import resource
 import secrets
+import socket
 import sys
+import threading
 from collections.abc import Sequence
+from contextvars import copy_context
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -83,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("rerank_lab: error: the server needs its extra: pip install 'rerank_lab[server]'", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if options.threads:
         torch.set_num_threads(options.threads)
     with contextlib.suppress(ValueError, OSError):  # each connection takes a descriptor
@@ -117,6 +120,13 @@ def serve(options: argparse.Namespace) -> int:
         options.batch_tokens, options.timeout,
     )  # fmt: skip
     service = Service(settings, roles)
+    try:
+        address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server(address[4][:2], family=address[0], backlog=4096)
+    except OSError as error:
+        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror}; another --port, or 0 for a free one") from None
+    host, port = listening.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     failures: list[Exception] = []
 
     def load() -> Fleet:
@@ -127,6 +137,16 @@ def serve(options: argparse.Namespace) -> int:
             raise UserError(f"--kernels {options.kernels}: {error}") from None
         return fleet
 
+    def opened() -> None:
+        log.info("ready: %s", ", ".join(f"{name} ({role})" for name, role in service.roles.items()))
+
+    def models_thread() -> None:
+        try:
+            service.run(load, opened)
+        except Exception as error:  # noqa: BLE001 - told to the user once the server has closed
+            failures.append(error)
+            service.drain()
+
     class Server(uvicorn.Server):
         """Stops in two steps: what is in flight is answered, and new work refused, before the doors close."""
 
@@ -134,22 +154,13 @@ def serve(options: argparse.Namespace) -> int:
             self.force_exit = service.state == "draining"
             service.drain()
 
-        async def startup(self, sockets: Any = None) -> None:
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            self.opening, self.draining = asyncio.create_task(self._open()), asyncio.create_task(self._drain())
-
-        async def _open(self) -> None:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            self.draining = asyncio.create_task(self._drain())
             print(f"rerank_lab {url}/{f'#key={made}' if made else ''}\n  POST {url}/api/v3/inference/reranker, docs at {url}/docs", file=sys.stderr)
             if made:
                 print(f"  key of this run: {made}", file=sys.stderr)
-            try:
-                await asyncio.to_thread(service.start, load)
-                log.info("ready: %s", ", ".join(f"{name} ({role})" for name, role in service.roles.items()))
-            except Exception as error:  # noqa: BLE001 - told to the user once the server has closed
-                failures.append(error)
-                service.drain()
+            threading.Thread(target=copy_context().run, args=(models_thread,), name="models", daemon=True).start()
 
         async def _drain(self) -> None:
             while not (self.force_exit or (service.state == "draining" and service.in_flight == 0)):
@@ -157,10 +168,10 @@ def serve(options: argparse.Namespace) -> int:
             self.should_exit = True
 
     config = uvicorn.Config(
-        create_app(service), host=options.host, port=options.port, log_config=None, access_log=False, server_header=False, backlog=4096,
+        create_app(service), log_config=None, access_log=False, server_header=False, backlog=4096,
         timeout_graceful_shutdown=5, timeout_keep_alive=30, lifespan="off",
     )  # fmt: skip
-    Server(config).run()
+    Server(config).run([listening])
     service.close()
     if failures:
         raise failures[0]

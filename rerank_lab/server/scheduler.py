@@ -1,4 +1,4 @@
-"""One thread that runs the models, and the queue before it.
+"""The queue before the one thread that runs the models.
 
 A batch is filled from all rankings that wait, up to a budget in padded tokens. Three quarters of it go to whoever has
 least left, so that a small request never waits for a large one longer than a batch; the rest is the oldest's, which so
@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import copy_context
 from dataclasses import dataclass, field
 
 from rerank_lab.reranker import Ranking
@@ -88,8 +87,6 @@ class Scheduler:
         self._condition = threading.Condition()
         self._short = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self._long = ThreadPoolExecutor(2, thread_name_prefix="tokenise-long")
-        self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="models", daemon=True)
-        self._thread.start()
 
     async def run(self, make: Callable[[], Steps], characters: int, *, batch_size: int | None = None) -> tuple[Ranking, Job]:
         """Ranks, and says what it took.
@@ -119,12 +116,28 @@ class Scheduler:
             self.metrics.requests_waiting.dec()
             self._forget(job)
 
+    def work(self) -> None:
+        """Runs batches until `close`, on the thread that loaded and warmed the models and on no other.
+
+        OpenMP gives each thread that computes a team of its own, and more teams than cores make all of them sleep between loops.
+        """
+        while True:
+            with self._condition:
+                while not self._jobs and not self._closed:
+                    self._condition.wait()
+                if self._closed:
+                    return
+                batch = self._plan()
+            self._run(batch)
+            for job in batch.taken:
+                if not job.todo and not job.gone:
+                    self._advance(job)
+
     def close(self) -> None:
-        """Ends the thread, after the batch that runs."""
+        """Ends `work`, after the batch that runs."""
         with self._condition:
             self._closed = True
             self._condition.notify()
-        self._thread.join()
         self._short.shutdown(cancel_futures=True)
         self._long.shutdown(cancel_futures=True)
 
@@ -156,19 +169,6 @@ class Scheduler:
     def _count(self, tokens: int) -> None:
         self._tokens += tokens
         self.metrics.queue_tokens.set(self._tokens)
-
-    def _work(self) -> None:
-        while True:
-            with self._condition:
-                while not self._jobs and not self._closed:
-                    self._condition.wait()
-                if self._closed:
-                    return
-                batch = self._plan()
-            self._run(batch)
-            for job in batch.taken:
-                if not job.todo and not job.gone:
-                    self._advance(job)
 
     def _plan(self) -> Batch:
         """Most of a batch by who has least left, the rest for the oldest, and what is free then for all again."""

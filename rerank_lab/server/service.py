@@ -66,21 +66,28 @@ class Service:
         self.scheduler: Scheduler | None = None
         self._digests = None if settings.keys is None else [_digest(key) for key in settings.keys]
 
-    def start(self, load: Callable[[], Fleet]) -> None:
-        """Loads the models, warms them and opens the doors; takes seconds, so any thread but the event loop's."""
+    def run(self, load: Callable[[], Fleet], opened: Callable[[], None]) -> None:
+        """Loads the models, warms them, opens the doors and serves until `close`, all on the calling thread (Scheduler.work says why).
+
+        Args:
+            load: makes the models.
+            opened: called once when requests are taken.
+        """
         fleet = load()
         fleet.warm()
         self.fleet = fleet
         self.scheduler = Scheduler(self.settings.batch_tokens or token_budget(fleet.device), self.settings.max_queue_tokens, self.metrics)
         if self.state == "loading":
             self.state = "ready"
+        opened()
+        self.scheduler.work()
 
     def drain(self) -> None:
         """Takes no more work; what is in flight is finished."""
         self.state = "draining"
 
     def close(self) -> None:
-        """Ends the thread of the models."""
+        """Ends `run`."""
         if self.scheduler is not None:
             self.scheduler.close()
 
