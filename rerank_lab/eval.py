@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rerank_kernels import use_backend
 from rerank_lab import results
 from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
+from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
 from rerank_lab.environment import describe, kernels
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.journal import Journal
@@ -87,19 +88,31 @@ def evaluate(options: argparse.Namespace) -> str:
     config = effective(options) | {"methods": list(methods), "baseline": baseline}
     if journal.finished:
         return results.table(journal.results(config)) + f"\n{out} was finished already; nothing done\n"
+    with ExitStack() as connections:
+        remote = {}
+        for label, method in methods.items():
+            if url := split_label(label)[0]:
+                remote[label] = connections.enter_context(closing(_endpoint(url, label, method, options)))
+                remote[label].check()
+        return _evaluate(options, methods, remote, journal, config)
 
+
+def _evaluate(options: argparse.Namespace, methods: dict[str, Method], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Any]) -> str:
     dataset = load_dataset(options.dataset, options.split)
     if options.limit_queries:
         dataset = _limited(dataset, options.limit_queries)
     for note in dataset.notes:
         log.warning("%s: %s", dataset.name, note)
-    reranker = _reranker(options, methods)
+    local = {label: method for label, method in methods.items() if label not in remote}
+    reranker = _reranker(options, local)
     try:
         kernels(reranker.device)
     except ValueError as error:
         raise UserError(f"--kernels {options.kernels}: {error}") from None
     log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
-    detail = max(reranker.using(method, cross=runs_cross(label, method)).detail for label, method in methods.items())
+    rows: dict[str, Reranker | Endpoint] = {label: reranker.using(method, cross=runs_cross(label, method)) for label, method in local.items()}
+    detail = max((row.detail for row in rows.values() if isinstance(row, Reranker)), default=None)
+    rows |= remote
     candidates = _candidates(options, dataset, reranker, detail)
     for note in candidates.notes:
         log.warning("%s", note)
@@ -108,9 +121,8 @@ def evaluate(options: argparse.Namespace) -> str:
     journal.begin(config | depends)
     reset = reset_peak_memory()
     collected: dict[str, dict[str, Any]] = {}
-    for label, method in methods.items():
-        ready = reranker.using(method, cross=runs_cross(label, method))
-        collected[label] = _run_method(label, ready, dataset, candidates, journal, options)
+    for label in methods:
+        collected[label] = _run_method(label, rows[label], dataset, candidates, journal, options)
     about = {
         "environment": describe(reranker.device) | {"peak_memory_per_method": reset, "vector_cache": reranker.cache_state},
         "config": config,
@@ -119,7 +131,7 @@ def evaluate(options: argparse.Namespace) -> str:
     }
     result, files = results.summarize(about, dataset, candidates, methods, collected)
     journal.finish(files)
-    return results.table(result) + f"\nWritten to {out}\n"
+    return results.table(result) + f"\nWritten to {journal.out}\n"
 
 
 def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]:
@@ -135,12 +147,15 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]
     methods: dict[str, Method] = {}
     problems: list[str] = []
     for label in names:
-        name, colon, settings = label.partition(":")
-        defaults = {"stage1_top_k": max(1, options.top_k // 2)} if name == "optimal" else {}
         try:
+            url, own = split_label(label)
+            name, colon, settings = own.partition(":")
+            defaults = {"stage1_top_k": max(1, options.top_k // 2)} if name == "optimal" else {}
             methods[label] = make_method(("best" if name == BEST_CROSS else name) + colon + settings, **defaults)
-            if runs_cross(label, methods[label]) and not cross:
+            if runs_cross(own, methods[label]) and not cross:
                 raise UserError(f"method {label!r} needs a cross-encoder, and --model-cross is none")
+            if url and options.fuse_first_stage:
+                raise UserError(f"method {label!r}: a server does not know the first stage's scores; leave out --fuse-first-stage or this row")
         except UserError as error:
             problems.append(str(error))
     return methods, problems
@@ -160,11 +175,22 @@ def _out_folder(options: argparse.Namespace) -> Path:
     return next(path for path in names if options.overwrite or not path.exists())
 
 
+def _endpoint(url: str, label: str, method: Method, options: argparse.Namespace) -> Endpoint:
+    return Endpoint(
+        url,
+        method,
+        model=options.model,
+        model_cross=options.model_cross if runs_cross(split_label(label)[1], method) else None,
+        max_tokens_per_doc=options.max_tokens_per_doc,
+        key=key_from(KEY),
+    )
+
+
 def _reranker(options: argparse.Namespace, methods: dict[str, Method]) -> Reranker:
     needs_cross = any(runs_cross(label, method) for label, method in methods.items())
     return Reranker(
         options.model,
-        next(iter(methods.values())),
+        next(iter(methods.values()), "fast"),
         options.model_cross if needs_cross else None,
         max_tokens_per_doc=options.max_tokens_per_doc,
         fuse_first_stage=options.fuse_first_stage,
@@ -175,15 +201,15 @@ def _reranker(options: argparse.Namespace, methods: dict[str, Method]) -> Rerank
     )
 
 
-def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, detail: Detail) -> Candidates:
-    """First stage, and the vectors of all documents that the methods will look at."""
+def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, detail: Detail | None) -> Candidates:
+    """First stage, and the vectors of all documents that the methods will look at (detail None: none of them needs any)."""
     texts = list(dataset.corpus.values())
     # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
     whole = detail and len(dataset.qrels) * options.top_k >= len(texts)
 
     def corpus_vectors() -> torch.Tensor:
         with _counting("encode corpus") as progress:
-            if whole:
+            if whole and detail:
                 reranker.encode(texts, detail=detail, progress=progress)
             return reranker.pooled(texts, progress=progress)
 
@@ -196,13 +222,16 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
         drop_identical=options.drop_identical_ids,
         progress=_bar,
     )
-    needed = {d: None for ranked in found.run.values() for d in ranked.documents}
-    with _counting("encode candidates") as progress:
-        reranker.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
+    if detail is not None:
+        needed = {d: None for ranked in found.run.values() for d in ranked.documents}
+        with _counting("encode candidates") as progress:
+            reranker.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
     return found
 
 
-def _run_method(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, journal: Journal, options: argparse.Namespace) -> dict[str, Any]:
+def _run_method(
+    label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, journal: Journal, options: argparse.Namespace
+) -> dict[str, Any]:
     """Ranks every query that the journal lacks; gives all records and the cold timings."""
     records = journal.records(label)
     done = {r["query"] for r in records}
@@ -213,16 +242,18 @@ def _run_method(label: str, reranker: Reranker, dataset: Dataset, candidates: Ca
     for q in _bar(left, label):
         start = time.perf_counter()
         ranking = _rank(reranker, q, dataset, candidates)
-        record = _record(q, ranking, candidates, time.perf_counter() - start)
+        record = _record(q, ranking, candidates, time.perf_counter() - start, known=isinstance(reranker, Reranker))
         journal.append(label, record)
         records.append(record)
     return {"records": records, "token_limit": reranker.token_limit, "cold": _cold(label, reranker, dataset, candidates, options)}
 
 
-def _cold(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, options: argparse.Namespace) -> dict[str, Any]:
+def _cold(label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, options: argparse.Namespace) -> dict[str, Any]:
     """Cost with every document new, over the first few queries; kept beside the vectors, since only a change can change it."""
     queries = list(candidates.run)[: options.cold_queries]
     cold: dict[str, Any] = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": "not measured"}
+    if isinstance(reranker, Endpoint):
+        return cold | {"measured": "unknown: what a server has seen before, it alone knows"}
     if not reranker.caches:
         return cold | {"measured": "no vectors are cached for this method: each run is new"}
     if not queries:
@@ -254,13 +285,21 @@ def _cold(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidat
     return cold
 
 
-def _rank(reranker: Reranker, q: str, dataset: Dataset, candidates: Candidates) -> Ranking:
+def _rank(reranker: Reranker | Endpoint, q: str, dataset: Dataset, candidates: Candidates) -> Ranking:
     ranked = candidates.run[q]
     return reranker.score(dataset.queries[q], [dataset.corpus[d] for d in ranked.documents], first_stage=ranked.scores.tolist())
 
 
-def _record(q: str, ranking: Ranking, candidates: Candidates, seconds: float) -> dict[str, Any]:
+def _record(q: str, ranking: Ranking, candidates: Candidates, seconds: float, *, known: bool) -> dict[str, Any]:
+    """One line of the journal; what a method cost besides time is null where it is not known."""
     documents = candidates.run[q].documents
+    cost = {
+        "phases": ranking.seconds,
+        "flops": ranking.flops.seen,
+        "flops_new": ranking.flops.new,
+        "truncated": ranking.truncated,
+        "peak_rss_mb": peak_memory_mb(),
+    }
     return {
         "query": q,
         "documents": [documents[i] for i in ranking.order],
@@ -268,12 +307,7 @@ def _record(q: str, ranking: Ranking, candidates: Candidates, seconds: float) ->
         "relevance": ranking.relevance.tolist(),
         "candidates": len(documents),
         "seconds": seconds,
-        "phases": ranking.seconds,
-        "flops": ranking.flops.seen,
-        "flops_new": ranking.flops.new,
-        "truncated": ranking.truncated,
-        "peak_rss_mb": peak_memory_mb(),
-    }
+    } | (cost if known else dict.fromkeys(cost))
 
 
 def _limited(dataset: Dataset, count: int) -> Dataset:
@@ -319,6 +353,7 @@ def _listing() -> str:
         settings = ", ".join(f"{k}={v:g}" for k, v in kind().settings().items()) or "no settings"
         lines += [wrapped(name, f"needs a {' and a '.join(kind.roles)}; {settings}")]
     lines += [wrapped(BEST_CROSS, "best, with the cross-encoder's logit in its sum")]
+    lines += [wrapped("endpoint:URL[:M]", f"the method M (fast without, {BEST_CROSS} too) as a server runs it that speaks v3; its key from ${KEY}")]
     lines += ["collections", wrapped("bundled", ", ".join(bundled_names())), wrapped("yours", "a BEIR folder or .zip, hf:NAME, irds:ID")]
     lines += ["measures", wrapped("default", ", ".join(DEFAULT)), wrapped("known", ", ".join(known_measures()) + "; most with @k")]
     return "\n".join(lines)

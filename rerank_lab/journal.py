@@ -5,7 +5,9 @@ In OUT/partial: config.json, and for each method a file with one line a finished
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,12 @@ RESULTS = "results.json"
 
 
 def file_name(label: str) -> str:
-    """A method's label as a file name: best:tau=0.05 → best-tau=0.05."""
-    return label.replace(":", "-").replace("/", "-")
+    """A method's label as a file name: best:tau=0.05 → best-tau=0.05.
+
+    An address is shortened and gets a hash of the label, since http://a:80:best and http://a/80:best would be one name.
+    """
+    name = re.sub(r"[^\w.+=-]+", "-", label)
+    return f"{name[:80]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}" if "/" in label else name
 
 
 class Journal:

@@ -29,6 +29,9 @@ examples:
       over BM25's top 100, the cross-encoder from the hub
   python -m rerank_lab.eval --methods fast,best,best:tau=0.05:lexical=0.25
       one method twice, under other settings
+  python -m rerank_lab.eval --methods fast,best,endpoint:http://host:8000:best
+      a server that speaks v3, and how far it agrees with best here; its key
+      from $RERANK_LAB_ENDPOINT_KEY
 
 exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 (continue with --resume)
@@ -57,7 +60,12 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--limit-queries", type=count, metavar="N", help="the first N judged queries only")
     what = p.add_argument_group("methods and models")
-    what.add_argument("--methods", type=_names, metavar="LIST", help="comma-separated, settings by colon: fast,best:tau=0.05 (default: all that can run)")
+    what.add_argument(
+        "--methods",
+        type=_names,
+        metavar="LIST",
+        help="comma-separated, settings by colon: fast,best:tau=0.05; endpoint:URL[:METHOD] asks a v3 server (default: all that can run)",
+    )
     what.add_argument("--model", default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name (default: all-MiniLM-L6-v2)")
     what.add_argument(
         "--model-cross",

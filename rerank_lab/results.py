@@ -16,6 +16,7 @@ import pandas as pd
 from rerank_lab import stats
 from rerank_lab.candidates import Candidates, oracle
 from rerank_lab.datasets import Dataset
+from rerank_lab.endpoint import sent_settings, split_label
 from rerank_lab.journal import RESULTS, file_name
 from rerank_lab.measures import coverage, evaluate, unjudged_share
 from rerank_lab.methods import Method, runs_cross
@@ -23,6 +24,7 @@ from rerank_lab.run import Ranked, Run, tie_rate, trec_lines
 
 SCHEMA = 1
 ALPHA = 0.05
+AGREEMENT = ["kendall_tau", "overlap@10", "max_score_diff"]
 
 
 def digest(value: Any) -> str:
@@ -50,7 +52,8 @@ def summarize(
         label: {r["query"]: Ranked(r["documents"], np.array(r["scores"], dtype=np.float32)) for r in part["records"]} for label, part in collected.items()
     }
     frames = {label: evaluate(run, dataset.qrels, names) for label, run in runs.items()}
-    rows = [_row(label, methods[label], dataset, about, frames, runs[label], collected[label], seed) for label in methods]
+    agreed = {label: _agreement(part["records"], collected.get(_ours(label), {}).get("records", [])) for label, part in collected.items() if _remote(label)}
+    rows = [_row(label, methods[label], dataset, about, frames, runs[label], collected[label], agreed.get(label), seed) for label in methods]
     tested = [row for row in rows if row["vs"] is not None]
     for row, p in zip(tested, stats.holm([row["vs"]["p_randomization"] for row in tested])):
         row["vs"]["p_holm"] = p
@@ -69,7 +72,8 @@ def summarize(
         },
         "rows": rows,
     }
-    per_query = pd.concat([_per_query(label, frames[label], collected[label]["records"]) for label in methods], ignore_index=True)
+    none = _agreement([], []) if agreed else None  # columns for every row where one has them
+    per_query = pd.concat([_per_query(label, frames[label], collected[label]["records"], agreed.get(label, none)) for label in methods], ignore_index=True)
     files: dict[str, str | bytes] = {f"runs/{file_name(label)}.trec": "".join(trec_lines(run, file_name(label))) for label, run in runs.items()}
     files |= {
         RESULTS: json.dumps(result, indent=1, allow_nan=False) + "\n",
@@ -80,10 +84,30 @@ def summarize(
     return result, files
 
 
+def _remote(label: str) -> bool:
+    return split_label(label)[0] is not None
+
+
+def _ours(label: str) -> str:
+    return split_label(label)[1]
+
+
+def _agreement(records: list[dict[str, Any]], ours: list[dict[str, Any]]) -> pd.DataFrame:
+    """stats.agreement of the shown scores, one row a query that both ranked."""
+    other = {r["query"]: dict(zip(r["documents"], r["relevance"])) for r in ours}
+    found = {r["query"]: stats.agreement(dict(zip(r["documents"], r["relevance"])), other[r["query"]]) for r in records if r["query"] in other}
+    return pd.DataFrame(list(found.values()), index=pd.Index(list(found), name="query", dtype=object), columns=AGREEMENT, dtype=np.float64)
+
+
 def _row(
-    label: str, method: Method, dataset: Dataset, about: dict[str, Any], frames: dict[str, pd.DataFrame], run: Run, part: dict[str, Any], seed: int
-) -> dict[str, Any]:
+    label: str, method: Method, dataset: Dataset, about: dict[str, Any], frames: dict[str, pd.DataFrame], run: Run, part: dict[str, Any],
+    agreed: pd.DataFrame | None, seed: int,
+) -> dict[str, Any]:  # fmt: skip
     frame, records, config = frames[label], part["records"], about["config"]
+    remote = _remote(label)
+    known = [] if remote else records  # what a server's method cost, besides time, it does not tell
+    # A server is asked for the names that were given; here they stand for models that are loaded.
+    names = config if remote else about["models"]
     primary, baseline = config["measures"][0], config["baseline"]
     seconds = np.array([r["seconds"] for r in records])
     ranked = sum(r["candidates"] for r in records)
@@ -100,31 +124,40 @@ def _row(
         "dataset": dataset.name,
         "split": dataset.split,
         "method": label,
-        "model": about["models"]["model"] if "bi-encoder" in method.roles else None,
-        "model_cross": about["models"]["model_cross"] if runs_cross(label, method) else None,
+        "model": names["model"] if "bi-encoder" in method.roles else None,
+        "model_cross": names["model_cross"] if runs_cross(_ours(label), method) else None,
         "queries": len(frame),
         "timed_queries": len(records),
         "measures": {n: float(frame[n].mean()) for n in frame},
         "ci95": {n: stats.bootstrap_interval(frame[n].to_numpy(), seed) for n in frame},
         "vs": vs,
-        "settings": method.settings(),
+        "agreement": _mean_agreement(_ours(label), agreed),
+        "settings": sent_settings(method, config["max_tokens_per_doc"]) if remote else method.settings(),
         "latency_ms": _latency(seconds),
         "cold_latency_ms": _latency(np.array(cold["seconds"])),
         "cold_sample": {"queries": len(cold["seconds"]), "measured": cold["measured"]},
-        "phases_ms": _phases([r["phases"] for r in records]),
+        "phases_ms": _phases([r["phases"] for r in known]),
         "cold_phases_ms": _phases(cold["phases"]),
         "docs_per_s": ranked / float(seconds.sum()) if records else None,
         "cold_docs_per_s": cold["documents"] / sum(cold["seconds"]) if cold["seconds"] else None,
-        "peak_rss_mb": max((r["peak_rss_mb"] for r in records), default=0.0),
+        "peak_rss_mb": max((r["peak_rss_mb"] for r in known), default=None if remote else 0.0),
         "cold_peak_rss_mb": cold["peak_rss_mb"],
-        "flops_per_query": float(np.mean([r["flops"] for r in records])) if records else None,
-        "cold_flops_per_query": float(np.mean([r["flops"] + r["flops_new"] for r in records])) if records else None,
+        "flops_per_query": float(np.mean([r["flops"] for r in known])) if known else None,
+        "cold_flops_per_query": float(np.mean([r["flops"] + r["flops_new"] for r in known])) if known else None,
         "coverage": coverage(run, dataset.qrels),
         "unjudged_share": unjudged_share(run, dataset.qrels),
         "token_limit": part["token_limit"],
-        "truncated_share": sum(r["truncated"] for r in records) / max(1, ranked),
+        "truncated_share": None if remote else sum(r["truncated"] for r in records) / max(1, ranked),
         "tie_rate": tie_rate(run),
     }
+
+
+def _mean_agreement(ours: str, agreed: pd.DataFrame | None) -> dict[str, Any] | None:
+    """Means over queries, of max_score_diff the largest; None where nothing was compared."""
+    if agreed is None or agreed.empty:
+        return None
+    values = {name: agreed[name].max() if name == "max_score_diff" else agreed[name].mean() for name in AGREEMENT}
+    return {"with": ours, "queries": len(agreed)} | {name: None if np.isnan(value) else float(value) for name, value in values.items()}
 
 
 def _phases(phases: list[dict[str, float]]) -> dict[str, float] | None:
@@ -138,15 +171,16 @@ def _latency(seconds: np.ndarray) -> dict[str, float] | None:
     return {"p50": 1000 * float(np.percentile(seconds, 50)), "p95": 1000 * float(np.percentile(seconds, 95))}
 
 
-def _per_query(label: str, frame: pd.DataFrame, records: list[dict[str, Any]]) -> pd.DataFrame:
+def _per_query(label: str, frame: pd.DataFrame, records: list[dict[str, Any]], agreed: pd.DataFrame | None) -> pd.DataFrame:
     cost = pd.DataFrame(
         [
-            {"query": r["query"], "candidates": r["candidates"], "latency_ms": 1000 * r["seconds"], **{f"{p}_ms": 1000 * s for p, s in r["phases"].items()}}
+            {"query": r["query"], "candidates": r["candidates"], "latency_ms": 1000 * r["seconds"]}
+            | {f"{p}_ms": 1000 * s for p, s in (r["phases"] or {}).items()}
             for r in records
         ],
         columns=["query", "candidates", "latency_ms", "encode_ms", "score_ms", "rank_ms"],
     ).set_index("query")
-    joined = frame.join(cost)
+    joined = frame.join(cost) if agreed is None else frame.join(cost).join(agreed)
     joined["candidates"] = joined["candidates"].fillna(0).astype(int)
     joined.insert(0, "method", label)
     return joined.reset_index()
@@ -174,7 +208,10 @@ def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates) -> byt
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """One sentence a method: whether it differs from the baseline (Holm p below .05), by how much, and at what price."""
+    """One sentence a method: whether it differs from the baseline (Holm p below .05), by how much, and at what price.
+
+    And one an endpoint: how far it agrees with the same method here.
+    """
     rows = {row["method"]: row for row in result["rows"]}
     base = rows[result["config"]["baseline"]]
     sentences = []
@@ -184,10 +221,16 @@ def findings(result: dict[str, Any]) -> list[str]:
         verb = "cannot be told from" if vs["p_holm"] >= ALPHA else "beats" if vs["delta"] > 0 else "is worse than"
         times = ""
         if row["latency_ms"] and base["latency_ms"]:
-            times = f", at {row['latency_ms']['p50'] / base['latency_ms']['p50']:.1f} x its median latency (documents seen before)"
+            what = "over HTTP" if _remote(label) or _remote(base["method"]) else "documents seen before"
+            times = f", at {row['latency_ms']['p50'] / base['latency_ms']['p50']:.1f} x its median latency ({what})"
         sentences.append(
             f"{label} {verb} {vs['baseline']}: {_interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {vs['measure']}, Holm p {_p(vs['p_holm'])}{times}."
         )
+    for label, row in rows.items():
+        if agreed := row.get("agreement"):
+            tau, overlap, gap = ("undefined" if agreed[k] is None else f"{agreed[k]:{form}}" for k, form in zip(AGREEMENT, (".4f", ".4f", ".2g")))
+            queries = f"{agreed['queries']} {'query' if agreed['queries'] == 1 else 'queries'}"
+            sentences.append(f"{label} beside {agreed['with']} here, {queries}: Kendall's tau {tau}, overlap at 10 {overlap}, largest score difference {gap}.")
     return sentences
 
 
@@ -203,8 +246,7 @@ def table(result: dict[str, Any]) -> str:
     others = [["method", *result["config"]["measures"][1:], "docs/s", "MB", "MFLOP"]]
     for row in result["rows"]:
         values = [f"{row['measures'][n]:.4f}" for n in result["config"]["measures"][1:]]
-        flops = row["flops_per_query"]
-        others.append([row["method"], *values, f"{row['docs_per_s'] or 0:,.0f}", f"{row['peak_rss_mb']:,.0f}", f"{(flops or 0) / 1e6:,.0f}"])
+        others.append([row["method"], *values, _whole(row["docs_per_s"]), _whole(row["peak_rss_mb"]), _whole(row["flops_per_query"], 1e6)])
     said = [line for sentence in findings(result) for line in textwrap.wrap(sentence, 80)]
     return "\n".join([*_head(result), "", *_columns(cells), "", *_columns(others), "", *said, *([""] if said else [])])
 
@@ -212,6 +254,7 @@ def table(result: dict[str, Any]) -> str:
 def report(result: dict[str, Any]) -> str:
     """The same as Markdown, with notes, settings and environment."""
     names, rows, env = result["config"]["measures"], result["rows"], result["environment"]
+    remote = any(_remote(row["method"]) for row in rows)
     lines = [f"# {result['dataset']['name']} ({result['dataset']['split']})", "", *(f"- {s}" for s in findings(result)), *(f"- {s}" for s in _head(result)), ""]
     lines += _markdown(
         ["method", *(f"{n} [95% CI]" for n in names), "Δ [95% CI]", "p (t)", "p (randomisation)", "p (Holm)", "wins/ties/losses"],
@@ -220,7 +263,8 @@ def report(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Cost a query. *Seen*: the documents' vectors are cached ({env['vector_cache']}), the query is new. *New*: every document is encoded too.",
-        "",
+        "An endpoint is timed over HTTP, waiting after 429 and 503 included; what its server had seen before is not known." if remote else "",
+        *([""] if remote else []),
     ]
     lines += _markdown(
         ["method", "documents", "queries timed", "p50 ms", "p95 ms", "encode ms", "score ms", "rank ms", "docs/s", "peak MB", "MFLOP"],
@@ -233,8 +277,8 @@ def report(result: dict[str, Any]) -> str:
             [
                 r["method"],
                 ", ".join(f"{k}={v:g}" for k, v in r["settings"].items()) or "none",
-                *(f"{r[k]:.1%}" for k in ("coverage", "unjudged_share", "truncated_share", "tie_rate")),
-                str(r["token_limit"]),
+                *("-" if r[k] is None else f"{r[k]:.1%}" for k in ("coverage", "unjudged_share", "truncated_share", "tie_rate")),
+                "-" if r["token_limit"] is None else str(r["token_limit"]),
             ]
             for r in rows
         ],
@@ -259,9 +303,9 @@ def report(result: dict[str, Any]) -> str:
 
 def _cost(row: dict[str, Any], state: str, prefix: str) -> list[str]:
     latency, phases, timed = row[f"{prefix}latency_ms"], row[f"{prefix}phases_ms"], row["cold_sample"]["queries"] if prefix else row["timed_queries"]
-    times = [latency["p50"], latency["p95"], *phases.values()]
-    sizes = [row[f"{prefix}docs_per_s"], row[f"{prefix}peak_rss_mb"], row[f"{prefix}flops_per_query"] / 1e6]
-    return [row["method"], state, str(timed), *(f"{t:,.1f}" for t in times), *(f"{size:,.0f}" for size in sizes)]
+    times = [latency["p50"], latency["p95"], *(phases or dict.fromkeys(("encode", "score", "rank"))).values()]
+    sizes = [_whole(row[f"{prefix}docs_per_s"]), _whole(row[f"{prefix}peak_rss_mb"]), _whole(row[f"{prefix}flops_per_query"], 1e6)]
+    return [row["method"], "-" if _remote(row["method"]) else state, str(timed), *("-" if t is None else f"{t:,.1f}" for t in times), *sizes]
 
 
 def _head(result: dict[str, Any]) -> list[str]:
@@ -290,6 +334,10 @@ def _interval(value: float, ci: list[float] | None, form: str = ".4f", ends: str
 
 def _p(p: float | None) -> str:
     return "undefined" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def _whole(value: float | None, unit: float = 1.0) -> str:
+    return "-" if value is None else f"{value / unit:,.0f}"
 
 
 def _ms(latency: dict[str, float] | None) -> str:

@@ -1,8 +1,9 @@
-"""Is the difference real: paired tests, bootstrap intervals and Holm's correction, by scipy and statsmodels."""
+"""Is the difference real: paired tests, bootstrap intervals and Holm's correction, by scipy and statsmodels; and do two rankings agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -60,3 +61,26 @@ def paired_randomization(a: np.ndarray, b: np.ndarray, seed: int) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's correction across methods."""
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
+
+
+def agreement(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[str, float | None]:
+    """How far two rankings of one query's documents agree.
+
+    Args:
+        a, b: document → shown score, best first.
+
+    Returns:
+        kendall_tau: of the two orders (places, not scores, so that nothing ties), over the documents that both ranked: one that
+            either dropped counts neither for nor against. None below two of them.
+        overlap@10: share of the first 10 that both have there; of as many as the longer ranking has, where those are fewer. A dropped
+            document is in no top 10. None where neither ranks anything.
+        max_score_diff: largest absolute difference of a document's two scores, over the documents that both ranked; None without any.
+    """
+    places = {document: place for place, document in enumerate(b)}
+    both = [document for document in a if document in places]
+    depth = min(10, max(len(a), len(b)))
+    return {
+        "kendall_tau": float(stats.kendalltau(range(len(both)), [places[d] for d in both]).statistic) if len(both) > 1 else None,
+        "overlap@10": len({*[*a][:depth]} & {*[*b][:depth]}) / depth if depth else None,
+        "max_score_diff": max((abs(a[d] - b[d]) for d in both), default=None),
+    }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from rerank_lab.stats import bootstrap_interval, holm, paired_randomization, paired_t
+from rerank_lab.stats import agreement, bootstrap_interval, holm, paired_randomization, paired_t
 
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(0.1, 1, 40), RNG.normal(0, 1, 40)
@@ -64,3 +64,16 @@ def test_interval_is_the_percentile_bootstrap_of_the_mean() -> None:
 def test_holm_steps_down() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
+
+
+def test_agreement_counts_a_dropped_document_in_the_overlap_alone() -> None:
+    ten = {f"d{i}": 1.0 - i / 20 for i in range(12)}
+    swapped = {d: ten[d] for d in ["d1", "d0", *list(ten)[2:6]]}
+    found = agreement(ten, swapped)
+    assert found == {"kendall_tau": pytest.approx(1 - 2 * 1 / 15), "overlap@10": 0.6, "max_score_diff": 0.0}
+    assert agreement(swapped, ten) == found
+    assert agreement({"a": 0.5, "b": 0.5}, {"a": 0.75, "b": 0.5}) == {"kendall_tau": 1.0, "overlap@10": 1.0, "max_score_diff": 0.25}, "places, not scores"
+    last = dict([*list(ten.items())[:10], ("d11", 0.45), ("d10", 0.45)])
+    assert agreement(ten, last) == {"kendall_tau": pytest.approx(1 - 2 * 1 / 66), "overlap@10": 1.0, "max_score_diff": pytest.approx(0.05)}
+    assert agreement({"a": 1.0}, {"b": 1.0}) == {"kendall_tau": None, "overlap@10": 0.0, "max_score_diff": None}
+    assert agreement({"a": 1.0}, {"a": 1.0})["kendall_tau"] is None, "one document has no order"
