@@ -98,7 +98,7 @@ class Trainer:
         device, encoder = self.encoder.device, self.encoder
         encodings = encoder.tokenize([query for query, _ in lists], "query", QUERY_TOKENS)
         width = max(len(e) for e in encodings)
-        ids = torch.tensor([[*e.ids, *[encoder.pad_id] * (width - len(e))] for e in encodings], device=device)
+        ids = torch.tensor([[*e.ids, *[0] * (width - len(e))] for e in encodings], device=device)
         mask = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in encodings], device=device).bool()
         own = torch.tensor([[*~e.special, *[False] * (width - len(e))] for e in encodings], device=device).bool()
         texts = [text for _, documents in lists for text in documents]

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.models.forward import encoder_flops
 from tests.conftest import DOCUMENTS, QUERIES
 
 LONG = "merge two tables on a key with a join of the database kind " * 60
@@ -107,7 +108,10 @@ def test_a_copy_saved_by_sentence_transformers_loads(small_cross: Path, cross: C
 
 
 def test_flops_are_the_encoders(cross: CrossEncoder) -> None:
-    assert cross.flops(torch.tensor([100])) == 2 * (2 * 100 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 100 * 100 * 32)
+    maps, attention = 4 * 32 * 32 + 2 * 32 * 64, 4 * 100 * 100 * 32
+    assert encoder_flops(cross.config, torch.tensor([100])) == 2 * (2 * 100 * maps + attention)
+    last = 2 * 100 * 2 * 32 * 32 + 2 * (maps - 2 * 32 * 32) + 4 * 100 * 32  # keys and values of all, the rest of the first token
+    assert cross.flops(torch.tensor([100])) == 2 * 100 * maps + attention + last
 
 
 def test_the_other_role_is_refused_by_name(small_cross: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn.functional import normalize
 from rerank_kernels import pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.forward import Tokens, encoder_flops, encodings, forward, load_checkpoint
+from rerank_lab.models.transformer import Packed, Padded
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -108,8 +108,8 @@ class BiEncoder:
         self.limit: int = min(known, default=512) - self.specials
         if self.limit < 1:
             raise UserError(f"model {name!r}: a limit of {min(known)} tokens leaves none for the text")
-        self.pad_id: int = tokenizer.pad_token_id or 0
-        self.token_types = "token_type_ids" in tokenizer.model_input_names
+        fits = Packed.fits(model)
+        self.network = Packed(model) if fits else Padded(model, tokenizer.pad_token_id or 0, "token_type_ids" in tokenizer.model_input_names)
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -181,23 +181,20 @@ class BiEncoder:
         pooled = torch.zeros(len(texts), self.dimensions)
         packed = {"tokens": torch.zeros(nnz, self.token_dimensions, dtype=torch.float16)}
         packed["states"] = torch.zeros(nnz if detail >= Detail.STATES else 0, width, dtype=torch.float16)
-        with self._keys_and_values(detail >= Detail.STATES) as captured:
-            for batch, mask, output in forward(self.model, texts, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
-                inside = mask.bool()
-                h = output.last_hidden_state[inside]
-                ends = torch.cat([mask.new_zeros(1), mask.sum(1).cumsum(0)])
-                pooled[torch.from_numpy(batch)] = self._pool(h, ends).float().cpu()
-                if detail:
-                    own = torch.from_numpy(~np.concatenate([texts[i].special for i in batch])).to(h.device)
-                    rows = {"tokens": project_normalize(h[own], self.subspace, torch.float16).cpu()}
-                    if captured:
-                        rows["states"] = torch.cat([part[inside][own].half().cpu() for part in captured.values()], 1)
-                    start = 0
-                    for i in batch:
-                        for name, part in rows.items():
-                            packed[name][offsets[i] : offsets[i + 1]] = part[start : start + kept[i]]
-                        start += kept[i]
-                progress(len(batch))
+        wanted = self.state_layers if detail >= Detail.STATES else range(0)
+        for batch, ends, states in forward(self.network, texts, self.device, keys_values=wanted):
+            pooled[torch.from_numpy(batch)] = self._pool(states.last, ends).float().cpu()
+            if detail:
+                own = torch.from_numpy(~np.concatenate([texts[i].special for i in batch])).to(self.device)
+                rows = {"tokens": project_normalize(states.last[own], self.subspace, torch.float16).cpu()}
+                if states.keys_values is not None:
+                    rows["states"] = states.keys_values[own].half().cpu()
+                start = 0
+                for i in batch:
+                    for name, part in rows.items():
+                        packed[name][offsets[i] : offsets[i + 1]] = part[start : start + kept[i]]
+                    start += kept[i]
+            progress(len(batch))
         if not bool(pooled.isfinite().all() and packed["tokens"].isfinite().all() and packed["states"].isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
         return Vectors(pooled, torch.tensor([t.wanted for t in texts], dtype=torch.int64), offsets, **packed)
@@ -209,35 +206,20 @@ class BiEncoder:
             return [Read(vectors.row(i), torch.from_numpy(~query.special)) for i, query in enumerate(queries)]
         found: dict[int, Read] = {}
         nothing = torch.zeros(0, 0, dtype=torch.float16)
-        for batch, _, output in forward(self.model, queries, pad_id=self.pad_id, token_types=self.token_types, device=self.device, output_hidden_states=True):
-            for row, i in enumerate(batch.tolist()):
-                length = len(queries[i])
-                start, last = (output.hidden_states[n][row : row + 1, :length] for n in (self.state_layers.start, -1))
+        for batch, ends, states in forward(self.network, queries, self.device, keep=self.state_layers.start):
+            for i, a, b in zip(batch.tolist(), ends[:-1].tolist(), ends[1:].tolist()):
+                start, last = states.kept[self.state_layers.start][a:b], states.last[a:b]
                 own = torch.from_numpy(~queries[i].special).to(self.device)
-                tokens = project_normalize(last[0, own].contiguous(), self.subspace, torch.float16)
-                pooled = self._pool(last[0].contiguous(), torch.tensor([0, length], device=self.device)).float()
-                ends = torch.tensor([0, len(tokens)], device=self.device)
-                found[i] = Read(Vectors(pooled, torch.tensor([queries[i].wanted]), ends, tokens, nothing), own, start, last)
+                tokens = project_normalize(last[own], self.subspace, torch.float16)
+                pooled = self._pool(last, torch.tensor([0, b - a], device=self.device)).float()
+                offsets = torch.tensor([0, len(tokens)], device=self.device)
+                found[i] = Read(Vectors(pooled, torch.tensor([queries[i].wanted]), offsets, tokens, nothing), own, start[None], last[None])
         return [found[i] for i in range(len(queries))]
 
     @property
     def state_layers(self) -> range:
         """The layers whose keys and values are kept at Detail.STATES: the upper half."""
         return range(self.config.num_hidden_layers // 2, self.config.num_hidden_layers)
-
-    @contextmanager
-    def _keys_and_values(self, wanted: bool) -> Iterator[dict[tuple[int, str], Tensor]]:
-        """While it lasts, each forward leaves its keys and values (B × L × d) in the dictionary."""
-        captured: dict[tuple[int, str], Tensor] = {}
-        hooks = []
-        for place in [(layer, name) for layer in self.state_layers for name in ("key", "value")] if wanted else []:
-            module = getattr(self.model.encoder.layer[place[0]].attention.self, place[1])  # type: ignore[union-attr,index]
-            hooks.append(module.register_forward_hook(lambda _, __, output, place=place: captured.update({place: output})))
-        try:
-            yield captured
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def flops(self, lengths: Tensor, detail: Detail) -> int:
         """FLOPs of encoding texts of these own tokens, with the projection of their token vectors where they are wanted."""

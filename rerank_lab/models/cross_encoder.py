@@ -12,7 +12,10 @@ from torch import Tensor
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
-from rerank_lab.models.forward import Tokens, encoder_flops, encodings, forward, load_checkpoint
+from rerank_lab.models.forward import Texts, Tokens, batches, encoder_flops, encodings, load_checkpoint
+from rerank_lab.models.transformer import Packed, Padded
+
+HEADS = ("BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification")
 
 
 class CrossEncoder:
@@ -38,8 +41,8 @@ class CrossEncoder:
         self.config: Any = model.config
         limits = [tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
         self.limit: int = int(min(n for n in limits if n))
-        self.pad_id: int = tokenizer.pad_token_id or 0
-        self.token_types = "token_type_ids" in tokenizer.model_input_names
+        known = type(model).__name__ in HEADS and Packed.fits(model.base_model)
+        self.network = Packed(model.base_model) if known else Padded(model, tokenizer.pad_token_id or 0, "token_type_ids" in tokenizer.model_input_names)
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -85,12 +88,22 @@ class CrossEncoder:
             ModelError: the model gave a NaN or an infinite logit.
         """
         logits = torch.zeros(len(pairs))
-        for batch, _, output in forward(self.model, pairs, pad_id=self.pad_id, token_types=self.token_types, device=self.device):
-            logits[torch.from_numpy(batch)] = output.logits[:, 0].float().cpu()
+        for batch, texts in batches(pairs, self.device):
+            with torch.inference_mode():
+                logits[torch.from_numpy(batch)] = self._run(texts)[:, 0].float().cpu()
         if not bool(logits.isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
         return logits
 
+    def _run(self, texts: Texts) -> Tensor:
+        if isinstance(self.network, Padded):
+            output: Tensor = self.network.model(**self.network.inputs(*texts)).logits
+            return output
+        first = self.network(*texts, first=True).last[:, None]
+        pooler = getattr(self.network.model, "pooler", None)
+        logits: Tensor = self.model.classifier(first if pooler is None else pooler(first))
+        return logits
+
     def flops(self, lengths: Tensor) -> int:
         """FLOPs of pairs of these lengths in tokens, special ones counted; the head is left out."""
-        return encoder_flops(self.config, lengths)
+        return encoder_flops(self.config, lengths, first=isinstance(self.network, Packed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from rerank_lab.errors import UserError
+from rerank_lab.models.transformer import Packed, Padded, States
 
 # Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
@@ -104,44 +105,47 @@ def token_budget(device: torch.device) -> int:
     return TOKEN_BUDGET.get(device.type, 4096)
 
 
-def forward(
-    model: torch.nn.Module, tokens: Sequence[Tokens], *, pad_id: int, token_types: bool, device: torch.device, **options: bool
-) -> Iterator[tuple[np.ndarray, Tensor, Any]]:
-    """Runs the model over all texts.
+def forward(network: Padded | Packed, tokens: Sequence[Tokens], device: torch.device, **wanted: Any) -> Iterator[tuple[np.ndarray, Tensor, States]]:
+    """Runs a transformer over all texts.
 
     Args:
-        model: a Hugging Face model in eval mode.
+        network: what runs it.
         tokens: what it reads.
-        pad_id: the tokenizer's padding token.
-        token_types: whether the model takes token_type_ids.
-        device: where the model is.
-        options: the model's own (output_hidden_states).
+        device: where it is.
+        wanted: as Packed takes it.
 
     Yields:
-        (positions of the batch's texts, attention mask B × L, the model's output).
+        (positions of the batch's B texts, where each begins and the last ends (B + 1, int64), what the transformer leaves).
     """
-    lengths = [len(t) for t in tokens]
-    for batch in plan_batches(lengths, token_budget(device)):
-        width = max(1, lengths[batch[0]])
-        ids = np.full((len(batch), width), pad_id, dtype=np.int64)
-        mask, types = np.zeros_like(ids), np.zeros_like(ids)
-        for row, position in enumerate(batch):
-            text = tokens[position]
-            ids[row, : len(text)] = text.ids
-            mask[row, : len(text)] = 1
-            types[row, : len(text)] = text.types
-        inputs = {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if token_types else {})
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    for batch, texts in batches(tokens, device):
         with torch.inference_mode():
-            yield batch, tensors["attention_mask"], model(**tensors, **options)
+            yield batch, torch.tensor([0, *texts.lengths], device=device).cumsum(0), network(*texts, **wanted)
 
 
-def encoder_flops(config: Any, lengths: Tensor) -> int:
+class Texts(NamedTuple):
+    """Texts one after another, as Packed and Padded take them."""
+
+    ids: Tensor
+    types: Tensor
+    lengths: list[int]
+
+
+def batches(tokens: Sequence[Tokens], device: torch.device) -> Iterator[tuple[np.ndarray, Texts]]:
+    """All texts in batches under the device's token budget: positions, and what stands there."""
+    for batch in plan_batches([len(t) for t in tokens], token_budget(device)):
+        chosen = [tokens[position] for position in batch]
+        ids, types = (torch.from_numpy(np.concatenate([getattr(t, name) for t in chosen]).astype(np.int64)) for name in ("ids", "types"))
+        yield batch, Texts(ids, types, [len(t) for t in chosen])
+
+
+def encoder_flops(config: Any, lengths: Tensor, *, first: bool = False) -> int:
     """FLOPs of texts of these lengths in tokens (int64), together, through a transformer encoder; a multiplication and an addition are two.
 
     A layer has four d × d projections and two of d × m (m = intermediate size), 2·L·(4d² + 2dm), and attention's two
-    products over L × L, 4·L²·d. Embeddings, norms, softmax and activations are left out (under 1%).
+    products over L × L, 4·L²·d; with `first` the last layer makes keys and values of every token, 4·L·d², and the rest of one.
+    Embeddings, norms, softmax and activations are left out (under 1%).
     """
     d, m = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
     total, squares = int(lengths.sum()), int(lengths.square().sum())
-    return int(config.num_hidden_layers * (2 * total * (4 * d * d + 2 * d * m) + 4 * squares * d))
+    last = 4 * total * d * d + len(lengths) * 2 * (2 * d * d + 2 * d * m) + 4 * total * d if first else 0
+    return int((config.num_hidden_layers - first) * (2 * total * (4 * d * d + 2 * d * m) + 4 * squares * d)) + last

@@ -46,12 +46,10 @@ class FusedLayer(nn.Module):
         super().__init__()
         attention = layer.attention
         self.heads = int(attention.self.num_attention_heads)
-        self.query, self.key, self.value, self.output = map(
-            copy.deepcopy, (attention.self.query, attention.self.key, attention.self.value, attention.output.dense)
-        )
-        self.document_query, self.document_output = copy.deepcopy(attention.self.query), copy.deepcopy(attention.output.dense)
+        self.query, self.key, self.value, self.output = map(_own, (attention.self.query, attention.self.key, attention.self.value, attention.output.dense))
+        self.document_query, self.document_output = _own(attention.self.query), _own(attention.output.dense)
         self.document_output.bias = None
-        self.up, self.down = copy.deepcopy(layer.intermediate.dense), copy.deepcopy(layer.output.dense)
+        self.up, self.down = _own(layer.intermediate.dense), _own(layer.output.dense)
         self.norm, self.last_norm = copy.deepcopy(attention.output.LayerNorm), copy.deepcopy(layer.output.LayerNorm)
         self.gate = nn.Parameter(torch.full((self.heads,), 0.1))
         self.null_key = nn.Parameter(torch.zeros(self.heads, self.query.out_features // self.heads))
@@ -77,6 +75,13 @@ class FusedLayer(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(len(x), x.shape[1], self.heads, -1).transpose(1, 2)
+
+
+def _own(linear: nn.Linear) -> Any:
+    """A copy that holds its own weights alone; those of a packed transformer are views of larger ones, which deepcopy would take along."""
+    own = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features)  # type: ignore[no-untyped-call]
+    own.load_state_dict(linear.state_dict())
+    return own
 
 
 class OneWay(nn.Module):

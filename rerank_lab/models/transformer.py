@@ -1,0 +1,153 @@
+"""What runs a Hugging Face transformer over texts that stand one after another: Packed for BERT's kind on a CPU, Padded for all else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+
+KINDS = ("BertModel", "RobertaModel", "XLMRobertaModel")
+
+
+@dataclass
+class States:
+    """What a forward leaves of B texts, T tokens together.
+
+    Attributes:
+        last: T × d, the last layer's; B × d where only the first token of each was asked for.
+        kept: number of a layer → T × d, what goes into it.
+        keys_values: T × 2·d·S, keys and values of the layers asked for, in turn.
+    """
+
+    last: Tensor
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    keys_values: Tensor | None = None
+
+
+class Padded:
+    """Any transformer, run as it is on texts padded to the longest.
+
+    Args:
+        model: in eval mode; a head may stand on it.
+        pad_id: the tokenizer's padding token.
+        token_types: whether it takes token_type_ids.
+    """
+
+    def __init__(self, model: Any, pad_id: int, token_types: bool):
+        self.model, self.pad_id, self.token_types = model, pad_id, token_types
+
+    def inputs(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
+        """B × L of what the model takes, of packed tokens."""
+        mask = torch.arange(max(1, *lengths)) < torch.tensor(lengths)[:, None]
+        padded = {"input_ids": torch.full(mask.shape, self.pad_id).masked_scatter_(mask, ids), "attention_mask": mask.long()}
+        if self.token_types:
+            padded["token_type_ids"] = torch.zeros_like(padded["input_ids"]).masked_scatter_(mask, types)
+        return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
+
+    def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> States:
+        """As Packed's; `first` there only saves work."""
+        inputs, seen, hooks = self.inputs(ids, types, lengths), [], []
+        for part in [getattr(self.model.encoder.layer[n].attention.self, name) for n in keys_values for name in ("key", "value")]:
+            hooks.append(part.register_forward_hook(lambda _, __, output: seen.append(output)))
+        try:
+            output = self.model(**inputs, output_hidden_states=keep is not None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        inside = inputs["attention_mask"].bool()
+        kept = {} if keep is None else {keep: output.hidden_states[keep][inside]}
+        return States(output.last_hidden_state[inside], kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
+
+
+class Packed:
+    """A transformer that never sees padding: the same weights and arithmetic in fewer passes over memory.
+
+    One product makes queries, keys and values, whose weights stand side by side (the model's own become views of them); each text
+    attends to itself alone; where only the first token is wanted, the last layer computes no other.
+
+    Args:
+        model: a BertModel, RobertaModel or XLMRobertaModel in eval mode on the CPU, fp32.
+    """
+
+    def __init__(self, model: Any):
+        self.model, config = model, model.config
+        self.heads, self.width = int(config.num_attention_heads), int(config.hidden_size)
+        self.first_position = 0 if type(model).__name__ == "BertModel" else int(config.pad_token_id) + 1
+        self.joined = [_join([getattr(layer.attention.self, name) for name in ("query", "key", "value")]) for layer in model.encoder.layer]
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether a transformer is one that this computes."""
+        config = model.config
+        plain = getattr(config, "position_embedding_type", "absolute") in (None, "absolute") and not getattr(config, "is_decoder", False)
+        on_cpu = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
+        return type(model).__name__ in KINDS and plain and on_cpu
+
+    def __call__(
+        self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, first: bool = False, keep: int | None = None, keys_values: range = range(0)
+    ) -> States:
+        """Runs the model.
+
+        Args:
+            ids, types: T, int64, of B texts one after another.
+            lengths: of each text, at least 1.
+            first: of the last layer only each text's first token is wanted.
+            keep: a layer whose input is wanted too.
+            keys_values: layers whose keys and values are wanted too.
+        """
+        ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        positions = torch.cat([torch.arange(self.first_position, self.first_position + length) for length in lengths])
+        x: Tensor = self.model.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
+        kept, seen, d = {}, [], self.width
+        layers = self.model.encoder.layer
+        for n, (layer, (weight, bias)) in enumerate(zip(layers, self.joined)):
+            if n == keep:
+                kept[n] = x
+            if first and n == len(layers) - 1:
+                starts = torch.tensor(ends[:-1])
+                joined, rows = linear(x, weight[d:], bias[d:]), x[starts]
+                queries = linear(rows, weight[:d], bias[:d])
+            else:
+                joined, rows = linear(x, weight, bias), x
+                queries, joined = joined[:, :d], joined[:, d:]
+            if n in keys_values:
+                seen.append(joined)
+            x = self._after(layer, self._attend(queries, joined, ends, len(rows) < len(x)), rows)
+        return States(x, kept, torch.cat(seen, 1) if seen else None)
+
+    def _attend(self, queries: Tensor, joined: Tensor, ends: Sequence[int], single: bool) -> Tensor:
+        """Each text's queries (one a text where `single`) to its own keys and values."""
+        out = torch.empty(len(queries), self.width)
+        for n, (a, b) in enumerate(pairwise(ends)):
+            start, end = (n, n + 1) if single else (a, b)
+            if a == b:
+                continue
+            q = queries[start:end].view(1, end - start, self.heads, -1).transpose(1, 2)
+            k, v = joined[a:b].view(1, b - a, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            out[start:end].view(1, end - start, self.heads, -1).copy_(scaled_dot_product_attention(q, k, v).transpose(1, 2))
+        return out
+
+    @staticmethod
+    def _after(layer: Any, attended: Tensor, rows: Tensor) -> Tensor:
+        """What a layer does with what was attended to."""
+        x = _add_norm(layer.attention.output, attended, rows)
+        inner: Tensor = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
+        return _add_norm(layer.output, inner, x)
+
+
+def _add_norm(output: Any, x: Tensor, residual: Tensor) -> Tensor:
+    norm = output.LayerNorm
+    return layer_norm(output.dense(x).add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _join(parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Weights and biases of linear maps in one tensor each, of which their own become views, so that nothing is held twice."""
+    weight, bias = (torch.cat([getattr(part, name).detach() for part in parts]) for name in ("weight", "bias"))
+    for part, own_weight, own_bias in zip(parts, weight.chunk(len(parts)), bias.chunk(len(parts))):
+        part.weight.data, part.bias.data = own_weight, own_bias
+    return weight, bias
