@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: what the tests start would not hear Ctrl-C either
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from rerank_lab import Reranker
 from rerank_lab.models import load_bi_encoder

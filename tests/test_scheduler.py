@@ -100,6 +100,25 @@ def test_a_small_request_waits_for_one_batch_of_a_huge_one_at_most(bench: Bench)
     assert after - before <= 4
 
 
+def test_requests_of_one_size_are_answered_in_turn(bench: Bench) -> None:
+    ended: list[int] = []
+
+    async def ranked(number: int) -> None:
+        await bench.rank(f"number {number}", [f"number {number} text {i} " + "word " * (3 + number % 3) for i in range(40)])
+        ended.append(number)
+
+    async def in_turn() -> None:
+        tasks = []
+        for number in range(8):
+            tasks.append(asyncio.create_task(ranked(number)))
+            while len(bench.scheduler._jobs) + len(ended) < number + 1:
+                await asyncio.sleep(0.001)
+        await asyncio.gather(*tasks)
+
+    go(in_turn())
+    assert ended == list(range(8))
+
+
 def test_a_huge_request_gets_on_however_many_small_ones_come(bench: Bench) -> None:
     async def race() -> None:
         large = asyncio.create_task(bench.rank("large", huge("large", 12)))

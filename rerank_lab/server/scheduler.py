@@ -1,8 +1,8 @@
 """The queue before the one thread that runs the models.
 
-A batch is filled from all rankings that wait, up to a budget in padded tokens. Three quarters of it go to whoever has
-least left, so that a small request never waits for a large one longer than a batch; the rest is the oldest's, which so
-always gets on.
+A batch is filled from all rankings that wait, up to a budget in padded tokens. Three quarters of it go by when each is due: a
+ranking that fits into one batch at its arrival, a larger one later by four times what the rest of it takes. So ordinary requests
+are answered in turn, and none waits for a huge one longer than a batch. The last quarter is the oldest's, which so always gets on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rerank_lab.server.contract import Refusal
 from rerank_lab.server.metrics import Metrics
 from rerank_lab.steps import Steps, Unit
 
+SHARE = 4  # the oldest ranking's part of a batch is one of so many
 LONG = 1 << 16  # characters; longer requests are tokenised on threads of their own, so that they keep nobody waiting
 
 
@@ -32,6 +33,7 @@ class Job:
         todo: units that have not run, the next one last.
         size: tokens of those, kept in the queue's sum.
         batch_size: units in one batch at most.
+        due: when it should have ended, on perf_counter's clock.
         waiting, model, scoring: seconds, from arrival to the first batch, in batches, and in scoring.
     """
 
@@ -42,6 +44,7 @@ class Job:
     steps: Steps | None = None
     todo: list[Unit] = field(default_factory=list)
     gone: bool = False
+    due: float = 0.0
     waiting: float | None = None
     model: float = 0.0
     scoring: float = 0.0
@@ -83,7 +86,7 @@ class Scheduler:
         self.budget, self.max_queue_tokens, self.metrics = budget, max_queue_tokens, metrics
         self._jobs: list[Job] = []
         self._tokens, self._closed = 0, False
-        self._rate = 1000.0  # tokens a second, of late
+        self._late = [1000.0, 0.1]  # tokens that ran and the seconds that they took, those of long ago worth less
         self._condition = threading.Condition()
         self._short = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self._long = ThreadPoolExecutor(2, thread_name_prefix="tokenise-long")
@@ -104,7 +107,7 @@ class Scheduler:
         with self._condition:
             if self._tokens and self._tokens + job.size > self.max_queue_tokens:
                 self.metrics.dropped.labels("queue_full").inc()
-                wait = max(1, round(self._tokens / self._rate))
+                wait = max(1, round(self._seconds(self._tokens)))
                 raise Refusal(429, f"The queue holds {self._tokens} of {self.max_queue_tokens} tokens; try again later.", {"Retry-After": str(wait)})
             self._count(job.size)
         self.metrics.requests_waiting.inc()
@@ -148,6 +151,7 @@ class Scheduler:
             if not job.gone:
                 job.steps = steps
                 self._wants(job, steps.units)
+                job.due = job.arrived + SHARE * self._seconds(max(0, job.size - self.budget))
                 self._jobs.append(job)
                 self._condition.notify()
 
@@ -170,13 +174,17 @@ class Scheduler:
         self._tokens += tokens
         self.metrics.queue_tokens.set(self._tokens)
 
+    def _seconds(self, tokens: int) -> float:
+        """What so many tokens take, going by the latest batches."""
+        return tokens * self._late[1] / self._late[0]
+
     def _plan(self) -> Batch:
-        """Most of a batch by who has least left, the rest for the oldest, and what is free then for all again."""
-        batch, by_size = Batch(), sorted(self._jobs, key=lambda job: job.size)
-        for job in by_size:
-            batch.take(job, self.budget * 3 // 4, at_least=0 if batch.units else 1)
+        """Most of a batch by when each is due, the rest for the oldest, and what is free then for all again."""
+        batch, in_turn = Batch(), sorted(self._jobs, key=lambda job: job.due)
+        for job in in_turn:
+            batch.take(job, self.budget - self.budget // SHARE, at_least=0 if batch.units else 1)
         batch.take(self._jobs[0], self.budget, at_least=1)
-        for job in by_size:
+        for job in in_turn:
             batch.take(job, self.budget)
         now = time.perf_counter()
         for job in batch.taken:
@@ -189,7 +197,7 @@ class Scheduler:
             self._run_group(members)
             tokens += sum(unit.size for _, unit in members)
         seconds = time.perf_counter() - start
-        self._rate += 0.1 * (tokens / max(seconds, 1e-6) - self._rate)
+        self._late = [0.95 * self._late[0] + tokens, 0.95 * self._late[1] + seconds]
         self.metrics.batch(tokens, batch.padded, seconds)
         with self._condition:
             for job in batch.taken:
