@@ -52,7 +52,7 @@ def own(model: Any, ids: Tensor) -> Any:
 @torch.inference_mode()
 def test_both_leave_what_the_model_leaves_of_each_text_alone(model: Any) -> None:
     ids, types, lengths = texts()
-    alone = [own(model, part) for part in ids.split(lengths)]
+    alone = [own(model, part) for part in torch.split(ids, lengths)]
     last, middle = (torch.cat([one.hidden_states[n][0] for one in alone]) for n in (-1, 1))
     layers = [model.encoder.layer[n].attention.self for n in (1, 2)]
     keys_values = torch.cat([part(torch.cat([one.hidden_states[n][0] for one in alone])) for n, s in zip((1, 2), layers) for part in (s.key, s.value)], 1)
