@@ -111,6 +111,14 @@ def test_page_opens_and_runs_without_errors_and_asks_nobody_else(browser: Browse
     assert re.findall(r"""(?:src|href)=["'](?!data:)[^"']*//""", markup) == []
 
 
+def test_docs_show_the_contract_and_ask_nobody_else(page: Page, server: Server) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{server.url}/docs")
+    shows(page, "#operations-default-rerank_v3_api_v3_inference_reranker_post", "/api/v3/inference/reranker")
+    assert [url for url in asked if not url.startswith((f"{server.url}/", "data:"))] == []
+
+
 def test_key_of_the_fragment_leaves_the_address_and_stays_in_the_tab_alone(page: Page, server: Server) -> None:
     assert page.evaluate("location.href") == f"{server.url}/"
     assert page.evaluate("[history.length, sessionStorage.length, localStorage.length, document.cookie]") == [2, 1, 0, ""]

@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,7 +28,12 @@ from rerank_lab.server.service import Service
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 LINGER = 5.0  # seconds in which the rest of a body that was refused is read and thrown away
 LEFT = 499  # what logs and metrics say of a client that left; nobody is there to read it
 
@@ -37,7 +43,8 @@ Render = Callable[[Call, Ranking], bytes]
 
 def create_app(service: Service) -> ASGIApp:
     """The whole server as an ASGI application."""
-    app = FastAPI(title="rerank_lab", version=version("rerank_lab"), description=openapi.DESCRIPTION, redirect_slashes=False)
+    about = {"title": "rerank_lab", "version": version("rerank_lab"), "description": openapi.DESCRIPTION}
+    app = FastAPIOffline("/docs", None, static_url="/docs-assets", redirect_slashes=False, **about)
     known = openapi.Known(service)
 
     def post(path: str, parse: Parse, render: Render, name: str) -> None:
@@ -76,7 +83,7 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=POLICY)
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> JSONResponse:
