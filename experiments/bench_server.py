@@ -218,7 +218,7 @@ async def measure(cases: dict[tuple[str, str], Case], seconds: float, rows: Rows
             if load in CLIENTS:
                 row = await case.closed(int(load), length)
             else:
-                row = await case.opened(max(0.1, load * rows["new", "ours", "8"][-1]["rate"]), length)
+                row = await case.opened(max(0.1, load * rows["new", "ours", f"{CLIENTS[1]}"][-1]["rate"]), length)
             rows[documents, name, f"{load:g}"].append(row)
             bar.update()
         if case.local is not None:
