@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,20 @@ import orjson
 
 KEY = "a-key-for-tests"
 ALIASES = {"bge-reranker-v2-m3": "all-MiniLM-L6-v2", "bge-reranker-cross-encoder": "minilm-cross"}
+
+
+# Batches never end, and one query breaks.
+STUCK = """
+import threading
+from rerank_lab.server import scheduler, service
+scheduler.Scheduler._run = lambda self, batch: threading.Event().wait()
+steps = service.Steps
+def breaking(reranker, query, texts):
+    if query == "dynamite":
+        raise RuntimeError("broken on purpose")
+    return steps(reranker, query, texts)
+service.Steps = breaking
+"""
 
 
 @dataclass
@@ -103,3 +117,11 @@ def _wait_for(pattern: str, log: Path, process: subprocess.Popen[bytes]) -> re.M
             break
         time.sleep(0.1)
     raise AssertionError(f"the server never said {pattern!r}: {log.read_text(errors='replace')}")
+
+
+def eventually(reached: Callable[[], bool], seconds: float = 10) -> None:
+    """Waits until something has come true."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "never came true"
+        time.sleep(0.02)

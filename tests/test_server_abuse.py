@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.serving import KEY, Server, serving
+from tests.serving import KEY, Server, eventually, serving
 
 PATH = "/api/v3/inference/reranker"
 # A word that makes the model raise, and one that makes it give NaN.
@@ -63,13 +63,6 @@ def raw(server: Server, *parts: bytes, half_close: bool = False) -> bytes:
 def memory_mb(server: Server) -> float:
     lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
-
-
-def eventually(check: Any, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "never came true"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

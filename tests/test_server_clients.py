@@ -21,8 +21,7 @@ from rerank_lab import Reranker
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.reranker import Ranking
 from tests.conftest import DOCUMENTS
-from tests.serving import ALIASES, KEY, Server, serving
-from tests.test_server_schema import STUCK, eventually
+from tests.serving import ALIASES, KEY, STUCK, Server, eventually, serving
 
 QUERY = "zeros of a polynomial"
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()] + [

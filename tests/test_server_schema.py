@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 
 from rerank_lab.server.openapi import NOT_BLANK, Known
 from rerank_lab.server.service import Service, Settings
-from tests.serving import ALIASES, KEY, Server, serving
+from tests.serving import ALIASES, KEY, STUCK, Server, eventually, serving
 
 V3 = "/api/v3/inference/reranker"
 CLIENTS = ["/v1/rerank", "/v2/rerank", "/rerank"]
@@ -56,18 +55,6 @@ def map_body(context, body):
         return body
     return {key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in body.items()}
 """
-# Batches never end, and one query breaks.
-STUCK = """
-import threading
-from rerank_lab.server import scheduler, service
-scheduler.Scheduler._run = lambda self, batch: threading.Event().wait()
-steps = service.Steps
-def breaking(reranker, query, texts):
-    if query == "dynamite":
-        raise RuntimeError("broken on purpose")
-    return steps(reranker, query, texts)
-service.Steps = breaking
-"""
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +83,6 @@ def conforms(document: Any, path: str, outcome: tuple[int, Any, dict[str, str]],
         jsonschema_rs.validate(content["schema"], body)
     assert all(name.lower() in headers for name, about in declared["headers"].items() if about["required"])
     return status
-
-
-def eventually(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not reached():
-        assert time.monotonic() < end, "never came true"
-        time.sleep(0.02)
 
 
 def test_schemathesis_finds_nothing(limited: Server, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ class RerankRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model: str = Field(description="Bi-encoder; for method standard it is only looked up.")
-    query: str = Field(description="Holds at least one character that is not blank.", json_schema_extra={"pattern": r"\S"})
+    query: str = Field(description="Holds at least one character that is not blank.")
     documents: Annotated[list[Document], Field(min_length=1), BeforeValidator(counted)] = Field(
         description="Texts, or objects whose text stands under `text`. Blank and repeated ones are fine."
     )

@@ -127,7 +127,7 @@ class Known:
         def made() -> dict[str, Any]:
             if app.openapi_schema is None:
                 app.openapi_schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-                for route in app.routes:  # FastAPI makes floats of the limits, which moves 2**63 - 1 up by one
+                for route in app.routes:  # FastAPI drops defaults of null, and may make floats of limits, which moves 2**63 - 1 up by one
                     if isinstance(route, APIRoute) and route.openapi_extra:
                         app.openapi_schema["paths"][route.path]["post"] |= route.openapi_extra
                 if self.service.settings.keys is not None:
