@@ -121,21 +121,28 @@ class Case:
         return answer
 
     async def ask(self, what: str, body: bytes = b"") -> tuple[str, bytes]:
-        """Head and body of an answer, which must be a 200."""
-        self.idle = [pair for pair in self.idle if not pair[0].at_eof()]  # without what the server has closed
-        reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            writer.write(f"{what} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-            length = re.search(r"\r\ncontent-length: *(\d+)", head)
-            answer = await reader.readexactly(int(length[1]) if length else 0)
-        except BaseException:  # cancelled, too
-            writer.close()
-            raise
-        if head.split(" ", 2)[1] != "200":
-            raise Failed(f"{what}: {head.splitlines()[0]} {answer[:300].decode(errors='replace')}")
-        self.idle.append((reader, writer))
-        return head, answer
+        """Head and body of an answer, which must be a 200; asked again where a server has just closed a connection that waited."""
+        while True:
+            self.idle = [pair for pair in self.idle if not pair[0].at_eof()]
+            waited = bool(self.idle)
+            reader, writer = self.idle.pop() if waited else await asyncio.open_connection("127.0.0.1", self.port)
+            try:
+                writer.write(f"{what} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+                length = re.search(r"\r\ncontent-length: *(\d+)", head)
+                answer = await reader.readexactly(int(length[1]) if length else 0)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                writer.close()
+                if not waited:
+                    raise
+                continue
+            except BaseException:  # cancelled, too
+                writer.close()
+                raise
+            if head.split(" ", 2)[1] != "200":
+                raise Failed(f"{what}: {head.splitlines()[0]} {answer[:300].decode(errors='replace')}")
+            self.idle.append((reader, writer))
+            return head, answer
 
     async def busy(self) -> float:
         """Seconds in which our server has run batches; NaN of another server."""
