@@ -49,6 +49,11 @@ class Padded:
             padded["token_type_ids"] = torch.zeros_like(padded["input_ids"]).masked_scatter_(mask, types)
         return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
 
+    def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> Tensor:
+        """B × labels, of a model with a head."""
+        logits: Tensor = self.model(**self.inputs(ids, types, lengths)).logits
+        return logits
+
     def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> States:
         """As Packed's; `first` there only saves work."""
         inputs, seen, hooks = self.inputs(ids, types, lengths), [], []
@@ -60,8 +65,8 @@ class Padded:
             for hook in hooks:
                 hook.remove()
         inside = inputs["attention_mask"].bool()
-        kept = {} if keep is None else {keep: output.hidden_states[keep][inside]}
-        return States(output.last_hidden_state[inside], kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
+        kept = {} if keep is None else {keep: output.hidden_states[keep][inside].float()}
+        return States(output.last_hidden_state[inside].float(), kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
 
 
 class Packed:
@@ -72,10 +77,16 @@ class Packed:
 
     Args:
         model: a BertModel, RobertaModel or XLMRobertaModel in eval mode on the CPU, fp32.
+        dtype: of the linear maps and of attention; the sums between them, norms and embeddings stay fp32. The model's own linear
+            maps are turned into it.
     """
 
-    def __init__(self, model: Any):
-        self.model, config = model, model.config
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32):
+        self.model, self.dtype, config = model, dtype, model.config
+        model.encoder.requires_grad_(False)
+        for module in model.encoder.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(dtype)
         self.heads, self.width = int(config.num_attention_heads), int(config.hidden_size)
         self.first_position = 0 if type(model).__name__ == "BertModel" else int(config.pad_token_id) + 1
         self.joined = [_join([getattr(layer.attention.self, name) for name in ("query", "key", "value")]) for layer in model.encoder.layer]
@@ -108,12 +119,13 @@ class Packed:
         for n, (layer, (weight, bias)) in enumerate(zip(layers, self.joined)):
             if n == keep:
                 kept[n] = x
+            read = x.to(self.dtype)
             if first and n == len(layers) - 1:
                 starts = torch.tensor(ends[:-1])
-                joined, rows = linear(x, weight[d:], bias[d:]), x[starts]
-                queries = linear(rows, weight[:d], bias[:d])
+                joined, rows = linear(read, weight[d:], bias[d:]), x[starts]
+                queries = linear(read[starts], weight[:d], bias[:d])
             else:
-                joined, rows = linear(x, weight, bias), x
+                joined, rows = linear(read, weight, bias), x
                 queries, joined = joined[:, :d], joined[:, d:]
             if n in keys_values:
                 seen.append(joined)
@@ -122,7 +134,7 @@ class Packed:
 
     def _attend(self, queries: Tensor, joined: Tensor, ends: Sequence[int], single: bool) -> Tensor:
         """Each text's queries (one a text where `single`) to its own keys and values."""
-        out = torch.empty(len(queries), self.width)
+        out = torch.empty(len(queries), self.width, dtype=self.dtype)
         for n, (a, b) in enumerate(pairwise(ends)):
             start, end = (n, n + 1) if single else (a, b)
             if a == b:
@@ -132,17 +144,16 @@ class Packed:
             out[start:end].view(1, end - start, self.heads, -1).copy_(scaled_dot_product_attention(q, k, v).transpose(1, 2))
         return out
 
-    @staticmethod
-    def _after(layer: Any, attended: Tensor, rows: Tensor) -> Tensor:
+    def _after(self, layer: Any, attended: Tensor, rows: Tensor) -> Tensor:
         """What a layer does with what was attended to."""
         x = _add_norm(layer.attention.output, attended, rows)
-        inner: Tensor = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
+        inner: Tensor = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x.to(self.dtype)))
         return _add_norm(layer.output, inner, x)
 
 
 def _add_norm(output: Any, x: Tensor, residual: Tensor) -> Tensor:
     norm = output.LayerNorm
-    return layer_norm(output.dense(x).add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return layer_norm(output.dense(x).float().add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _join(parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
