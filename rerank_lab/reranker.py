@@ -25,6 +25,7 @@ from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.run import order
 from rerank_lab.timing import Clock
 
+EXACT = "torch, fp32"
 Document = str | Mapping[str, Any]
 AnyPool = TypeVar("AnyPool", bound=Pool)
 
@@ -83,6 +84,8 @@ class Reranker:
         cache_bytes: bound on what the folder holds of one model.
         subspace: safetensors file with the model's projection V; None: the shipped one, or none.
         device: "auto", "cpu", "cuda", "mps".
+        runtime: "auto", "torch", "compile", "onnx", "openvino"; what runs the transformers.
+        precision: "fp32", "bf16", "int8"; of the transformers.
 
     Raises:
         UserError (a ValueError): a model that is not to be found or has another role, an unknown method or setting,
@@ -101,6 +104,8 @@ class Reranker:
         cache_bytes: int = DISK_BYTES,
         subspace: str | None = None,
         device: str = "auto",
+        runtime: str = "auto",
+        precision: str = "fp32",
     ):
         if max_tokens_per_doc < 1:
             raise UserError(f"max_tokens_per_doc must be at least 1, not {max_tokens_per_doc}")
@@ -109,8 +114,9 @@ class Reranker:
         if model_cross is None and "cross-encoder" in self.method.roles:
             model_cross = DEFAULT_CROSS
         _check_roles(self.method, model, model_cross)
-        self.encoder: BiEncoder | None = load_bi_encoder(model, subspace=subspace, device=device) if isinstance(model, str) else model
-        self.cross = load_cross_encoder(model_cross, device=device, encoder=self.encoder) if isinstance(model_cross, str) else model_cross
+        place = {"device": device, "runtime": runtime, "precision": precision}
+        self.encoder: BiEncoder | None = load_bi_encoder(model, subspace=subspace, **place) if isinstance(model, str) else model
+        self.cross = load_cross_encoder(model_cross, encoder=self.encoder, **place) if isinstance(model_cross, str) else model_cross
         self.cache_bytes = cache_bytes
         self._new_caches(None if cache_dir is None else Path(cache_dir))
 
@@ -199,6 +205,13 @@ class Reranker:
         return next(model.device for model in (self.encoder, self.cross) if model is not None)
 
     @property
+    def arithmetic(self) -> str:
+        """Runtime and precision of the transformers: EXACT is what others are compared with."""
+        model = self.encoder or (self.cross.encoder if isinstance(self.cross, OneWayCrossEncoder) else self.cross)
+        assert model is not None
+        return f"{model.runtime}, {model.precision}"
+
+    @property
     def cache_state(self) -> str:
         """Where vectors are kept: "disk", "memory", or "none" without a bi-encoder."""
         cache = self.cache if self.cache is not None else self.cross_cache
@@ -230,6 +243,7 @@ class Reranker:
             "model_vectors": None if self.encoder is None else self.encoder.key(),
             "model_cross": None if self.cross is None else self.cross.name,
             "model_cross_files": None if self.cross is None else self.cross.fingerprint,
+            "arithmetic": self.arithmetic,
         }
 
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:

@@ -119,7 +119,7 @@ class BiEncoder:
         if self.limit < 1:
             raise UserError(f"model {name!r}: a limit of {min(known)} tokens leaves none for the text")
         self.runtime, self.precision = choose(runtime, precision), precision
-        reads = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}
+        reads: dict[str, Any] = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}
         self.network = network(model, runtime=self.runtime, precision=precision, **reads)
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()

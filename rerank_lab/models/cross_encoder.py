@@ -42,7 +42,7 @@ class CrossEncoder:
         limits = [tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
         self.limit: int = int(min(n for n in limits if n))
         self.runtime, self.precision = choose(runtime, precision), precision
-        reads = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}
+        reads: dict[str, Any] = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}
         self.network = network(model, runtime=self.runtime, precision=precision, head=True, **reads)
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()
