@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ def _onnx_file(outputs: Outputs, folder: Path, token_types: bool) -> Path:
     made = ["logits"] if outputs.head else ["last", "start", "keys_values"] if outputs.detailed else ["last"]
     axes = {name: {0: "batch", 1: "length"} for name in (*names, *made)} | ({"logits": {0: "batch"}} if outputs.head else {})
     path = folder / "model.onnx"
-    torch.onnx.export(outputs, (ids,) * len(names), str(path), input_names=names, output_names=made, dynamic_axes=axes, opset_version=18, dynamo=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter: what it says of its own future, and of shapes that are free here
+        torch.onnx.export(outputs, (ids,) * len(names), str(path), input_names=names, output_names=made, dynamic_axes=axes, opset_version=18, dynamo=False)
     return path
 
 
