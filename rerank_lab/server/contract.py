@@ -150,12 +150,17 @@ class RerankRequest(BaseModel):
             Refusal: 422, a document nested too deep to be written again.
         """
         texts = [d if isinstance(d, str) else d.text for d in self.documents]
-        documents = [_json(d, ("documents", i)) for i, d in enumerate(data["documents"])] if self.return_documents else None
+        documents = [as_json(d, ("documents", i)) for i, d in enumerate(data["documents"])] if self.return_documents else None
         method = make_method(self.method, stage1_top_k=self.stage1_top_k)
         return Call(self.model, self.query, texts, method, documents, self.model_cross, self.top_n, self.max_tokens_per_doc, self.batch_size)
 
 
-def _json(value: Any, place: Sequence[str | int]) -> bytes:
+def as_json(value: Any, place: Sequence[str | int]) -> bytes:
+    """A document to be echoed, written again.
+
+    Raises:
+        Refusal: 422, it is nested too deep; `place` is where it stands.
+    """
     try:
         return orjson.dumps(value)
     except orjson.JSONEncodeError:

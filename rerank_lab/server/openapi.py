@@ -7,8 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from rerank_lab.methods import METHODS
 from rerank_lab.server.clients import ClientRequest, TEIRequest
 from rerank_lab.server.contract import RerankRequest
 from rerank_lab.server.service import Service
@@ -16,6 +18,8 @@ from rerank_lab.server.service import Service
 DESCRIPTION = "Reranks documents for a query by one of four methods. The routes beside it speak to the clients of Cohere, Jina, Voyage and TEI."
 QUERY = "How are two tables joined on a key?"
 DOCUMENTS = ["Merge DataFrame objects with a database-style join.", {"text": "Sort by the values along either axis.", "id": 7}]
+# Whatever str.strip leaves, spelled out: dialects of regular expressions differ in what \s is.
+NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 TEXT = {"type": "string"}
 COUNT = {"type": "integer", "minimum": 0}
 SCORE = {"type": "number"}
@@ -42,11 +46,16 @@ def array(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
+def header(name: str, description: str) -> dict[str, Any]:
+    """A header that a client may send."""
+    return {"name": name, "in": "header", "required": False, "description": description, "schema": TEXT}
+
+
 ERROR = obj({"detail": TEXT})
 INVALID = obj({"detail": array(obj({"loc": array({"anyOf": [TEXT, {"type": "integer"}]}), "msg": TEXT, "type": TEXT}))})
 META = obj({"api_version": obj({"version": TEXT}), "billed_units": obj({"search_units": COUNT})}, {"tokens": obj({"input_tokens": COUNT})})
 PLAIN: dict[str, Any] = {"index": COUNT, "relevance_score": SCORE}
-AS_OBJECT = {"document": obj({"text": TEXT})}
+AS_OBJECT = {"document": obj({"text": TEXT}, closed=False)}
 V1 = obj(
     {
         "id": TEXT, "object": TEXT, "model": TEXT, "results": array(obj(PLAIN, AS_OBJECT)), "data": array(obj(PLAIN, {"document": TEXT})),
@@ -88,10 +97,9 @@ class Known:
 
     def responses(self, name: str) -> dict[int | str, dict[str, Any]]:
         """Every status of a route, by its name."""
-        if name == "metrics":
-            return {200: {"description": "The exposition format.", "content": {"text/plain": {"schema": TEXT}}}}
-        found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": {"application/json": {"schema": ANSWERS[name]}}}}
-        for status in ERRORS if name.startswith("rerank") else [503] if name != "health" else []:
+        content = {"text/plain": {"schema": TEXT}} if name == "metrics" else {"application/json": {"schema": ANSWERS[name]}}
+        found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": content}}
+        for status in ERRORS if name.startswith("rerank") else [503] if name in ("ready", "models") else []:
             if status == 401 and self.service.settings.keys is None:
                 continue
             schema = INVALID if status == 422 else ERROR
@@ -103,12 +111,15 @@ class Known:
         return found
 
     def operation(self, name: str) -> dict[str, Any]:
-        """What FastAPI cannot know of a route: its body and who may call it."""
+        """What FastAPI cannot know of a route: its body, its headers and who may call it."""
         bodies = {"rerank_v3": self._v3, "rerank_v1": self._client, "rerank_v2": self._client, "rerank": self._any}
         schema, examples = bodies[name]()
         named = {key: {"value": value} for key, value in examples.items()}
         body = {"required": True, "content": {"application/json": {"schema": schema, "examples": named}}}
-        return {"requestBody": body} | ({} if self.service.settings.keys is None else {"security": [{"key": []}]})
+        sent = [header("X-Request-ID", "1 to 128 visible ASCII characters: the answer and the log carry it; else they carry a new one.")]
+        if name == "rerank_v3":
+            sent.append(header("X-Provider", "Accepted and ignored."))
+        return {"requestBody": body, "parameters": sent} | ({} if self.service.settings.keys is None else {"security": [{"key": []}]})
 
     def document(self, app: FastAPI) -> Callable[[], dict[str, Any]]:
         """What app.openapi is to be."""
@@ -116,6 +127,9 @@ class Known:
         def made() -> dict[str, Any]:
             if app.openapi_schema is None:
                 app.openapi_schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+                for route in app.routes:  # FastAPI makes floats of the limits, which moves 2**63 - 1 up by one
+                    if isinstance(route, APIRoute) and route.openapi_extra:
+                        app.openapi_schema["paths"][route.path]["post"] |= route.openapi_extra
                 if self.service.settings.keys is not None:
                     schemes = {"key": {"type": "http", "scheme": "bearer"}}
                     app.openapi_schema.setdefault("components", {})["securitySchemes"] = schemes
@@ -127,6 +141,7 @@ class Known:
         """A request's own schema, with the limits that the command line sets."""
         plain = kind.model_json_schema()
         schema: dict[str, Any] = _inlined(plain, plain.pop("$defs", {}))
+        schema["properties"]["query"]["pattern"] = NOT_BLANK
         for name in ("documents", "texts"):
             if name in schema["properties"]:
                 schema["properties"][name]["maxItems"] = self.service.settings.max_documents
@@ -138,17 +153,23 @@ class Known:
         for name in ("model", "model_cross", "method"):
             about = schema["properties"].pop(name)
             schema["description"] += f"\n\n`{name}`: {about['description']}"
-        ways = [obj({"model": model}, {"method": {"const": "fast"}, "model_cross": {"type": ["string", "null"]}}, closed=False)]
-        if self.crosses:
-            ways.append(obj({"method": {"const": "standard"}, "model": any_id, "model_cross": cross}, closed=False))
-            ways.append(obj({"method": {"const": "optimal"}, "model": model, "model_cross": cross}, closed=False))
-        ways.append(obj({"method": {"const": "best"}, "model": model}, {"model_cross": {"enum": [*self.crosses, None]}}, closed=False))
+        ways = {
+            "fast": obj({"model": model}, {"method": {"const": "fast", "default": "fast"}, "model_cross": {"type": ["string", "null"]}}, closed=False),
+            "standard": obj({"method": {"const": "standard"}, "model": any_id, "model_cross": cross}, closed=False),
+            "optimal": obj({"method": {"const": "optimal"}, "model": model, "model_cross": cross}, closed=False),
+            "best": obj({"method": {"const": "best"}, "model": model}, {"model_cross": {"enum": [*self.crosses, None]}}, closed=False),
+        }
+        own: dict[str, dict[str, Any]] = {"fast": {"top_n": 1, "return_documents": True}, "optimal": {"stage1_top_k": 100}}
         schema["required"] = ["query", "documents"]
-        whole = [way | {"properties": schema["properties"] | way["properties"], "required": schema["required"] + way["required"]} for way in ways]
-        base = {"model": self.models[0] if self.models else "", "query": QUERY, "documents": DOCUMENTS}
-        examples = {"fast": base | {"method": "fast", "top_n": 1, "return_documents": True}, "best": base | {"method": "best"}}
-        if self.crosses:
-            examples["optimal"] = base | {"method": "optimal", "model_cross": self.crosses[0], "stage1_top_k": 100}
+        whole, examples = [], {}
+        for name, way in ways.items():
+            roles = METHODS[name].roles
+            if not all(self.service.ids(role) for role in roles):
+                continue
+            whole.append(way | {"properties": schema["properties"] | way["properties"], "required": schema["required"] + way["required"]})
+            examples[name] = {"model": any_id["enum"][0], "query": QUERY, "documents": DOCUMENTS, "method": name} | own.get(name, {})
+            if "cross-encoder" in roles:
+                examples[name]["model_cross"] = self.crosses[0]
         return {"title": "RerankRequest", "description": schema["description"], "anyOf": whole}, examples
 
     def _client(self) -> tuple[dict[str, Any], dict[str, Any]]:
