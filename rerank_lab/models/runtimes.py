@@ -187,11 +187,11 @@ def _onnx(outputs: Outputs, precision: str, token_types: bool) -> Run:
 
 
 def _openvino(outputs: Outputs, precision: str, token_types: bool) -> Run:
-    import openvino
+    from openvino import Core
 
     hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(precision, precision), "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
-        core = openvino.Core()
+        core = Core()
         graph = core.read_model(_onnx_file(outputs, Path(folder), token_types))
         compiled = core.compile_model(graph, "CPU", hints)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear
+
+from rerank_kernels import packed_attention
 
 KINDS = ("BertModel", "RobertaModel", "XLMRobertaModel")
 
@@ -111,7 +112,7 @@ class Packed:
             keep: a layer whose input is wanted too.
             keys_values: layers whose keys and values are wanted too.
         """
-        ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        ends = torch.tensor([0, *lengths]).cumsum(0)
         positions = torch.cat([torch.arange(self.first_position, self.first_position + length) for length in lengths])
         x: Tensor = self.model.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
         kept, seen, d = {}, [], self.width
@@ -120,29 +121,18 @@ class Packed:
             if n == keep:
                 kept[n] = x
             read = x.to(self.dtype)
+            asked = ends
             if first and n == len(layers) - 1:
-                starts = torch.tensor(ends[:-1])
-                joined, rows = linear(read, weight[d:], bias[d:]), x[starts]
-                queries = linear(read[starts], weight[:d], bias[:d])
+                asked = torch.arange(len(ends))
+                joined, rows = linear(read, weight[d:], bias[d:]), x[ends[:-1]]
+                queries = linear(read[ends[:-1]], weight[:d], bias[:d])
             else:
                 joined, rows = linear(read, weight, bias), x
                 queries, joined = joined[:, :d], joined[:, d:]
             if n in keys_values:
                 seen.append(joined)
-            x = self._after(layer, self._attend(queries, joined, ends, len(rows) < len(x)), rows)
+            x = self._after(layer, packed_attention(queries, joined[:, :d], joined[:, d:], asked, ends, self.heads), rows)
         return States(x, kept, torch.cat(seen, 1) if seen else None)
-
-    def _attend(self, queries: Tensor, joined: Tensor, ends: Sequence[int], single: bool) -> Tensor:
-        """Each text's queries (one a text where `single`) to its own keys and values."""
-        out = torch.empty(len(queries), self.width, dtype=self.dtype)
-        for n, (a, b) in enumerate(pairwise(ends)):
-            start, end = (n, n + 1) if single else (a, b)
-            if a == b:
-                continue
-            q = queries[start:end].view(1, end - start, self.heads, -1).transpose(1, 2)
-            k, v = joined[a:b].view(1, b - a, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            out[start:end].view(1, end - start, self.heads, -1).copy_(scaled_dot_product_attention(q, k, v).transpose(1, 2))
-        return out
 
     def _after(self, layer: Any, attended: Tensor, rows: Tensor) -> Tensor:
         """What a layer does with what was attended to."""
