@@ -28,8 +28,8 @@ def expected(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tens
     for n in range(len(q_offsets) - 1):
         a, b, c, d = int(q_offsets[n]), int(q_offsets[n + 1]), int(k_offsets[n]), int(k_offsets[n + 1])
         if c < d:
-            parts = (x.double().reshape(len(x), heads, -1).transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
-            out[a:b] = scaled_dot_product_attention(*parts).transpose(0, 1).flatten(1)
+            Q, K, V = (x.double().reshape(-1, heads, x.shape[1] // heads).transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+            out[a:b] = scaled_dot_product_attention(Q, K, V).transpose(0, 1).flatten(1)
     return out
 
 

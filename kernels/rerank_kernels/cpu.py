@@ -167,8 +167,8 @@ def torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k
     out = torch.zeros(q.shape, dtype=q.dtype)
     for a, b, c, d in zip(q_offsets.tolist(), q_offsets[1:].tolist(), k_offsets.tolist(), k_offsets[1:].tolist()):
         if a < b and c < d:
-            split = [x.view(len(x), heads, -1).transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]
-            out[a:b] = scaled_dot_product_attention(*split)[0].transpose(0, 1).flatten(1)
+            Q, K, V = (x.view(-1, heads, x.shape[1] // heads).transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            out[a:b] = scaled_dot_product_attention(Q, K, V)[0].transpose(0, 1).flatten(1)
     return out
 
 

@@ -58,7 +58,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offse
     out = torch.zeros_like(q)
     for a, b, c, d in zip(q_offsets.tolist(), q_offsets[1:].tolist(), k_offsets.tolist(), k_offsets[1:].tolist()):
         if c < d:
-            Q, K, V = (x.float().reshape(len(x), heads, -1).transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+            Q, K, V = (x.float().reshape(-1, heads, x.shape[1] // heads).transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
             out[a:b] = (torch.softmax(Q @ K.mT / Q.shape[-1] ** 0.5, -1) @ V).transpose(0, 1).flatten(1).to(q.dtype)
     return out
 

@@ -187,7 +187,7 @@ def _onnx(outputs: Outputs, precision: str, token_types: bool) -> Run:
 
 
 def _openvino(outputs: Outputs, precision: str, token_types: bool) -> Run:
-    from openvino import Core
+    from openvino import Core  # type: ignore[attr-defined]
 
     hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(precision, precision), "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
