@@ -219,11 +219,11 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
     # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
     whole = detail and len(dataset.qrels) * options.top_k >= len(texts)
 
-    def corpus_vectors() -> torch.Tensor:
+    def corpus_vectors(distinct: list[str]) -> Iterator[torch.Tensor]:
         with _counting("encode corpus") as progress:
             if whole and detail:
-                reranker.encode(texts, detail=detail, progress=progress)
-            return reranker.pooled(texts, progress=progress)
+                reranker.encode(distinct, detail=detail, progress=progress)
+            yield from reranker.pooled_blocks(distinct, progress=progress)
 
     found = make_candidates(
         options.candidates,

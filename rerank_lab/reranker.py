@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from rerank_lab.run import order
 from rerank_lab.timing import Clock
 
 EXACT = "torch, fp32"
+BLOCK = 1 << 16  # documents whose pooled vectors are held at once where a whole corpus is looked at: 100 MB at 384 dimensions
 Document = str | Mapping[str, Any]
 AnyPool = TypeVar("AnyPool", bound=Pool)
 
@@ -262,11 +263,20 @@ class Reranker:
         keys = ensure(self.encoder, self.cache, texts, max_tokens=limit, detail=Detail.POOLED, kind=kind, progress=progress)
         return self.cache.gather(keys, Detail.POOLED).pooled
 
+    def pooled_blocks(self, texts: Sequence[str], *, size: int = BLOCK, progress: Progress = lambda done, total: None) -> Iterator[Tensor]:
+        """The same in blocks of `size` documents, so that a corpus that does not fit in memory can be looked at."""
+        for start in range(0, len(texts), size):
+            yield self.pooled(texts[start : start + size], progress=progress)
+
     def _new_caches(self, folder: Path | None) -> None:
         """One for the bi-encoder and one for a one-way cross-encoder's backbone, which is the same where they are."""
         read = self.cross.encoder if isinstance(self.cross, OneWayCrossEncoder) else None
-        self.cache = None if self.encoder is None else VectorCache(self.encoder.key(), folder, disk_bytes=self.cache_bytes)
-        self.cross_cache = self.cache if read is self.encoder else None if read is None else VectorCache(read.key(), folder, disk_bytes=self.cache_bytes)
+
+        def new(encoder: BiEncoder) -> VectorCache:
+            return VectorCache(encoder.key(), folder, disk_bytes=self.cache_bytes, about=encoder.about())
+
+        self.cache = None if self.encoder is None else new(self.encoder)
+        self.cross_cache = self.cache if read is self.encoder else None if read is None else new(read)
 
     def _names(self) -> str:
         return " and ".join(model.name for model in (self.encoder, self.cross) if model is not None)

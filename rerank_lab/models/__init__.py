@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
+
+for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed transformers imports it, and it says which GPU libraries it misses
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_CROSS = "minilm-cross"

@@ -156,6 +156,10 @@ class BiEncoder:
         parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
+    def about(self) -> dict[str, str]:
+        """What people know the vectors of this `key` by."""
+        return {"model": self.name, "arithmetic": self.arithmetic, "token_dimensions": str(self.token_dimensions), "weights": self.weights}
+
     @property
     def arithmetic(self) -> str:
         """The precision, and the runtime where it decides what the precision means."""
