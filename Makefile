@@ -12,8 +12,9 @@ eval: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/python -m rerank_lab.server $(ARGS)
 
+# A worker a core, each with one thread: kernels in Triton's interpreter and servers keep no more busy.
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Full collections, long fuzzing, other versions.
 test-slow: $(VENV)/.installed

@@ -1,34 +1,54 @@
-"""python experiments/bench_models.py: models beside the libraries in use
+"""python experiments/bench_models.py --dataset SCIFACT: models beside the libraries in use
 
-Pairs a second of `standard` under the one-way cross-encoder and of
-sentence_transformers.CrossEncoder.predict, its defaults, on a classifier of the
-same backbone: each query of --dataset with its nearest documents. Medians of
-five rounds after one of warm-up, the contenders in turn within a round. Times
-of one run on a shared machine: read the ratios.
+encode   the bi-encoder over --documents texts, beside SentenceTransformer.encode
+pairs    a classifier on the same backbone over --pairs pairs, beside
+         CrossEncoder.predict; its head is untrained, since speed is the subject
+seen     fast and best over 100 candidates: documents new, then seen before, beside
+         one forward of the query
+one-way  standard under minilm-cross, documents new and seen, beside predict
+tokens   scoring 50 x 100 candidates whose token vectors are given, beside pylate's
+         rerank and the scorer of rerankers' ColBERT (MaxSim, fp32)
+
+The same texts, threads and weights, the peer with its defaults. Medians of --rounds
+after one of warm-up, the contenders in turn within a round; MB is the peak of a process
+that does one of them alone. Times of one run on a shared machine: read the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad
 from tqdm import tqdm
 
-from rerank_kernels import similarity_topk
+from rerank_kernels import similarity_topk, subspace_attention
 from rerank_lab.datasets import load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
-from rerank_lab.models import locate
+from rerank_lab.models import load_bi_encoder, load_cross_encoder, locate
 from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.models.runtimes import PRECISIONS
+from rerank_lab.options import count
 from rerank_lab.reranker import Reranker
+from rerank_lab.timing import peak_memory_mb
 
-ROUNDS = 5
+MODEL = "all-MiniLM-L6-v2"
+QUERIES, CANDIDATES, QUERY_TOKENS, TOKENS, R = 50, 100, 32, 180, 128  # of the row `tokens`
+FEW = 2  # pools of the rows in which documents are new each time
+Work = Callable[[], Any]
 
 
 def classifier(folder: Path, limit: int) -> Path:
@@ -36,7 +56,7 @@ def classifier(folder: Path, limit: int) -> Path:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(0)
-    source = locate("all-MiniLM-L6-v2", "bi-encoder")
+    source = locate(MODEL, "bi-encoder")
     AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.model_max_length = limit
@@ -44,76 +64,265 @@ def classifier(folder: Path, limit: int) -> Path:
     return folder
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+class Setting:
+    """What the contenders work on; each part is made when one asks for it."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.options, self.folder = options, folder
+        dataset = load_dataset(options.dataset)
+        self.name, self.texts, self.queries = dataset.name, list(dataset.corpus.values())[: options.documents], list(dataset.queries.values())
+
+    @cached_property
+    def pools(self) -> list[tuple[str, list[str]]]:
+        """Queries with up to 100 documents each, --pairs pairs together."""
+        size = min(CANDIDATES, len(self.texts), self.options.pairs)
+        chosen = [self.queries[n % len(self.queries)] for n in range(max(1, self.options.pairs // size))]
+        ready = Reranker(MODEL, "fast", device="cpu")
+        nearest = similarity_topk(ready.pooled(chosen, kind="query"), ready.pooled(self.texts), size)[1].tolist()
+        return [(query, [self.texts[i] for i in row]) for query, row in zip(chosen, nearest)]
+
+    @cached_property
+    def checkpoint(self) -> str:
+        return str(self.folder) if (self.folder / "config.json").is_file() else str(classifier(self.folder, self.options.tokens))
+
+    @cached_property
+    def given(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Unit token vectors of queries and of each one's candidates, of uneven lengths."""
+        generator = torch.Generator().manual_seed(0)
+        queries = [normalize(torch.randn(QUERY_TOKENS, R, generator=generator), dim=-1) for _ in range(QUERIES)]
+        lengths = torch.randint(TOKENS // 2, TOKENS + 1, (QUERIES, CANDIDATES), generator=generator)
+        return queries, [[normalize(torch.randn(int(n), R, generator=generator), dim=-1) for n in row] for row in lengths]
+
+
+def encode_peer(s: Setting) -> Work:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(locate(MODEL, "bi-encoder")), device="cpu")
+    model.max_seq_length = s.options.tokens
+    return lambda: model.encode(s.texts, show_progress_bar=False, convert_to_tensor=True)
+
+
+def encode_ours(s: Setting, precision: str) -> Work:
+    model = load_bi_encoder(MODEL, device="cpu", precision=precision)
+    return lambda: model.encode(s.texts, max_tokens=s.options.tokens - model.specials, detail=Detail.POOLED).pooled
+
+
+def pairs_peer(s: Setting, pools: int | None = None) -> Work:
+    from sentence_transformers import CrossEncoder as Peer
+
+    model, pairs = Peer(s.checkpoint, device="cpu"), [(query, text) for query, pool in s.pools[:pools] for text in pool]
+    return lambda: model.predict(pairs, show_progress_bar=False, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
+
+
+def pairs_ours(s: Setting, precision: str) -> Work:
+    model = load_cross_encoder(s.checkpoint, device="cpu", precision=precision)
+    assert isinstance(model, CrossEncoder)
+    return lambda: torch.cat([model.score(query, pool)[0] for query, pool in s.pools])
+
+
+def pools_ours(s: Setting, method: str, *, new: bool) -> Work:
+    cross = "minilm-cross" if method == "standard" else None
+    ready = Reranker(MODEL, method, cross, device="cpu")
+    for query, pool in s.pools[:FEW]:
+        ready.score(query, pool)
+    return lambda: [(ready.without_cache() if new else ready).score(query, pool).seconds for query, pool in s.pools[:FEW]] and None
+
+
+def tokens_pylate(s: Setting) -> Work:
+    from pylate.rank import rerank
+
+    queries, documents = s.given
+    ids: list[list[int | str]] = [list(range(CANDIDATES)) for _ in queries]
+    return lambda: torch.tensor([[row["score"] for row in sorted(found, key=lambda r: r["id"])] for found in rerank(ids, queries, documents)])
+
+
+def tokens_rerankers(s: Setting) -> Work:
+    from rerankers.models.colbert_ranker import _colbert_score
+
+    queries, documents = s.given
+    padded = [torch.stack([pad(d, (0, 0, 0, TOKENS - len(d))) for d in row]) for row in documents]
+    masks = [torch.stack([torch.arange(TOKENS) < len(d) for d in row]).long() for row in documents]
+    own = torch.ones(1, QUERY_TOKENS, dtype=torch.int64)
+    return lambda: torch.cat([_colbert_score(q[None], d, own, m) for q, d, m in zip(queries, padded, masks)]) * QUERY_TOKENS
+
+
+def tokens_ours(s: Setting) -> Work:
+    queries, documents = s.given
+    flat = [d for row in documents for d in row]
+    q, d = torch.cat(queries), torch.cat(flat)
+    q_offsets, d_offsets = (torch.tensor([0, *map(len, parts)]).cumsum(0) for parts in (queries, flat))
+    pairs = torch.stack([torch.arange(len(flat)) // CANDIDATES, torch.arange(len(flat))], 1)
+    return lambda: subspace_attention(q, q_offsets, d, d_offsets, pairs, 0.0).view(QUERIES, CANDIDATES, QUERY_TOKENS).sum(-1)
+
+
+def contenders(precision: str) -> dict[str, dict[str, Callable[[Setting], Work]]]:
+    """Row → contender → what builds it; the first of a row is what the others are measured against."""
+    return {
+        "encode": {
+            "SentenceTransformer.encode": encode_peer,
+            "ours, fp32": lambda s: encode_ours(s, "fp32"),
+            f"ours, {precision}": lambda s: encode_ours(s, precision),
+        },
+        "pairs": {
+            "CrossEncoder.predict": pairs_peer,
+            "ours, fp32 ": lambda s: pairs_ours(s, "fp32"),
+            f"ours, {precision} ": lambda s: pairs_ours(s, precision),
+        },
+        "seen": {
+            "fast, documents new": lambda s: pools_ours(s, "fast", new=True),
+            "fast, seen": lambda s: pools_ours(s, "fast", new=False),
+            "best, documents new": lambda s: pools_ours(s, "best", new=True),
+            "best, seen": lambda s: pools_ours(s, "best", new=False),
+        },
+        "one-way": {
+            "CrossEncoder.predict ": lambda s: pairs_peer(s, FEW),
+            "minilm-cross, documents new": lambda s: pools_ours(s, "standard", new=True),
+            "minilm-cross, seen": lambda s: pools_ours(s, "standard", new=False),
+        },
+        "tokens": {"pylate.rank.rerank": tokens_pylate, "rerankers' ColBERT scorer": tokens_rerankers, "ours, MaxSim": tokens_ours},
+    }
+
+
+def gemm_rate() -> float:
+    """GFLOP/s of fp32 matrix products of the forward's shape."""
+    a, b, taken = torch.randn(1024, 384), torch.randn(384, 1536), []
+    for _ in range(40):
+        start = time.perf_counter()
+        a @ b
+        taken.append(time.perf_counter() - start)
+    return 2 * 1024 * 384 * 1536 / median(taken[10:]) / 1e9
+
+
+def flops(s: Setting, row: str) -> float:
+    """Of the row's work in fp32, by the models' own formulas; NaN where the row is not one forward."""
+    if row == "encode":
+        model = load_bi_encoder(MODEL, device="cpu")
+        texts = model.tokenize(s.texts, "document", s.options.tokens - model.specials)
+        return float(model.flops(torch.tensor([len(t) - model.specials for t in texts]), Detail.POOLED))
+    if row == "pairs":
+        cross = load_cross_encoder(s.checkpoint, device="cpu")
+        assert isinstance(cross, CrossEncoder)
+        return float(sum(cross.flops(torch.tensor([len(t) for t in cross.tokenize(query, pool, 512)])) for query, pool in s.pools))
+    return float("nan")
+
+
+def apart(row: str, found: Any, wanted: Any) -> str:
+    """The largest difference of the results: of cosines to 1 for vectors, of scores else."""
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
+        return "-"
+    gap = 1 - (found.float() * wanted.float()).sum(1) if row == "encode" else found.float() - wanted.float()
+    return f"{float(gap.abs().max()):.0e}"
+
+
+def measure(s: Setting, row: str, bar: tqdm[Any]) -> list[str]:
+    """One row's lines."""
+    works: dict[str, Work] = {}
+    lines = []
+    for name, build in contenders(s.options.precision)[row].items():
+        try:
+            works[name] = build(s)
+        except ImportError as error:
+            lines.append(f"{name}: left out, not installed: pip install {error.name}")
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    results, rates = {}, []
+    for turn in range(s.options.rounds + 1):
+        rates.append(gemm_rate())
+        for name, work in works.items():
+            start = time.perf_counter()
+            results[name] = work()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+            bar.update()
+    peer, work_flops, rate = next(iter(works)), flops(s, row), median(rates)
+    for name, times in taken.items():
+        seconds, ours = median(times), name.startswith("ours")
+        share = "-" if np.isnan(work_flops) or not ours else f"{work_flops / seconds / 1e9 / rate:.2f}"
+        ratio = median(taken[peer]) / seconds
+        lines.append(f"{row:<8}{name.strip():<29}{ratio:>8.2f}{apart(row, results[name], results[peer]):>9}{share:>8}{peak(s.options, name):>8}")
+    return lines + (forwards(s) if row == "seen" else [])
+
+
+def forwards(s: Setting) -> list[str]:
+    """p95 of a request beside one forward of the query."""
+    model, lines = load_bi_encoder(MODEL, device="cpu"), []
+    for method in ("fast", "best"):
+        ready, both = Reranker(model, method, device="cpu"), []
+        pools = [(s.queries[n % len(s.queries)], s.pools[n % len(s.pools)][1]) for n in range(3 * QUERIES)]
+        for turn, (query, pool) in enumerate([*s.pools, *pools]):
+            start = time.perf_counter()
+            ready.score(query, pool)
+            middle = time.perf_counter()
+            model.read(model.tokenize([query], "query", model.limit), detail=Detail.TOKENS if method == "best" else Detail.POOLED)
+            if turn >= len(s.pools):
+                both.append((middle - start, time.perf_counter() - middle))
+        whole, forward = np.array(both).T
+        ratios = [np.percentile(whole, p) / np.median(forward) for p in (50, 95)]
+        lines.append(
+            f"        {method}, seen: p50 {ratios[0]:.2f}, p95 {ratios[1]:.2f} x the median forward of its query (whose own p95 is {np.percentile(forward, 95) / np.median(forward):.2f})"
+        )
+    return lines
+
+
+def peak(options: argparse.Namespace, name: str) -> str:
+    """MB of a process that does this contender's work once, and nothing else."""
+    command = [
+        sys.executable,
+        __file__,
+        "--dataset",
+        options.dataset,
+        "--peak",
+        name,
+        "--threads",
+        str(torch.get_num_threads()),
+        "--precision",
+        options.precision,
+    ]
+    for flag in ("documents", "pairs", "tokens"):
+        command += [f"--{flag}", str(getattr(options, flag))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "-"
+
+
+def run(options: argparse.Namespace) -> str:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        s = Setting(options, Path(folder) / "classifier")
+        if options.peak:
+            builders = {name: build for row in contenders(options.precision).values() for name, build in row.items()}
+            builders[options.peak](s)()
+            return f"{peak_memory_mb():.0f}"
+        facts, rows = describe(torch.device("cpu")), options.only or list(contenders(options.precision))
+        lines = [
+            f"{len(s.texts)} documents of {s.name}, {sum(len(pool) for _, pool in s.pools)} pairs, {options.tokens} tokens at most; medians of {options.rounds};",
+            f"{facts['threads']} threads of {facts['cpu']}, torch {facts['packages']['torch']}",
+            "",
+            f"{'row':<8}{'':<29}{'x first':>8}{'apart':>9}{'GEMM':>8}{'MB':>8}",
+        ]
+        total = sum(len(contenders(options.precision)[row]) for row in rows) * (options.rounds + 1)
+        with tqdm(total=total, desc="rounds", disable=None) as bar:
+            for row in rows:
+                lines += measure(s, row, bar)
+    return "\n".join([*lines, "", "GEMM: FLOPs a second over those of fp32 matrix products in the same run."])
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python experiments/bench_models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="numpydoc", help="bundled name or BEIR folder (default: numpydoc)")
-    p.add_argument("--queries", type=int, default=2, metavar="N", help="queries a round (default: 2)")
-    p.add_argument("--candidates", type=int, default=100, metavar="N", help="documents a query (default: 100)")
-    p.add_argument("--limit", type=int, default=256, metavar="TOKENS", help="of a pair in predict (default: 256)")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    p.add_argument("--documents", type=count, default=512, metavar="N", help="texts, and what pools are drawn from (default: 512)")
+    p.add_argument("--pairs", type=count, default=2000, metavar="N", help="of query and document (default: 2000)")
+    p.add_argument("--tokens", type=count, default=256, metavar="N", help="of a text or a pair at most, special ones counted (default: 256)")
+    p.add_argument("--precision", choices=PRECISIONS[1:], default="bf16", help="of the rows beside fp32 (default: bf16)")
+    p.add_argument("--rounds", type=count, default=5, metavar="N", help="(default: 5)")
+    p.add_argument("--only", nargs="+", choices=list(contenders("bf16")), metavar="ROW", help="some of: " + ", ".join(contenders("bf16")))
+    p.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
+    p.add_argument("--peak", help=argparse.SUPPRESS)
     return p
 
 
-def run(options: argparse.Namespace) -> str:
-    from sentence_transformers import CrossEncoder
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    dataset = load_dataset(options.dataset)
-    queries = list(dataset.queries.values())[: options.queries]
-    ours = Reranker("all-MiniLM-L6-v2", "standard", "minilm-cross", device="cpu")
-    texts = list(dataset.corpus.values())
-    nearest = similarity_topk(ours.pooled(queries, kind="query"), ours.pooled(texts), min(options.candidates, len(texts)))[1].tolist()
-    pools = [(query, [texts[i] for i in row]) for query, row in zip(queries, nearest)]
-    pairs = [(query, text) for query, pool in pools for text in pool]
-    with tempfile.TemporaryDirectory() as folder:
-        peer = CrossEncoder(str(classifier(Path(folder), options.limit)), device="cpu")
-
-    def predict() -> None:
-        peer.predict(pairs, show_progress_bar=False)
-
-    def cached() -> None:
-        for query, pool in pools:
-            ours.score(query, pool)
-
-    def new() -> None:
-        for query, pool in pools:
-            ours.without_cache().score(query, pool)
-
-    contenders: dict[str, Callable[[], None]] = {"CrossEncoder.predict": predict, "standard, documents new": new, "standard, documents cached": cached}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in tqdm(range(ROUNDS + 1), desc="rounds", disable=None):
-        for name, work in contenders.items():
-            taken = timed(work)
-            if turn:
-                seconds[name].append(taken)
-    assert ours.encoder is not None
-    tokens = int(ours.encoder.encode([text for _, text in pairs], detail=Detail.POOLED).lengths.clamp(max=ours.encoder.limit).sum())
-    facts, base = describe(torch.device("cpu")), median(seconds["CrossEncoder.predict"])
-    lines = [
-        f"{len(queries)} queries x {len(pairs) // len(queries)} documents of {dataset.name}, {tokens / len(pairs):.0f} tokens a document,",
-        f"fp32, {facts['threads']} threads of {facts['cpu']}, torch {facts['packages']['torch']}",
-        "",
-        f"{'':<28}{'pairs/s':>10}{'x predict':>12}{'fastest to slowest round':>28}",
-    ]
-    for name, times in seconds.items():
-        rates = [len(pairs) / t for t in times]
-        lines.append(f"{name:<28}{median(rates):>10.1f}{base / median(times):>11.2f} {f'{max(rates):.1f} to {min(rates):.1f}':>28}")
-    return "\n".join(lines)
-
-
 def main() -> int:
-    options = parser().parse_args()
-    if min(options.queries, options.candidates, options.limit) < 1:
-        parser().error("--queries, --candidates and --limit must be at least 1")
     try:
-        print(run(options))
+        print(run(parser().parse_args()))
     except UserError as error:
         print(f"bench_models: error: {error}", file=sys.stderr)
         return 2

@@ -81,7 +81,7 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace, encoder: BiEncoder):
         self.options, self.encoder = options, encoder
-        self.cache = VectorCache(encoder.key(), options.work / "cache", disk_bytes=1 << 60)
+        self.cache = VectorCache(encoder.key(), options.work / "cache", disk_bytes=1 << 60, about=encoder.about())
         self.net = adaptable(encoder, options.rank)
         self.trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         rates = {"gate": 5e-3, "null_key": 5e-3, "cosine_scale": 3e-2, "token_scale": 3e-2, "A": options.rate, "B": options.rate}

@@ -42,7 +42,7 @@ def make_candidates(
     top_k: int,
     *,
     encode: Callable[[list[str]], torch.Tensor],
-    corpus_vectors: Callable[[], torch.Tensor],
+    corpus_vectors: Callable[[list[str]], Iterable[torch.Tensor]],
     drop_identical: bool,
     progress: Progress,
 ) -> Candidates:
@@ -53,7 +53,7 @@ def make_candidates(
         dataset: the collection.
         top_k: candidates a query at most.
         encode: B queries → pooled vectors (B × d), for dense.
-        corpus_vectors: pooled vectors of the whole corpus in order (N × d), for dense.
+        corpus_vectors: N texts → their pooled vectors in order, in blocks of any size (… × d), for dense; one block is held at a time.
         drop_identical: leave out the document whose id is the query's.
         progress: wraps an iterable in a progress bar with a title.
 
@@ -78,16 +78,22 @@ def make_candidates(
         groups: dict[str, list[int]] = {}
         for i, text in enumerate(dataset.corpus.values()):
             groups.setdefault(text, []).append(i)
-        repeats, vectors = list(groups.values()), corpus_vectors()
-        if len(repeats) < len(ids):
-            vectors = vectors[[places[0] for places in repeats]]
-        items = list(queries.items())
-        for start in progress(range(0, len(items), QUERY_BATCH), "dense retrieval"):
-            batch = items[start : start + QUERY_BATCH]
-            values, index_ = similarity_topk(encode([text for _, text in batch]), vectors, min(fetch, len(repeats)))
-            for (q, _), row, distinct in zip(batch, values.numpy(), index_.tolist()):
-                found = sorted((-score, i) for score, d in zip(row, distinct) for i in repeats[d])[:fetch]
-                run[q] = Ranked([ids[i] for _, i in found], np.array([-score for score, _ in found], dtype=np.float32))
+        repeats, items = list(groups.values()), list(queries.items())
+        batches = [encode([text for _, text in items[start : start + QUERY_BATCH]]) for start in range(0, len(items), QUERY_BATCH)]
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        start = 0
+        for block in corpus_vectors(list(groups)):
+            for n, vectors in enumerate(progress(batches, "dense retrieval")):
+                values, places = similarity_topk(vectors, block, min(fetch, len(block)))
+                if start == 0:
+                    found.append((values, places))
+                else:
+                    found[n] = _better(found[n], (values, places + start), fetch)
+            start += len(block)
+        for n, (values, places) in enumerate(found):
+            for (q, _), row, distinct in zip(items[n * QUERY_BATCH :], values.numpy(), places.tolist()):
+                ranked = sorted((-score, i) for score, d in zip(row, distinct) for i in repeats[d])[:fetch]
+                run[q] = Ranked([ids[i] for _, i in ranked], np.array([-score for score, _ in ranked], dtype=np.float32))
         about = {"source": "dense"}
     elif kind == "run" and path:
         given = read_trec(Path(path))
@@ -127,6 +133,13 @@ def oracle(run: Run, dataset: Dataset) -> Run:
         places = order(grades)
         best[q] = Ranked([ranked.documents[i] for i in places], grades[places])
     return best
+
+
+def _better(before: tuple[torch.Tensor, torch.Tensor], later: tuple[torch.Tensor, torch.Tensor], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best k of two blocks' values and places (B × …, descending); of equal ones those of the earlier block stand first."""
+    values, places = (torch.cat(pair, 1) for pair in zip(before, later))
+    kept = torch.sort(values, dim=1, descending=True, stable=True).indices[:, :k]
+    return values.gather(1, kept), places.gather(1, kept)
 
 
 def _without(ranked: Ranked, identifier: str, top_k: int) -> Ranked:

@@ -32,7 +32,7 @@ from rerank_lab.models import REGISTRY
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import default_folder
 from rerank_lab.options import effective, parse
-from rerank_lab.reranker import Ranking, Reranker
+from rerank_lab.reranker import EXACT, Ranking, Reranker
 from rerank_lab.run import write_atomically
 from rerank_lab.timing import peak_memory_mb, reset_peak_memory
 
@@ -123,6 +123,15 @@ def _evaluate(options: argparse.Namespace, methods: dict[str, Method], remote: d
     collected: dict[str, dict[str, Any]] = {}
     for label in methods:
         collected[label] = _run_method(label, rows[label], dataset, candidates, journal, options)
+    if local and reranker.arithmetic != EXACT:
+        # What a faster runtime or precision loses on the same candidates, beside what it wins.
+        exact, needed = _reranker(options, local, exact=True), {d: None for ranked in candidates.run.values() for d in ranked.documents}
+        if detail is not None:
+            with _counting("encode candidates in fp32") as progress:
+                exact.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
+        for label, method in local.items():
+            row = exact.using(method, cross=runs_cross(label, method))
+            collected[label]["exact"] = _records(f"{label} in fp32", row, dataset, candidates, journal)
     about = {
         "environment": describe(reranker.device) | {"peak_memory_per_method": reset, "vector_cache": reranker.cache_state},
         "config": config,
@@ -186,7 +195,8 @@ def _endpoint(url: str, label: str, method: Method, options: argparse.Namespace)
     )
 
 
-def _reranker(options: argparse.Namespace, methods: dict[str, Method]) -> Reranker:
+def _reranker(options: argparse.Namespace, methods: dict[str, Method], *, exact: bool = False) -> Reranker:
+    """The models; `exact`: under torch in fp32, whatever the options say."""
     needs_cross = any(runs_cross(label, method) for label, method in methods.items())
     return Reranker(
         options.model,
@@ -198,6 +208,8 @@ def _reranker(options: argparse.Namespace, methods: dict[str, Method]) -> Rerank
         cache_bytes=int(options.cache_gb * 1e9),
         subspace=options.subspace,
         device=options.device,
+        runtime="torch" if exact else options.runtime,
+        precision="fp32" if exact else options.precision,
     )
 
 
@@ -207,11 +219,11 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
     # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
     whole = detail and len(dataset.qrels) * options.top_k >= len(texts)
 
-    def corpus_vectors() -> torch.Tensor:
+    def corpus_vectors(distinct: list[str]) -> Iterator[torch.Tensor]:
         with _counting("encode corpus") as progress:
             if whole and detail:
-                reranker.encode(texts, detail=detail, progress=progress)
-            return reranker.pooled(texts, progress=progress)
+                reranker.encode(distinct, detail=detail, progress=progress)
+            yield from reranker.pooled_blocks(distinct, progress=progress)
 
     found = make_candidates(
         options.candidates,
@@ -232,7 +244,13 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
 def _run_method(
     label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, journal: Journal, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Ranks every query that the journal lacks; gives all records and the cold timings."""
+    """Every query's record and the cold timings."""
+    records = _records(label, reranker, dataset, candidates, journal)
+    return {"records": records, "token_limit": reranker.token_limit, "cold": _cold(label, reranker, dataset, candidates, options)}
+
+
+def _records(label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, journal: Journal) -> list[dict[str, Any]]:
+    """Ranks every query that the journal lacks; gives all records."""
     records = journal.records(label)
     done = {r["query"] for r in records}
     left = [q for q in candidates.run if q not in done]
@@ -245,7 +263,7 @@ def _run_method(
         record = _record(q, ranking, candidates, time.perf_counter() - start, known=isinstance(reranker, Reranker))
         journal.append(label, record)
         records.append(record)
-    return {"records": records, "token_limit": reranker.token_limit, "cold": _cold(label, reranker, dataset, candidates, options)}
+    return records
 
 
 def _cold(label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, options: argparse.Namespace) -> dict[str, Any]:

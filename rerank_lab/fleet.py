@@ -34,19 +34,29 @@ class Fleet:
 
     @classmethod
     def load(
-        cls, models: Sequence[str], crosses: Sequence[str], *, subspace: str | None = None, device: str = "auto", cache_bytes: int = MEMORY_BYTES
+        cls,
+        models: Sequence[str],
+        crosses: Sequence[str],
+        *,
+        subspace: str | None = None,
+        device: str = "auto",
+        runtime: str = "auto",
+        precision: str = "fp32",
+        cache_bytes: int = MEMORY_BYTES,
     ) -> Fleet:
         """Loads bi-encoders and cross-encoders by registry id, folder or hub name; a one-way cross-encoder shares its bi-encoder's weights.
 
         Args:
             subspace: of the first bi-encoder.
+            device, runtime, precision: as Reranker takes them.
             cache_bytes: bound on all caches together.
 
         Raises:
             UserError: a model that is not to be found, or has another role.
         """
-        encoders = {name: load_bi_encoder(name, subspace=subspace if n == 0 else None, device=device) for n, name in enumerate(models)}
-        readers = {name: load_cross_encoder(name, device=device, encoder=encoders.get(backbone_of(name) or "")) for name in crosses}
+        place = {"device": device, "runtime": runtime, "precision": precision}
+        encoders = {name: load_bi_encoder(name, subspace=subspace if n == 0 else None, **place) for n, name in enumerate(models)}
+        readers = {name: load_cross_encoder(name, encoder=encoders.get(backbone_of(name) or ""), **place) for name in crosses}
         making = {id(e): e for e in [*encoders.values(), *(c.encoder for c in readers.values() if isinstance(c, OneWayCrossEncoder))]}
         bound = cache_bytes // max(1, len(making))
         return cls(encoders, readers, {key: VectorCache(e.key(), memory_bytes=bound) for key, e in making.items()})

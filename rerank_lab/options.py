@@ -12,6 +12,7 @@ from typing import Any
 
 from rerank_kernels import BACKENDS
 from rerank_lab.errors import UserError
+from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -115,6 +116,13 @@ def machine_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--kernels", choices=BACKENDS, default="auto", help="which implementation of the operators runs; auto: triton on CUDA, cpu on the CPU (default: auto)"
     )
+    group.add_argument(
+        "--runtime",
+        choices=("auto", *RUNTIMES),
+        default="auto",
+        help="what runs the transformers; auto: torch, or what computes in --precision (default: auto)",
+    )
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the transformers; bf16 where the processor has it (default: fp32)")
     group.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,8 @@ from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.run import order
 from rerank_lab.timing import Clock
 
+EXACT = "torch, fp32"
+BLOCK = 1 << 16  # documents whose pooled vectors are held at once where a whole corpus is looked at: 100 MB at 384 dimensions
 Document = str | Mapping[str, Any]
 AnyPool = TypeVar("AnyPool", bound=Pool)
 
@@ -83,6 +85,8 @@ class Reranker:
         cache_bytes: bound on what the folder holds of one model.
         subspace: safetensors file with the model's projection V; None: the shipped one, or none.
         device: "auto", "cpu", "cuda", "mps".
+        runtime: "auto", "torch", "compile", "onnx", "openvino"; what runs the transformers.
+        precision: "fp32", "bf16", "int8"; of the transformers.
 
     Raises:
         UserError (a ValueError): a model that is not to be found or has another role, an unknown method or setting,
@@ -101,6 +105,8 @@ class Reranker:
         cache_bytes: int = DISK_BYTES,
         subspace: str | None = None,
         device: str = "auto",
+        runtime: str = "auto",
+        precision: str = "fp32",
     ):
         if max_tokens_per_doc < 1:
             raise UserError(f"max_tokens_per_doc must be at least 1, not {max_tokens_per_doc}")
@@ -109,8 +115,9 @@ class Reranker:
         if model_cross is None and "cross-encoder" in self.method.roles:
             model_cross = DEFAULT_CROSS
         _check_roles(self.method, model, model_cross)
-        self.encoder: BiEncoder | None = load_bi_encoder(model, subspace=subspace, device=device) if isinstance(model, str) else model
-        self.cross = load_cross_encoder(model_cross, device=device, encoder=self.encoder) if isinstance(model_cross, str) else model_cross
+        place = {"device": device, "runtime": runtime, "precision": precision}
+        self.encoder: BiEncoder | None = load_bi_encoder(model, subspace=subspace, **place) if isinstance(model, str) else model
+        self.cross = load_cross_encoder(model_cross, encoder=self.encoder, **place) if isinstance(model_cross, str) else model_cross
         self.cache_bytes = cache_bytes
         self._new_caches(None if cache_dir is None else Path(cache_dir))
 
@@ -199,6 +206,13 @@ class Reranker:
         return next(model.device for model in (self.encoder, self.cross) if model is not None)
 
     @property
+    def arithmetic(self) -> str:
+        """Runtime and precision of the transformers: EXACT is what others are compared with."""
+        model = self.encoder or (self.cross.encoder if isinstance(self.cross, OneWayCrossEncoder) else self.cross)
+        assert model is not None
+        return f"{model.runtime}, {model.precision}"
+
+    @property
     def cache_state(self) -> str:
         """Where vectors are kept: "disk", "memory", or "none" without a bi-encoder."""
         cache = self.cache if self.cache is not None else self.cross_cache
@@ -230,6 +244,7 @@ class Reranker:
             "model_vectors": None if self.encoder is None else self.encoder.key(),
             "model_cross": None if self.cross is None else self.cross.name,
             "model_cross_files": None if self.cross is None else self.cross.fingerprint,
+            "arithmetic": self.arithmetic,
         }
 
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
@@ -248,11 +263,20 @@ class Reranker:
         keys = ensure(self.encoder, self.cache, texts, max_tokens=limit, detail=Detail.POOLED, kind=kind, progress=progress)
         return self.cache.gather(keys, Detail.POOLED).pooled
 
+    def pooled_blocks(self, texts: Sequence[str], *, size: int = BLOCK, progress: Progress = lambda done, total: None) -> Iterator[Tensor]:
+        """The same in blocks of `size` documents, so that a corpus that does not fit in memory can be looked at."""
+        for start in range(0, len(texts), size):
+            yield self.pooled(texts[start : start + size], progress=progress)
+
     def _new_caches(self, folder: Path | None) -> None:
         """One for the bi-encoder and one for a one-way cross-encoder's backbone, which is the same where they are."""
         read = self.cross.encoder if isinstance(self.cross, OneWayCrossEncoder) else None
-        self.cache = None if self.encoder is None else VectorCache(self.encoder.key(), folder, disk_bytes=self.cache_bytes)
-        self.cross_cache = self.cache if read is self.encoder else None if read is None else VectorCache(read.key(), folder, disk_bytes=self.cache_bytes)
+
+        def new(encoder: BiEncoder) -> VectorCache:
+            return VectorCache(encoder.key(), folder, disk_bytes=self.cache_bytes, about=encoder.about())
+
+        self.cache = None if self.encoder is None else new(self.encoder)
+        self.cross_cache = self.cache if read is self.encoder else None if read is None else new(read)
 
     def _names(self) -> str:
         return " and ".join(model.name for model in (self.encoder, self.cross) if model is not None)

@@ -48,9 +48,7 @@ def summarize(
     """
     config = about["config"]
     names, seed = config["measures"], config["seed"]
-    runs: dict[str, Run] = {
-        label: {r["query"]: Ranked(r["documents"], np.array(r["scores"], dtype=np.float32)) for r in part["records"]} for label, part in collected.items()
-    }
+    runs = {label: _run(part["records"]) for label, part in collected.items()}
     frames = {label: evaluate(run, dataset.qrels, names) for label, run in runs.items()}
     agreed = {label: _agreement(part["records"], collected.get(_ours(label), {}).get("records", [])) for label, part in collected.items() if _remote(label)}
     rows = [_row(label, methods[label], dataset, about, frames, runs[label], collected[label], agreed.get(label), seed) for label in methods]
@@ -90,6 +88,10 @@ def _remote(label: str) -> bool:
 
 def _ours(label: str) -> str:
     return split_label(label)[1]
+
+
+def _run(records: list[dict[str, Any]]) -> Run:
+    return {r["query"]: Ranked(r["documents"], np.array(r["scores"], dtype=np.float32)) for r in records}
 
 
 def _agreement(records: list[dict[str, Any]], ours: list[dict[str, Any]]) -> pd.DataFrame:
@@ -132,6 +134,7 @@ def _row(
         "ci95": {n: stats.bootstrap_interval(frame[n].to_numpy(), seed) for n in frame},
         "vs": vs,
         "agreement": _mean_agreement(_ours(label), agreed),
+        "vs_fp32": _vs_fp32(part, dataset, seed),
         "settings": sent_settings(method, config["max_tokens_per_doc"]) if remote else method.settings(),
         "latency_ms": _latency(seconds),
         "cold_latency_ms": _latency(np.array(cold["seconds"])),
@@ -158,6 +161,15 @@ def _mean_agreement(ours: str, agreed: pd.DataFrame | None) -> dict[str, Any] | 
         return None
     values = {name: agreed[name].max() if name == "max_score_diff" else agreed[name].mean() for name in AGREEMENT}
     return {"with": ours, "queries": len(agreed)} | {name: None if np.isnan(value) else float(value) for name, value in values.items()}
+
+
+def _vs_fp32(part: dict[str, Any], dataset: Dataset, seed: int) -> dict[str, Any] | None:
+    """What the runtime and precision change against torch in fp32 on the same candidates; None where those are what ran."""
+    if "exact" not in part:
+        return None
+    own, exact = (evaluate(_run(part[name]), dataset.qrels, ["nDCG@10"])["nDCG@10"].to_numpy() for name in ("records", "exact"))
+    agreed = _mean_agreement("torch, fp32", _agreement(part["records"], part["exact"])) or {}
+    return {"delta_ndcg@10": float((own - exact).mean()), "ci95": stats.bootstrap_interval(own - exact, seed), **agreed}
 
 
 def _phases(phases: list[dict[str, float]]) -> dict[str, float] | None:
@@ -226,6 +238,11 @@ def findings(result: dict[str, Any]) -> list[str]:
         sentences.append(
             f"{label} {verb} {vs['baseline']}: {_interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {vs['measure']}, Holm p {_p(vs['p_holm'])}{times}."
         )
+    for label, row in rows.items():
+        if lost := row.get("vs_fp32"):
+            change, gap = _interval(lost["delta_ndcg@10"], lost["ci95"], "+.4f", "+.4f"), lost.get("max_score_diff")
+            scores = "" if gap is None else f", largest score difference {gap:.2g}"
+            sentences.append(f"{label} under {result['models']['arithmetic']}: {change} nDCG@10 against torch, fp32 on the same candidates{scores}.")
     for label, row in rows.items():
         if agreed := row.get("agreement"):
             tau, overlap, gap = ("undefined" if agreed[k] is None else f"{agreed[k]:{form}}" for k, form in zip(AGREEMENT, (".4f", ".4f", ".2g")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,15 @@ def trec_lines(run: Run, tag: str) -> Iterator[str]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes under a temporary name and renames it, so that the file is whole or not there; text as UTF-8."""
+    """Writes under a temporary name of its own and renames it, so that the file is whole or not there; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_trec(path: Path) -> Run:

@@ -151,11 +151,12 @@ def test_a_damaged_shard_is_dropped_with_a_warning_and_rebuilt(
     (path,) = set(shards(tmp_path)) - {spared}
     DAMAGE[damage](path)
     encoded.clear()
-    again = VectorCache(encoder.key(), tmp_path)
+    assert_same(get(encoder, VectorCache(encoder.key(), tmp_path)), wanted)
     assert [r.levelname for r in caplog.records] == ["WARNING"] and str(path) in caplog.text
-    assert shards(tmp_path) == [spared] and len(again) == 2
-    assert_same(get(encoder, again), wanted)
-    assert encoded == TEXTS[2:]
+    assert encoded == TEXTS[2:] and spared.exists() and not path.exists()
+    encoded.clear()
+    assert_same(get(encoder, VectorCache(encoder.key(), tmp_path)), wanted)
+    assert encoded == [] and len(caplog.records) == 1
 
 
 def test_no_flipped_bit_of_a_shard_goes_unseen(tmp_path: Path) -> None:
@@ -167,11 +168,26 @@ def test_no_flipped_bit_of_a_shard_goes_unseen(tmp_path: Path) -> None:
         assert module._read(path) is None, place
 
 
-def test_a_shard_of_another_schema_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_no_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_ones = [made(seed) for seed in range(3)]
+    for keys, vectors in made_ones:
+        VectorCache("m", tmp_path).add(keys, vectors, Detail.TOKENS)
+    read: list[Path] = []
+    real = module._checksum
+    monkeypatch.setattr(module, "_checksum", lambda path: read.append(path) or real(path))  # type: ignore[func-returns-value]
+    cache = VectorCache("m", tmp_path)
+    assert len(cache) == 9 and read == []
+    assert cache.has(made_ones[1][0][0], Detail.TOKENS) and cache.has(made_ones[1][0][2], Detail.TOKENS)
+    assert len(read) == 1
+    torch.equal(cache.gather(made_ones[1][0], Detail.TOKENS).pooled, made_ones[1][1].pooled)
+    assert len(read) == 1
+
+
+def test_a_shard_of_another_schema_is_dropped_without_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with monkeypatch.context() as earlier:
         earlier.setattr(module, "SCHEMA", "0")
         VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
-    assert len(VectorCache("m", tmp_path)) == 0 and not shards(tmp_path)
+    assert len(VectorCache("m", tmp_path)) == 0 and not shards(tmp_path) and not caplog.records
 
 
 def test_leftovers_of_a_writer_are_ignored_and_old_ones_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -248,35 +264,6 @@ def test_a_full_disk_leaves_the_cache_in_memory_with_what_it_had(tmp_path: Path,
     assert len(VectorCache("m", tmp_path)) == 3
 
 
-def test_trim_drops_the_oldest_past_the_bound_and_no_more(encoder: BiEncoder, encoded: list[str]) -> None:
-    size = 4 * 384 + 2 * 3 * encoder.token_dimensions  # of a text with three tokens
-    texts = [f"{word} two tables" for word in ("join", "sort", "read", "write")]
-    cache = VectorCache(encoder.key(), memory_bytes=2 * size)
-    for text in texts:
-        get(encoder, cache, [text])
-    wanted = get(encoder, cache, texts)
-    assert len(cache) == 4
-    cache.trim()
-    assert [cache.has(text_key(text, encoder.limit), Detail.TOKENS) for text in texts] == [False, False, True, True] and len(cache) == 2
-    assert_same(get(encoder, cache, texts), wanted)
-    assert encoded == [*texts, *texts[:2]]
-
-
-def test_trim_keeps_what_a_later_shard_took_over_and_what_is_on_disk(tmp_path: Path) -> None:
-    keys, vectors = made(0)
-    cache = VectorCache("m", memory_bytes=vectors.pooled.nbytes + vectors.tokens.nbytes + vectors.states.nbytes)
-    for detail in (Detail.POOLED, Detail.TOKENS):
-        cache.add(keys, vectors, detail)
-    cache.trim()
-    assert len(cache) == 3 and torch.equal(cache.gather(keys, Detail.TOKENS).tokens, vectors.tokens)
-    disk = VectorCache("m", tmp_path, memory_bytes=0)
-    disk.add(keys, vectors, Detail.TOKENS)
-    disk.folder = None  # as after a full disk
-    disk.add(*made(1), Detail.TOKENS)
-    disk.trim()
-    assert len(disk) == 3 and all(disk.has(key, Detail.TOKENS) for key in keys)
-
-
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_states_hold_what_less_detail_asks_for(encoder: BiEncoder, encoded: list[str], tmp_path: Path, on_disk: bool) -> None:
     folder, keys = tmp_path if on_disk else None, [text_key(text, encoder.limit) for text in TEXTS]
@@ -292,25 +279,6 @@ def test_states_hold_what_less_detail_asks_for(encoder: BiEncoder, encoded: list
     assert [part.tolist() for part in cache.states(keys)] == [part.tolist() for part in states]
     assert len(get(encoder, cache).states) == 0 == len(get(encoder, cache, detail=Detail.POOLED).tokens)
     assert encoded == TEXTS * 3
-
-
-def test_the_folder_is_kept_to_its_bound_by_dropping_the_oldest_files(
-    encoder: BiEncoder, encoded: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    texts = [f"{word} two tables" for word in ("join", "sort", "read", "write")]
-    size = 4 * 384 + 2 * 3 * (encoder.token_dimensions + 6 * 384)  # of a text with three tokens
-    cache = VectorCache(encoder.key(), tmp_path, disk_bytes=2 * size)
-    for text in texts[:3]:
-        get(encoder, cache, [text], detail=Detail.STATES)
-    assert len(cache) == len(shards(tmp_path)) == 3 and not caplog.records, "not while something may be about to be gathered"
-    cache.trim()
-    assert len(cache) == len(shards(tmp_path)) == 2 and len(caplog.records) == 1 and "the oldest are dropped" in caplog.text and "--cache-gb" in caplog.text
-    ensure(encoder, cache, texts, max_tokens=256, detail=Detail.STATES, keep=False)
-    assert encoded == [*texts[:3], texts[0], texts[3]] and len(shards(tmp_path)) <= 2
-    again = VectorCache(encoder.key(), tmp_path, disk_bytes=0)
-    shards(tmp_path)[0].unlink()  # by another process
-    again.trim()
-    assert len(again) == len(shards(tmp_path)) == 0
 
 
 def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

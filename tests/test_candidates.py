@@ -41,10 +41,12 @@ def rounded(vectors: torch.Tensor, noise: float) -> torch.Tensor:
     return vectors + noise * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0))
 
 
-def find(folder: Path, source: str, top_k: int = 10, encoder: BiEncoder | None = None, drop_identical: bool = False, noise: float = 0) -> Candidates:
+def find(
+    folder: Path, source: str, top_k: int = 10, encoder: BiEncoder | None = None, drop_identical: bool = False, noise: float = 0, blocks: int = 1 << 20
+) -> Candidates:
     data = load_dataset(str(folder))
     encode = unused if encoder is None else lambda texts: encoder.encode(texts, kind="query", detail=Detail.POOLED).pooled
-    corpus = unused if encoder is None else lambda: rounded(encoder.encode(list(data.corpus.values()), detail=Detail.POOLED).pooled, noise)
+    corpus = unused if encoder is None else lambda texts: torch.split(rounded(encoder.encode(texts, detail=Detail.POOLED).pooled, noise), blocks)
     return make_candidates(source, data, top_k, encode=encode, corpus_vectors=corpus, drop_identical=drop_identical, progress=silent)
 
 
@@ -87,8 +89,9 @@ def test_bm25_candidates_match_a_term_and_tie_in_corpus_order(beir: Beir) -> Non
     assert found.notes == ["3 of 4 judged queries have no candidates: they score 0 and count"]
 
 
-def test_dense_is_brute_force(beir: Beir, encoder: BiEncoder) -> None:
-    found = find(beir(queries=QUERIES | {"q5": " "}, qrels=QRELS | {"q5": {"d1": 1}}), "dense", encoder=encoder)
+@pytest.mark.parametrize("blocks", [100, 4, 1])
+def test_dense_is_brute_force(beir: Beir, encoder: BiEncoder, blocks: int) -> None:
+    found = find(beir(queries=QUERIES | {"q5": " "}, qrels=QRELS | {"q5": {"d1": 1}}), "dense", encoder=encoder, blocks=blocks)
     assert list(found.run) == list(QUERIES)
     ids, texts = list(DOCUMENTS), [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
     vectors = encoder.encode(texts, detail=Detail.POOLED).pooled.double().numpy()

@@ -29,6 +29,15 @@ typedef struct {
     int type, failed;
 } attention;
 
+/* Texts that attend to themselves, or single rows of theirs: head h of a row stands at columns h * dim. */
+typedef struct {
+    const float *q, *k, *v;
+    const int64_t *q_offsets, *k_offsets;
+    int64_t count, heads, dim, q_stride, k_stride, longest, next;
+    float *out;
+    int failed;
+} packed;
+
 /* The best results of one query so far, unordered. A key orders as (value, lower index first) does, NaN below -inf and -0 with 0; its low half is
    the index's complement, so one pass takes fewer than 2^32 documents. */
 typedef struct {
@@ -158,7 +167,8 @@ static void merge_worker(void *argument) {
 #endif
 
 typedef void (*worker)(void *);
-static const worker ATTENTION[] = LEVELS(attention_worker), TOPK[] = LEVELS(topk_worker), SEGMENT[] = LEVELS(segment_worker);
+static const worker ATTENTION[] = LEVELS(attention_worker), TOPK[] = LEVELS(topk_worker), SEGMENT[] = LEVELS(segment_worker),
+                    PACKED[] = LEVELS(packed_worker);
 
 static void run(parallel start, worker work, void *job, int64_t threads, int64_t tasks) {
     threads = threads < tasks ? threads : tasks;
@@ -205,6 +215,18 @@ int rerank_attention(int level, parallel start, int64_t threads, const float *q,
                      float tau, float *out) {
     attention job = {q, scales, d, q_offsets, d_offsets, pairs, out_at, count, dim, longest, 0, tau, out, type, 0};
     if (count) run(start, ATTENTION[level], &job, threads, (count + CHUNK - 1) / CHUNK);
+    return job.failed;
+}
+
+/* 2 where offsets do not fit. */
+int rerank_packed(int level, parallel start, int64_t threads, const float *q, const float *k, const float *v, const int64_t *q_offsets,
+                  const int64_t *k_offsets, int64_t count, int64_t q_rows, int64_t k_rows, int64_t heads, int64_t dim, int64_t q_stride,
+                  int64_t k_stride, float *out) {
+    if (!rises(q_offsets, count, q_rows) || !rises(k_offsets, count, k_rows)) return 2;
+    packed job = {q, k, v, q_offsets, k_offsets, count, heads, dim, q_stride, k_stride, 0, 0, out, 0};
+    for (int64_t i = 0; i < count; i++)
+        if (k_offsets[i + 1] - k_offsets[i] > job.longest) job.longest = k_offsets[i + 1] - k_offsets[i];
+    if (count) run(start, PACKED[level], &job, threads, count * heads);
     return job.failed;
 }
 

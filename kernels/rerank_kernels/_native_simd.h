@@ -165,6 +165,87 @@ static TARGET void NAME(attention_worker)(void *argument) {
     free(panel);
 }
 
+/* exp of what is not above 0, the smallest normal number below -87; NaN stays. */
+INLINE V NAME(decay)(V x) {
+    x = SELECT(x < -87.0f, (V){0} - 87.0f, x);
+    V n = x * 1.44269504f + 12582912.0f;
+    I e = (I)n - (0x4b400000 - 127);
+    n -= 12582912.0f;
+    V r = x - n * 0.693359375f;
+    r -= n * -2.12194440e-4f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1.0f) * (V)(e << 23);
+}
+
+/* Scores of C vectors of queries by key as exp(score - largest), and one over their sums. */
+INLINE void NAME(weigh)(float *s, int64_t length, V *total, const int C) {
+    V most[4], sum[2] = {{0}, {0}};
+    for (int c = 0; c < 2 * C; c++) most[c] = LOAD(s + c % C * W);
+    for (int64_t j = 0; j + 1 < length; j += 2)
+        for (int c = 0; c < 2 * C; c++) {
+            V x = LOAD(s + (j * C + c) * W);
+            most[c] = SELECT(x > most[c], x, most[c]);
+        }
+    for (int c = 0; c < C; c++) {
+        V x = LOAD(s + ((length - 1) * C + c) * W), y = most[c + C];
+        x = SELECT(x > y, x, y);
+        most[c] = SELECT(x > most[c], x, most[c]);
+    }
+    for (int64_t j = 0; j < length; j++)
+        for (int c = 0; c < C; c++) {
+            V *x = (V *)(s + (j * C + c) * W);
+            *x = NAME(decay)(*x - most[c]);
+            sum[c] += *x;
+        }
+    for (int c = 0; c < C; c++) total[c] = 1.0f / sum[c];
+}
+
+/* One head of one text a task. Lanes are queries, so that softmax over the keys needs no reduction across lanes; a block's weights are
+   the panel of the product with the values. */
+static TARGET void NAME(packed_worker)(void *argument) {
+    packed *job = argument;
+    int64_t dim = job->dim, width = job->heads * dim;
+    float *keys = scratch(&job->failed, job->longest * (2 * dim + 2 * W) + 4 * W * dim), rate = 1.0f / sqrtf((float)dim);
+    if (!keys) return;
+    float *values = keys + job->longest * dim, *s = values + job->longest * dim, *panel = s + job->longest * 2 * W, *o = panel + 2 * W * dim;
+    for (int64_t task; (task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->count * job->heads;) {
+        int64_t text = task / job->heads, column = task % job->heads * dim, row = job->k_offsets[text], length = job->k_offsets[text + 1] - row;
+        if (!length) continue;
+        for (int64_t j = 0; j < length; j++) {
+            const float *key = job->k + (row + j) * job->k_stride + column, *value = job->v + (row + j) * job->k_stride + column;
+            for (int64_t t = 0; t < dim; t++) keys[j * dim + t] = key[t], values[t * length + j] = value[t];
+        }
+        for (int64_t start = job->q_offsets[text], end = job->q_offsets[text + 1]; start < end; start += 2 * W) {
+            int64_t used = end - start < 2 * W ? end - start : 2 * W;
+            int C = used > W ? 2 : 1;
+            for (int64_t lane = 0; lane < C * W; lane++) {
+                const float *query = job->q + (start + lane) * job->q_stride + column;
+                for (int64_t t = 0; t < dim; t++) panel[t * C * W + lane] = lane < used ? query[t] * rate : 0.0f;
+            }
+            for (int64_t j = 0, R; j < length; j += R) {
+                R = NAME(rows_of)(length - j);
+                NAME(tile)(keys + j * dim, dim, panel, (const char *)panel, 0, s + j * C * W, (int)R, C);
+            }
+            V total[2];
+            if (C == 2) NAME(weigh)(s, length, total, 2);
+            else NAME(weigh)(s, length, total, 1);
+            for (int64_t t = 0, R; t < dim; t += R) {
+                R = NAME(rows_of)(dim - t);
+                NAME(tile)(values + t * length, length, s, (const char *)s, 0, o + t * C * W, (int)R, C);
+            }
+            for (int64_t lane = 0; lane < used; lane++) {
+                float *out = job->out + (start + lane) * width + column, factor = ((float *)total)[lane];
+                for (int64_t t = 0; t < dim; t++) out[t] = o[t * C * W + lane] * factor;
+            }
+        }
+    }
+    free(keys);
+}
+
 INLINE float NAME(sum)(V x) {
     float lanes[W];
     *(V *)lanes = x;

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
 from rerank_kernels.reference import dequantize
 
@@ -38,6 +38,7 @@ def _library() -> ctypes.CDLL | None:
                 return None
             library.rerank_layout.argtypes, library.rerank_layout.restype = [_P, _N, _N, _P, _N, _N, _P, _N, _P], _N
             library.rerank_attention.argtypes = [_I, _P, _N, _P, _P, _N, _P, _I, _P, _N, _P, _P, _P, _N, ctypes.c_float, _P]
+            library.rerank_packed.argtypes = [_I, _P, _N, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _P]
             library.rerank_topk.argtypes = [_I, _P, _N, _P, _N, _P, _I, _N, _N, _P, _P, _N, _I, _P, _P]
             return library
     return None
@@ -137,6 +138,38 @@ def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tenso
     """
     found = native_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)
     return torch_attention(q, q_offsets, d, d_offsets, pairs, tau, scales) if found is None else found
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor | None:
+    """As `reference.packed_attention` by the C library, in fp32: None without it, for other types, or where offsets do not fit.
+
+    Raises:
+        MemoryError: no memory for a thread's working space.
+    """
+    level, library = _level(), _library()
+    if level < 0 or library is None or q.dtype != torch.float32:
+        return None
+    q, k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (q, k, v))
+    if k.stride(0) != v.stride(0):
+        k, v = k.contiguous(), v.contiguous()
+    q_offsets, k_offsets, out = q_offsets.contiguous(), k_offsets.contiguous(), torch.zeros(q.shape)
+    failed = library.rerank_packed(
+        level, _pool(), torch.get_num_threads(), q.data_ptr(), k.data_ptr(), v.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr(),
+        len(q_offsets) - 1, len(q), len(k), heads, q.shape[1] // heads, q.stride(0), k.stride(0), out.data_ptr(),
+    )  # fmt: skip
+    if failed == 1:
+        raise MemoryError("no memory for the working space of packed_attention")
+    return None if failed else out
+
+
+def torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor:
+    """`packed_attention` in torch alone: its fused attention, text by text."""
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    for a, b, c, d in zip(q_offsets.tolist(), q_offsets[1:].tolist(), k_offsets.tolist(), k_offsets[1:].tolist()):
+        if a < b and c < d:
+            Q, K, V = (x.view(-1, heads, x.shape[1] // heads).transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            out[a:b] = scaled_dot_product_attention(Q, K, V)[0].transpose(0, 1).flatten(1)
+    return out
 
 
 def similarity_topk(

@@ -53,6 +53,16 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
 
 
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor:
+    """Softmax attention of each text's queries to its own keys, head by head; 0 where it has none."""
+    out = torch.zeros_like(q)
+    for a, b, c, d in zip(q_offsets.tolist(), q_offsets[1:].tolist(), k_offsets.tolist(), k_offsets[1:].tolist()):
+        if c < d:
+            Q, K, V = (x.float().reshape(-1, heads, x.shape[1] // heads).transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+            out[a:b] = (torch.softmax(Q @ K.mT / Q.shape[-1] ** 0.5, -1) @ V).transpose(0, 1).flatten(1).to(q.dtype)
+    return out
+
+
 def similarity_topk(
     queries: Tensor, documents: Tensor, k: int, segments: Tensor | None = None, metric: str = "cosine", scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

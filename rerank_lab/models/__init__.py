@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
+
+for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed transformers imports it, and it says which GPU libraries it misses
+    logging.getLogger(noisy).setLevel(logging.ERROR)
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_CROSS = "minilm-cross"
@@ -52,25 +56,29 @@ REGISTRY = {
 }
 
 
-def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "auto") -> BiEncoder:
+def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "auto", runtime: str = "auto", precision: str = "fp32") -> BiEncoder:
     """A bi-encoder by registry id, checkpoint folder or hub name.
 
     Args:
         name: e.g. "all-MiniLM-L6-v2", "./my-model", "BAAI/bge-small-en-v1.5".
         subspace: a safetensors file with V, as experiments/fit_subspace.py writes it; None: the shipped one, or none.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        runtime, precision: "auto", "torch", "compile", "onnx", "openvino"; "fp32", "bf16", "int8".
 
     Raises:
         UserError: not to be found, or of another role.
     """
-    return BiEncoder(locate(name, "bi-encoder"), name, subspace=_read_subspace(subspace), device=pick_device(device))
+    folder, V = locate(name, "bi-encoder"), _read_subspace(subspace)
+    return BiEncoder(folder, name, subspace=V, device=pick_device(device), runtime=runtime, precision=precision)
 
 
-def load_cross_encoder(name: str, *, device: str = "auto", encoder: BiEncoder | None = None) -> CrossEncoder | OneWayCrossEncoder:
+def load_cross_encoder(
+    name: str, *, device: str = "auto", runtime: str = "auto", precision: str = "fp32", encoder: BiEncoder | None = None
+) -> CrossEncoder | OneWayCrossEncoder:
     """A cross-encoder by registry id, checkpoint folder, hub name, or the file of a one-way adapter on the default model.
 
     Args:
-        name, device: as for load_bi_encoder.
+        name, device, runtime, precision: as for load_bi_encoder.
         encoder: a loaded bi-encoder, shared by a one-way adapter where it is the one that the adapter belongs to.
 
     Raises:
@@ -79,8 +87,10 @@ def load_cross_encoder(name: str, *, device: str = "auto", encoder: BiEncoder | 
     if backbone := backbone_of(name):
         file = ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name)
         shared = encoder is not None and encoder.name == backbone and _has_shipped_subspace(encoder)
-        return OneWayCrossEncoder(encoder if encoder is not None and shared else load_bi_encoder(backbone, device=device), file, name)
-    return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(device))
+        if encoder is None or not shared:
+            encoder = load_bi_encoder(backbone, device=device, runtime=runtime, precision=precision)
+        return OneWayCrossEncoder(encoder, file, name)
+    return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(device), runtime=runtime, precision=precision)
 
 
 def backbone_of(name: str) -> str | None:

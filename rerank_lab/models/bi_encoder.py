@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from rerank_kernels import pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.forward import Tokens, encoder_flops, encodings, forward, load_checkpoint
-from rerank_lab.models.transformer import Packed, Padded
+from rerank_lab.models.runtimes import choose, network
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -86,12 +86,22 @@ class BiEncoder:
         name: what messages and results call it.
         subspace: d × r orthonormal projection of token vectors; None: the one shipped for these very weights, or none.
         device: torch device.
+        runtime, precision: as models.runtimes.choose takes them; norms, pooling and what is kept stay as they are.
 
     Raises:
-        UserError: no such checkpoint, or a module that is not known here.
+        UserError: no such checkpoint, a runtime that cannot be had, or a module that is not known here.
     """
 
-    def __init__(self, folder: Path, name: str, *, subspace: Tensor | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        subspace: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        runtime: str = "auto",
+        precision: str = "fp32",
+    ):
         from transformers import AutoModel
 
         self.name, self.folder, self.device = name, folder, torch.device(device)
@@ -108,8 +118,9 @@ class BiEncoder:
         self.limit: int = min(known, default=512) - self.specials
         if self.limit < 1:
             raise UserError(f"model {name!r}: a limit of {min(known)} tokens leaves none for the text")
-        fits = Packed.fits(model)
-        self.network = Packed(model) if fits else Padded(model, tokenizer.pad_token_id or 0, "token_type_ids" in tokenizer.model_input_names)
+        self.runtime, self.precision = choose(runtime, precision), precision
+        reads: dict[str, Any] = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}
+        self.network = network(model, runtime=self.runtime, precision=precision, **reads)
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -142,8 +153,17 @@ class BiEncoder:
     def key(self) -> str:
         """Names everything but text and token limit that a document's vectors depend on."""
         subspace = b"" if self.subspace is None else self.subspace.cpu().numpy().tobytes()
-        parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), "fp32", self.device.type]
+        parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+    def about(self) -> dict[str, str]:
+        """What people know the vectors of this `key` by."""
+        return {"model": self.name, "arithmetic": self.arithmetic, "token_dimensions": str(self.token_dimensions), "weights": self.weights}
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision, and the runtime where it decides what the precision means."""
+        return self.precision if self.precision != "int8" else f"int8, {self.runtime}"
 
     def prompt(self, kind: str) -> str:
         """The text that the model wants in front of a query or a document."""

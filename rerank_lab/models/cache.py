@@ -1,20 +1,23 @@
 """Vectors that are made once: a cache by (model, token limit, text), in memory and, where a folder is given, on disk.
 
-On disk a model's vectors are shards, one safetensors file for each call of `add`, written to a temporary name and
-renamed to one that ends in its checksum, memory-mapped when read. A shard that does not read back (cut short, wrong
-checksum) is deleted with a warning and its texts are encoded again. Past a bound in bytes the oldest shards are dropped.
+On disk a model's vectors are shards, one safetensors file for each call of `add`, written to a temporary name and renamed to
+one that ends in its checksum, memory-mapped when read. Opening reads their keys alone; a shard is checked when something of it is
+first wanted, and one that does not read back (cut short, wrong checksum) is deleted with a warning and its texts are encoded again.
+Past a bound in bytes the shards go that were not used for longest, whichever process wrote or used them: the time of a file is its
+last use, to the minute. A file that one process deletes stays readable to another that has mapped it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,11 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.run import write_atomically
 
 log = logging.getLogger(__name__)
 SCHEMA = "2"
 CHUNK = {Detail.POOLED: 512, Detail.TOKENS: 512, Detail.STATES: 64}  # texts a shard, tens of megabytes at most
 MEMORY_BYTES = 2 << 30
+TOUCH = 60.0  # seconds between two notes of a shard's use
+ABOUT = "about.json"
 DISK_BYTES = 16 << 30
 
 Progress = Callable[[int, int], object]
@@ -42,21 +48,52 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rerank_lab"
 
 
+def vectors_folder(folder: Path) -> Path:
+    """Where a cache folder keeps vectors, a folder a model."""
+    return folder / "vectors"
+
+
 def text_key(text: str, max_tokens: int, kind: str = "document") -> bytes:
     """16 bytes that stand for a text at a token limit, as a document or as a query."""
     return hashlib.blake2b(f"{kind}\0{max_tokens}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Shard:
-    keys: list[bytes]
-    vectors: Vectors
-    detail: Detail
-    path: Path | None = None  # None: held by the process
+    """Vectors that were added together.
 
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.vectors.pooled, self.vectors.tokens, self.vectors.states))
+    Attributes:
+        keys: of the texts, in order.
+        size: bytes that count against a bound.
+        path: where it lies; None: held by the process.
+        vectors: None until something of it is wanted.
+        used: when it was last, on the cache's own count.
+        touched: when that was last noted in the file's time.
+    """
+
+    keys: list[bytes]
+    detail: Detail
+    size: int
+    path: Path | None = None
+    vectors: Vectors | None = None
+    used: int = 0
+    touched: float = 0.0
+
+    @classmethod
+    def held(cls, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Shard:
+        """One that is kept in memory."""
+        size = sum(t.numel() * t.element_size() for t in (vectors.pooled, vectors.tokens, vectors.states))
+        return cls(list(keys), detail, size, None, vectors)
+
+    def use(self, count: int) -> Vectors:
+        """Its vectors, and a note that they were wanted."""
+        self.used = max(self.used, count)  # a cache that has borrowed it counts from 0
+        if self.path is not None and time.time() - self.touched > TOUCH:
+            self.touched = time.time()
+            with suppress(OSError):  # another process may have dropped it
+                os.utime(self.path)
+        assert self.vectors is not None
+        return self.vectors
 
 
 class VectorCache:
@@ -65,33 +102,35 @@ class VectorCache:
     Args:
         model_key: what the vectors depend on besides text and token limit (BiEncoder.key).
         folder: where shards are kept; None: in memory alone.
-        memory_bytes: bound on what is held in memory without a folder; the oldest shards go first.
-        disk_bytes: bound on what the folder holds of this model; the same.
+        memory_bytes: bound on what is held in memory without a folder.
+        disk_bytes: bound on what the folder holds of this model, whichever process put it there.
+        about: what tells people which model this is, kept beside its shards.
     """
 
-    def __init__(self, model_key: str, folder: Path | None = None, memory_bytes: int = MEMORY_BYTES, disk_bytes: int = DISK_BYTES):
-        self.folder = None if folder is None else folder / "vectors" / model_key
+    def __init__(
+        self,
+        model_key: str,
+        folder: Path | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+        disk_bytes: int = DISK_BYTES,
+        about: Mapping[str, str] | None = None,
+    ):
+        self.folder = None if folder is None else vectors_folder(folder) / model_key
+        self.about = dict(about or {})
         self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
         self._lock = threading.RLock()  # of what is written; a reader's own texts are in its way only where it borrowed them
         self._shards: dict[int, Shard] = {}
         self._places: dict[bytes, tuple[int, int]] = {}
         self._next, self._dropped = 0, False
-        self._bytes = {True: 0, False: 0}  # held in memory, on disk
+        self._held, self._count = 0, 0
+        self._grown = True  # since the folder was last looked at
         if self.folder is not None and self.folder.is_dir():
             for path in self.folder.glob("*.tmp"):
                 with suppress(OSError):  # its writer may just be renaming it
                     if time.time() - path.stat().st_mtime > 3600:
                         path.unlink()
             for path in sorted(self.folder.glob("*.safetensors"), key=_age):
-                shard = _read(path)
-                if shard is None and not path.exists():
-                    continue  # another process has just dropped it
-                if shard is None:
-                    log.warning("vector cache: %s does not read back; deleted, its texts will be encoded again", path)
-                    with suppress(OSError):
-                        path.unlink()
-                else:
-                    self._register(shard)
+                self._open(path)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -99,45 +138,65 @@ class VectorCache:
     @property
     def held_bytes(self) -> int:
         """Vectors in memory."""
-        return self._bytes[True]
+        return self._held
 
     def has(self, key: bytes, detail: Detail) -> bool:
         """Whether the text's vectors are here, in at least this detail."""
         place = self._places.get(key)
-        return place is not None and self._shards[place[0]].detail >= detail
+        return place is not None and self._reads_back(place[0]) and self._shards[place[0]].detail >= detail
 
     def add(self, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> None:
         """Keeps the vectors of N texts; on disk first, where there is a folder."""
         if self.folder is None:
-            self._register(Shard(list(keys), vectors, detail))
+            self._register(Shard.held(keys, vectors, detail))
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shard = _read(_write(self.folder, keys, vectors, detail))
+            if not (self.folder / ABOUT).is_file():
+                write_atomically(self.folder / ABOUT, json.dumps(self.about, indent=1))
+            path = _write(self.folder, keys, vectors, detail)
         except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
             log.warning("vector cache: %s cannot be written (%s); going on without it", self.folder, error)
             self.folder = None
             self.add(keys, vectors, detail)
             return
-        self._register(shard or Shard(list(keys), vectors, detail))  # another process may have dropped the file already
+        self._grown = True
+        number = self._open(path)
+        if number is None or not self._reads_back(number):  # another process may have dropped the file already
+            self._register(Shard.held(keys, vectors, detail))
 
     def gather(self, keys: Sequence[bytes], detail: Detail) -> Vectors:
         """The vectors of N texts that are all here, in that order; `detail` and no more, states left to `states`."""
-        rows = [(self._shards[s].vectors, row) for s, row in (self._places[key] for key in keys)]
-        pooled = torch.stack([v.pooled[row] for v, row in rows]) if rows else torch.zeros(0, 0)
-        lengths = torch.tensor([int(v.lengths[row]) for v, row in rows], dtype=torch.int64)
         nothing = torch.zeros(0, 0, dtype=torch.float16)
-        if not detail or not rows:
-            return Vectors(pooled, lengths, torch.zeros(len(rows) + 1, dtype=torch.int64), nothing, nothing)
-        spans = [(v, int(v.offsets[row]), int(v.offsets[row + 1])) for v, row in rows]
-        counts = torch.tensor([0, *(end - start for _, start, end in spans)], dtype=torch.int64)
-        tokens = torch.cat([v.tokens[start:end] for v, start, end in spans])
+        runs = self._runs(keys)
+        if not runs:
+            return Vectors(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), nothing, nothing)
+        pooled = torch.cat([v.pooled[a:b] for v, a, b in runs])
+        lengths = torch.cat([v.lengths[a:b] for v, a, b in runs])
+        if not detail:
+            return Vectors(pooled, lengths, torch.zeros(len(pooled) + 1, dtype=torch.int64), nothing, nothing)
+        counts = torch.cat([lengths.new_zeros(1), *(v.offsets[a : b + 1].diff() for v, a, b in runs)])
+        tokens = torch.cat([v.tokens[int(v.offsets[a]) : int(v.offsets[b])] for v, a, b in runs])
         return Vectors(pooled, lengths, counts.cumsum(0), tokens, nothing)
+
+    def _runs(self, keys: Sequence[bytes]) -> list[tuple[Vectors, int, int]]:
+        """Where the vectors of these texts stand: rows a to b of a shard, as long as they follow each other there."""
+        self._count += 1
+        runs: list[tuple[int, int, int]] = []
+        for number, row in (self._places[key] for key in keys):
+            if runs and runs[-1][0] == number and runs[-1][2] == row:
+                runs[-1] = (number, runs[-1][1], row + 1)
+            else:
+                runs.append((number, row, row + 1))
+        numbers = {number for number, _, _ in runs}
+        if not all(self._reads_back(number) for number in numbers):
+            raise KeyError("vectors that nobody asked `has` for, in a shard that does not read back")
+        used = {number: self._shards[number].use(self._count) for number in numbers}
+        return [(used[number], a, b) for number, a, b in runs]
 
     def states(self, keys: Sequence[bytes]) -> list[Tensor]:
         """The states of N texts that are all here in that detail, one tensor each: views, since to copy them costs as much as to read them."""
-        places = [(self._shards[s].vectors, row) for s, row in (self._places[key] for key in keys)]
-        return [v.states[int(v.offsets[row]) : int(v.offsets[row + 1])] for v, row in places]
+        return [v.states[int(v.offsets[row]) : int(v.offsets[row + 1])] for v, a, b in self._runs(keys) for row in range(a, b)]
 
     def borrow(self, other: VectorCache, keys: Sequence[bytes], detail: Detail) -> list[bytes]:
         """Shares what another cache holds of these texts, so that it stays here when it is dropped there.
@@ -147,55 +206,99 @@ class VectorCache:
         """
         lacking = []
         with other._lock:
+            other._count += 1
             for key in keys:
                 if other.has(key, detail):
                     number, row = other._places[key]
                     shard = other._shards[number]
+                    shard.use(other._count)
                     self._shards[id(shard)] = shard
                     self._places[key] = (id(shard), row)
                 elif not self.has(key, detail):
                     lacking.append(key)
         return lacking
 
-    def _register(self, shard: Shard) -> None:
+    def _open(self, path: Path) -> int | None:
+        """Takes the keys of a shard that lies in the folder; its number, None where it is gone, of another schema or damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("schema") != SCHEMA:
+                    log.info("vector cache: %s has an older form; deleted", path)
+                    path.unlink()
+                    return None
+                keys = [row.tobytes() for row in file.get_tensor("keys").numpy()]
+            return self._register(Shard(keys, Detail(int(about["detail"])), path.stat().st_size, path))
+        except (OSError, KeyError, ValueError, SafetensorError):
+            _discard(path)
+            return None
+
+    def _reads_back(self, number: int) -> bool:
+        """Whether a shard's vectors are here and whole; one that is not is dropped."""
+        shard = self._shards[number]
+        if shard.vectors is None:
+            assert shard.path is not None
+            shard.vectors = _read(shard.path)
+            if shard.vectors is None:
+                self._drop(number)
+                _discard(shard.path)
+        return shard.vectors is not None
+
+    def _register(self, shard: Shard) -> int:
         with self._lock:
-            self._shards[self._next] = shard
+            number, self._next = self._next, self._next + 1
+            self._shards[number] = shard
+            shard.used = self._count
             for row, key in enumerate(shard.keys):
                 place = self._places.get(key)
                 if place is None or self._shards[place[0]].detail <= shard.detail:
-                    self._places[key] = (self._next, row)
-            self._next += 1
-            self._bytes[shard.path is None] += shard.bytes
+                    self._places[key] = (number, row)
+            self._held += shard.size if shard.path is None else 0
+            return number
 
     def trim(self) -> None:
-        """Drops the oldest shards past the bounds; called when nothing is about to be gathered."""
+        """Drops what was not used for longest, past the bounds; called when nothing is about to be gathered."""
         with self._lock:
-            self._trim()
+            if self._held > self.memory_bytes:
+                self._warn(self.memory_bytes, "in memory (a folder holds more)")
+                held = sorted((shard.used, number) for number, shard in self._shards.items() if shard.path is None)
+                while self._held > self.memory_bytes:
+                    self._drop(held.pop(0)[1])
+            if self.folder is not None and self._grown:
+                self._grown = False
+                self._trim_folder(self.folder)
 
-    def _trim(self) -> None:
-        for held, bound in ((False, self.disk_bytes), (True, self.memory_bytes)):
-            if self._bytes[held] <= bound:
-                continue
-            if not self._dropped:
-                where = "in memory (a folder holds more)" if held else f"in {self.folder} (--cache-gb, cache_bytes)"
-                log.warning(
-                    "vector cache: more than %.1f GB of vectors %s; the oldest are dropped, and timed again where they are made again", bound / 1e9, where
-                )
-            self._dropped = True
-            for number in [n for n, shard in self._shards.items() if (shard.path is None) == held]:
-                self._drop(number)
-                if self._bytes[held] <= bound:
-                    break
+    def _trim_folder(self, folder: Path) -> None:
+        own = {shard.path: number for number, shard in self._shards.items() if shard.path is not None}
+        files = sorted((_age(path), path) for path in folder.glob("*.safetensors"))
+        for gone in own.keys() - {path for _, path in files}:  # dropped by another process; what is mapped stays readable
+            if self._shards[own[gone]].vectors is None:
+                self._drop(own[gone])
+        total = sum(size for ((_, _, size), _) in files)
+        for (_, _, size), path in files:
+            if total <= self.disk_bytes:
+                return
+            self._warn(self.disk_bytes, f"in {folder} (--cache-gb, cache_bytes)")
+            total -= size
+            if path in own:
+                self._drop(own[path])
+            with suppress(OSError):  # another process may have dropped it
+                path.unlink()
+
+    def _warn(self, bound: int, where: str) -> None:
+        if not self._dropped:
+            log.warning(
+                "vector cache: more than %.1f GB of vectors %s; those not used for longest are dropped, and timed again where they are made again",
+                bound / 1e9, where,
+            )  # fmt: skip
+        self._dropped = True
 
     def _drop(self, number: int) -> None:
         shard = self._shards.pop(number)
-        self._bytes[shard.path is None] -= shard.bytes
+        self._held -= shard.size if shard.path is None else 0
         for key in shard.keys:
             if self._places.get(key, (-1, 0))[0] == number:
                 del self._places[key]
-        if shard.path is not None:
-            with suppress(OSError):  # another process may have dropped it
-                shard.path.unlink()
 
 
 def ensure(
@@ -250,28 +353,32 @@ def _write(folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail
     return path
 
 
-def _read(path: Path) -> Shard | None:
+def _read(path: Path) -> Vectors | None:
+    """A shard's vectors, mapped; None where it does not read back."""
     try:
         if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
             return None
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
         tensors = load_file(path)
-        if about["schema"] != SCHEMA:
-            return None
-        keys = [bytes(row) for row in tensors["keys"].numpy()]
-        vectors = Vectors(**{field.name: tensors[field.name] for field in fields(Vectors)})
-        return Shard(keys, vectors, Detail(int(about["detail"])), path)
-    except (OSError, KeyError, ValueError, SafetensorError):
+        return Vectors(**{field.name: tensors[field.name] for field in fields(Vectors)})
+    except (OSError, KeyError, SafetensorError):
         return None
 
 
-def _age(path: Path) -> tuple[int, str]:
-    """Sorts the oldest first; a file that is gone meanwhile goes first."""
+def _discard(path: Path) -> None:
+    """Deletes a damaged shard, with a warning; one that another process has just dropped is no damage."""
+    if path.exists():
+        log.warning("vector cache: %s does not read back; deleted, its texts will be encoded again", path)
+        with suppress(OSError):
+            path.unlink()
+
+
+def _age(path: Path) -> tuple[int, str, int]:
+    """Last use, name and bytes of a file; one that is gone meanwhile was used never."""
     try:
-        return path.stat().st_mtime_ns, path.name
+        found = path.stat()
+        return found.st_mtime_ns, path.name, found.st_size
     except OSError:
-        return 0, path.name
+        return 0, path.name, 0
 
 
 def _checksum(path: Path) -> int:

@@ -13,9 +13,8 @@ from torch import Tensor
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.forward import Texts, Tokens, batches, encoder_flops, encodings, load_checkpoint
+from rerank_lab.models.runtimes import choose, network
 from rerank_lab.models.transformer import Packed, Padded
-
-HEADS = ("BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification")
 
 
 class CrossEncoder:
@@ -25,12 +24,13 @@ class CrossEncoder:
         folder: the checkpoint, with exactly one label.
         name: what messages and results call it.
         device: torch device.
+        runtime, precision: as models.runtimes.choose takes them; the head stays fp32 where torch runs a BERT.
 
     Raises:
-        UserError: no such checkpoint, no trained classification head in it, or more than one label.
+        UserError: no such checkpoint, a runtime that cannot be had, no trained classification head in it, or more than one label.
     """
 
-    def __init__(self, folder: Path, name: str, *, device: torch.device | str = "cpu"):
+    def __init__(self, folder: Path, name: str, *, device: torch.device | str = "cpu", runtime: str = "auto", precision: str = "fp32"):
         from transformers import AutoModelForSequenceClassification
 
         self.name, self.device = name, torch.device(device)
@@ -41,8 +41,9 @@ class CrossEncoder:
         self.config: Any = model.config
         limits = [tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
         self.limit: int = int(min(n for n in limits if n))
-        known = type(model).__name__ in HEADS and Packed.fits(model.base_model)
-        self.network = Packed(model.base_model) if known else Padded(model, tokenizer.pad_token_id or 0, "token_type_ids" in tokenizer.model_input_names)
+        self.runtime, self.precision = choose(runtime, precision), precision
+        reads: dict[str, Any] = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}
+        self.network = network(model, runtime=self.runtime, precision=precision, head=True, **reads)
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -97,8 +98,7 @@ class CrossEncoder:
 
     def _run(self, texts: Texts) -> Tensor:
         if isinstance(self.network, Padded):
-            output: Tensor = self.network.model(**self.network.inputs(*texts)).logits
-            return output
+            return self.network.logits(*texts)
         first = self.network(*texts, first=True).last[:, None]
         pooler = getattr(self.network.model, "pooler", None)
         logits: Tensor = self.model.classifier(first if pooler is None else pooler(first))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear
+
+from rerank_kernels import packed_attention
 
 KINDS = ("BertModel", "RobertaModel", "XLMRobertaModel")
 
@@ -49,6 +50,11 @@ class Padded:
             padded["token_type_ids"] = torch.zeros_like(padded["input_ids"]).masked_scatter_(mask, types)
         return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
 
+    def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> Tensor:
+        """B × labels, of a model with a head."""
+        logits: Tensor = self.model(**self.inputs(ids, types, lengths)).logits
+        return logits
+
     def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> States:
         """As Packed's; `first` there only saves work."""
         inputs, seen, hooks = self.inputs(ids, types, lengths), [], []
@@ -60,8 +66,8 @@ class Padded:
             for hook in hooks:
                 hook.remove()
         inside = inputs["attention_mask"].bool()
-        kept = {} if keep is None else {keep: output.hidden_states[keep][inside]}
-        return States(output.last_hidden_state[inside], kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
+        kept = {} if keep is None else {keep: output.hidden_states[keep][inside].float()}
+        return States(output.last_hidden_state[inside].float(), kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
 
 
 class Packed:
@@ -72,10 +78,16 @@ class Packed:
 
     Args:
         model: a BertModel, RobertaModel or XLMRobertaModel in eval mode on the CPU, fp32.
+        dtype: of the linear maps and of attention; the sums between them, norms and embeddings stay fp32. The model's own linear
+            maps are turned into it.
     """
 
-    def __init__(self, model: Any):
-        self.model, config = model, model.config
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32):
+        self.model, self.dtype, config = model, dtype, model.config
+        model.encoder.requires_grad_(False)
+        for module in model.encoder.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(dtype)
         self.heads, self.width = int(config.num_attention_heads), int(config.hidden_size)
         self.first_position = 0 if type(model).__name__ == "BertModel" else int(config.pad_token_id) + 1
         self.joined = [_join([getattr(layer.attention.self, name) for name in ("query", "key", "value")]) for layer in model.encoder.layer]
@@ -100,7 +112,7 @@ class Packed:
             keep: a layer whose input is wanted too.
             keys_values: layers whose keys and values are wanted too.
         """
-        ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        ends = torch.tensor([0, *lengths]).cumsum(0)
         positions = torch.cat([torch.arange(self.first_position, self.first_position + length) for length in lengths])
         x: Tensor = self.model.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
         kept, seen, d = {}, [], self.width
@@ -108,41 +120,30 @@ class Packed:
         for n, (layer, (weight, bias)) in enumerate(zip(layers, self.joined)):
             if n == keep:
                 kept[n] = x
+            read = x.to(self.dtype)
+            asked = ends
             if first and n == len(layers) - 1:
-                starts = torch.tensor(ends[:-1])
-                joined, rows = linear(x, weight[d:], bias[d:]), x[starts]
-                queries = linear(rows, weight[:d], bias[:d])
+                asked = torch.arange(len(ends))
+                joined, rows = linear(read, weight[d:], bias[d:]), x[ends[:-1]]
+                queries = linear(read[ends[:-1]], weight[:d], bias[:d])
             else:
-                joined, rows = linear(x, weight, bias), x
+                joined, rows = linear(read, weight, bias), x
                 queries, joined = joined[:, :d], joined[:, d:]
             if n in keys_values:
                 seen.append(joined)
-            x = self._after(layer, self._attend(queries, joined, ends, len(rows) < len(x)), rows)
+            x = self._after(layer, packed_attention(queries, joined[:, :d], joined[:, d:], asked, ends, self.heads), rows)
         return States(x, kept, torch.cat(seen, 1) if seen else None)
 
-    def _attend(self, queries: Tensor, joined: Tensor, ends: Sequence[int], single: bool) -> Tensor:
-        """Each text's queries (one a text where `single`) to its own keys and values."""
-        out = torch.empty(len(queries), self.width)
-        for n, (a, b) in enumerate(pairwise(ends)):
-            start, end = (n, n + 1) if single else (a, b)
-            if a == b:
-                continue
-            q = queries[start:end].view(1, end - start, self.heads, -1).transpose(1, 2)
-            k, v = joined[a:b].view(1, b - a, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            out[start:end].view(1, end - start, self.heads, -1).copy_(scaled_dot_product_attention(q, k, v).transpose(1, 2))
-        return out
-
-    @staticmethod
-    def _after(layer: Any, attended: Tensor, rows: Tensor) -> Tensor:
+    def _after(self, layer: Any, attended: Tensor, rows: Tensor) -> Tensor:
         """What a layer does with what was attended to."""
         x = _add_norm(layer.attention.output, attended, rows)
-        inner: Tensor = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
+        inner: Tensor = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x.to(self.dtype)))
         return _add_norm(layer.output, inner, x)
 
 
 def _add_norm(output: Any, x: Tensor, residual: Tensor) -> Tensor:
     norm = output.LayerNorm
-    return layer_norm(output.dense(x).add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return layer_norm(output.dense(x).float().add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _join(parts: Sequence[Any]) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,10 @@ def serve(options: argparse.Namespace) -> int:
     failures: list[Exception] = []
 
     def load() -> Fleet:
-        fleet = Fleet.load(models, crosses, subspace=options.subspace, device=options.device, cache_bytes=int(options.cache_gb * 1e9))
+        fleet = Fleet.load(
+            models, crosses, subspace=options.subspace, device=options.device, runtime=options.runtime, precision=options.precision,
+            cache_bytes=int(options.cache_gb * 1e9),
+        )  # fmt: skip
         try:
             kernels(fleet.device)
         except ValueError as error:

@@ -1,0 +1,40 @@
+"""Softmax attention within each of many texts that stand one after another, the transformer's own, without padding.
+
+A CPU operator: short texts are the rule in reranking, and there a padded batch or a call a text costs more than the attention.
+There is no Triton kernel; on a GPU padded batches run torch's fused attention, and this is its definition.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rerank_kernels import backend, checks, cpu, reference
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor:
+    """Each text's queries attend to its own keys: softmax(q kᵀ / √(d / heads)) v, head by head.
+
+    Args:
+        q: nnz_q × d, any float type; rows may be wider apart than d, as those of a slice of columns are.
+        k, v: nnz_k × d, of q's type and device.
+        q_offsets, k_offsets: B + 1, int64, non-decreasing, where each text's rows begin and the last ends.
+        heads: head h has columns h · d / heads and on.
+
+    Returns:
+        nnz_q × d of q's type. Queries of a text without keys get 0. A NaN in a text reaches no other.
+
+    Raises:
+        ValueError: arguments that do not fit. MemoryError: no memory for a thread's working space.
+    """
+    checks.check(q.ndim == 2 and k.ndim == 2 and k.shape == v.shape and q.shape[1] == k.shape[1], "k and v", "matrices as wide as q", f"{tuple(k.shape)}")
+    checks.check(heads > 0 and q.shape[1] % heads == 0, "heads", f"a divisor of {q.shape[1]}", heads)
+    checks.check(q.dtype == k.dtype == v.dtype and q.is_floating_point(), "q, k and v", "of one float type", f"{q.dtype}, {k.dtype}, {v.dtype}")
+    checks.same_device(q=q, k=k, v=v, q_offsets=q_offsets, k_offsets=k_offsets)
+    checks.offsets("q_offsets", q_offsets)
+    checks.offsets("k_offsets", k_offsets, len(q_offsets) - 1)
+    if backend.resolve(q) == "cpu":
+        found = cpu.packed_attention(q, k, v, q_offsets, k_offsets, heads)  # the C library looks at offsets itself
+        if found is not None:
+            return found
+    checks.rising(("q_offsets", q_offsets, len(q)), ("k_offsets", k_offsets, len(k)))
+    return (cpu.torch_packed_attention if backend.resolve(q) == "cpu" else reference.packed_attention)(q, k, v, q_offsets, k_offsets, heads)

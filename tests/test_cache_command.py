@@ -1,0 +1,70 @@
+"""python -m rerank_lab.cache: what is there, and room for other things."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from rerank_lab.cache import main
+from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.cache import VectorCache
+from tests.test_cache import get, made, shards
+
+
+@pytest.fixture
+def filled(tmp_path: Path, encoder: BiEncoder) -> Path:
+    """A real model's vectors in one shard, and another's in two, one of them not used for forty days."""
+    get(encoder, VectorCache(encoder.key(), tmp_path, about=encoder.about()))
+    for seed in range(2):
+        VectorCache("other", tmp_path).add(*made(seed), Detail.TOKENS)
+    (tmp_path / "vectors" / "other" / "about.json").unlink()
+    os.utime(shards(tmp_path / "vectors" / "other")[0], (time.time() - 40 * 86400,) * 2)
+    return tmp_path
+
+
+def test_info_tells_each_model_its_bytes_and_last_use(filled: Path, encoder: BiEncoder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--cache", str(filled)]) == 0
+    out = capsys.readouterr().out
+    assert encoder.key() in out and "all-MiniLM-L6-v2 (fp32, 128 dimensions a token)" in out and "1 file, last used just now" in out
+    assert "unknown model" in out and "2 files" in out
+    total = sum(path.stat().st_size for path in shards(filled))
+    assert f"{filled}: {total / 1000:.1f} kB of vectors" in out and "free on the disk" in out
+    assert max(len(line) for line in out.splitlines() if str(filled) not in line) <= 80
+
+
+def test_clear_deletes_what_was_asked_for_and_says_what_it_freed(filled: Path, encoder: BiEncoder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clear", "--cache", str(filled), "--older-than", "30"]) == 0
+    assert "in 1 file deleted" in capsys.readouterr().out and len(shards(filled)) == 2
+    assert main(["clear", "--cache", str(filled), "--model", "oth"]) == 0
+    assert len(shards(filled)) == 1 and not (filled / "vectors" / "other").exists()
+    assert len(VectorCache(encoder.key(), filled)) > 0
+    assert main(["clear", "--cache", str(filled)]) == 0 and not shards(filled)
+    capsys.readouterr()
+    assert main(["clear", "--cache", str(filled)]) == 0 and "nothing to delete" in capsys.readouterr().out
+
+
+def test_an_empty_or_missing_folder_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--cache", str(tmp_path / "none")]) == 0
+    assert "0 B of vectors" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_wrong_input_is_2(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clear", "--cache", str(filled), "--model", "nonsense"]) == 2 and "no such key" in capsys.readouterr().err
+    file = filled / "file"
+    file.write_text("")
+    assert main(["info", "--cache", str(file)]) == 2 and "a file, not a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["clear", "--older-than", "-1"])
+    assert stop.value.code == 2 and len(shards(filled)) == 3
+
+
+def test_what_cannot_be_deleted_is_1_and_named(filled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert main(["clear", "--cache", str(filled)]) == 1
+    assert "Permission denied" in capsys.readouterr().err and len(shards(filled)) == 3
