@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from rerank_lab.models import cache as module
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.cache import VectorCache, default_folder, ensure, text_key
+from rerank_lab.models.forward import Tokens
 from tests.conftest import DOCUMENTS, ROOT
 
 TEXTS = [*(text for _, text in DOCUMENTS.values()), ""]
@@ -29,13 +29,13 @@ TEXTS = [*(text for _, text in DOCUMENTS.values()), ""]
 def encoded(encoder: BiEncoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that the real encoder is given from here on."""
     seen: list[str] = []
-    real = encoder.encode
+    real = encoder.tokenize
 
-    def encode(texts: Sequence[str], **options: Any) -> Vectors:
+    def tokenize(texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
         seen.extend(texts)
-        return real(texts, **options)
+        return real(texts, kind, max_tokens)
 
-    monkeypatch.setattr(encoder, "encode", encode)
+    monkeypatch.setattr(encoder, "tokenize", tokenize)
     return seen
 
 

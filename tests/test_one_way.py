@@ -21,6 +21,7 @@ from rerank_lab import Reranker
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models import ADAPTERS, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models.forward import Tokens
 from rerank_lab.models.one_way import OneWayCrossEncoder
 from tests.conftest import DOCUMENTS
 
@@ -161,13 +162,13 @@ def test_standard_reads_documents_that_best_and_fast_have_encoded(monkeypatch: p
     reranker = Reranker("all-MiniLM-L6-v2", "best", "minilm-cross", device="cpu")
     assert isinstance(reranker.cross, OneWayCrossEncoder) and reranker.cross.encoder is reranker.encoder and reranker.cross_cache is reranker.cache
     encoded: list[str] = []
-    real = BiEncoder.encode
+    real = BiEncoder.tokenize
 
-    def encode(self: BiEncoder, texts: Sequence[str], **options: Any) -> Vectors:
+    def tokenize(self: BiEncoder, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
         encoded.extend(texts)
-        return real(self, texts, **options)
+        return real(self, texts, kind, max_tokens)
 
-    monkeypatch.setattr(BiEncoder, "encode", encode)
+    monkeypatch.setattr(BiEncoder, "tokenize", tokenize)
     for method in ("best", "standard", "optimal", "fast", "best"):
         ranking = reranker.using(method).score(QUERY, TEXTS)
         assert sorted(t for t in encoded if t != QUERY) == sorted(TEXTS), method

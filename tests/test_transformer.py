@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaModel
 
 from rerank_lab.models import load_bi_encoder, load_cross_encoder
+from rerank_lab.models.forward import in_advance
 from rerank_lab.models.transformer import Packed, Padded
 
 SIZES: dict[str, Any] = {
@@ -110,3 +112,20 @@ def test_what_is_not_known_runs_as_it_is(small_cross: Path) -> None:
     packed = cross.score(query, documents)[0]  # type: ignore[call-arg,arg-type]
     cross.network = Padded(cross.model, 0, True)  # type: ignore[union-attr]
     torch.testing.assert_close(cross.score(query, documents)[0], packed, atol=5e-5, rtol=1e-5)  # type: ignore[call-arg,arg-type]
+
+
+def test_what_comes_in_advance_is_in_order_one_ahead_and_raises_where_it_is_due() -> None:
+    made: list[int] = []
+
+    def call(number: int) -> int:
+        made.append(number)
+        if number == 4:
+            raise ValueError("broken on purpose")
+        return number
+
+    results = in_advance(partial(call, number) for number in range(6))
+    assert next(results) == 0
+    assert max(made) <= 1
+    assert [next(results) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="on purpose"):
+        next(results)

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models.forward import in_advance
 from rerank_lab.run import write_atomically
 
 log = logging.getLogger(__name__)
@@ -327,10 +329,10 @@ def ensure(
     keys = [text_key(text, min(max_tokens, encoder.limit), kind) for text in texts]
     missing = {key: text for key, text in zip(keys, texts) if not cache.has(key, detail)}
     new = list(missing)
-    for start in range(0, len(new), CHUNK[detail]):
-        chunk = new[start : start + CHUNK[detail]]
-        vectors = encoder.encode([missing[k] for k in chunk], kind=kind, max_tokens=max_tokens, detail=detail, progress=lambda done: progress(done, len(new)))
-        cache.add(chunk, vectors, detail)
+    chunks = [new[start : start + CHUNK[detail]] for start in range(0, len(new), CHUNK[detail])]
+    tokenised = in_advance(partial(encoder.tokenize, [missing[key] for key in chunk], kind, max_tokens) for chunk in chunks)
+    for chunk, tokens in zip(chunks, tokenised):
+        cache.add(chunk, encoder.encode_tokens(tokens, detail=detail, progress=lambda done: progress(done, len(new))), detail)
         if not keep:
             cache.trim()
     return keys

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from rerank_lab.errors import UserError
 from rerank_lab.models.transformer import Packed, Padded, States
 
+T = TypeVar("T")
 # Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
 # Characters tokenised at once: a tokenizer's own objects take a hundred times the bytes of what is kept of them.
@@ -55,6 +57,19 @@ def encodings(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
         if size >= CHARACTERS or end == len(texts):
             yield from tokenizer.encode_batch(list(texts[start:end]), add_special_tokens=False)
             start, size = end, 0
+
+
+def in_advance(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Results of calls in order, each made on another thread while the one before is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="in-advance") as pool:
+        waiting: Future[T] | None = None
+        for call in calls:
+            following = pool.submit(call)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
 
 
 def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None) -> tuple[Any, Any]:
