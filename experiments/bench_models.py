@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from rerank_kernels import similarity_topk, subspace_attention
@@ -86,12 +87,20 @@ class Setting:
         return str(self.folder) if (self.folder / "config.json").is_file() else str(classifier(self.folder, self.options.tokens))
 
     @cached_property
-    def given(self) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Unit token vectors of queries and of each one's candidates, of uneven lengths."""
+    def given(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit token vectors of all queries and of all their candidates, packed, and the candidates' offsets; lengths are uneven."""
         generator = torch.Generator().manual_seed(0)
-        queries = [normalize(torch.randn(QUERY_TOKENS, R, generator=generator), dim=-1) for _ in range(QUERIES)]
-        lengths = torch.randint(TOKENS // 2, TOKENS + 1, (QUERIES, CANDIDATES), generator=generator)
-        return queries, [[normalize(torch.randn(int(n), R, generator=generator), dim=-1) for n in row] for row in lengths]
+        lengths = torch.randint(TOKENS // 2, TOKENS + 1, (QUERIES * CANDIDATES,), generator=generator)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        q, d = (torch.randn(rows, R, generator=generator) for rows in (QUERIES * QUERY_TOKENS, int(offsets[-1])))
+        return q.div_(q.norm(dim=1, keepdim=True)), d.div_(d.norm(dim=1, keepdim=True)), offsets
+
+    @property
+    def lists(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The same as the peers take them: a tensor a query, and one a candidate; views."""
+        q, d, offsets = self.given
+        flat = [d[a:b] for a, b in pairwise(offsets.tolist())]
+        return list(q.view(QUERIES, QUERY_TOKENS, R)), [flat[n : n + CANDIDATES] for n in range(0, len(flat), CANDIDATES)]
 
 
 def encode_peer(s: Setting) -> Work:
@@ -131,7 +140,7 @@ def pools_ours(s: Setting, method: str, *, new: bool) -> Work:
 def tokens_pylate(s: Setting) -> Work:
     from pylate.rank import rerank
 
-    queries, documents = s.given
+    queries, documents = s.lists
     ids: list[list[int | str]] = [list(range(CANDIDATES)) for _ in queries]
     return lambda: torch.tensor([[row["score"] for row in sorted(found, key=lambda r: r["id"])] for found in rerank(ids, queries, documents)])
 
@@ -139,7 +148,7 @@ def tokens_pylate(s: Setting) -> Work:
 def tokens_rerankers(s: Setting) -> Work:
     from rerankers.models.colbert_ranker import _colbert_score
 
-    queries, documents = s.given
+    queries, documents = s.lists
     padded = [torch.stack([pad(d, (0, 0, 0, TOKENS - len(d))) for d in row]) for row in documents]
     masks = [torch.stack([torch.arange(TOKENS) < len(d) for d in row]).long() for row in documents]
     own = torch.ones(1, QUERY_TOKENS, dtype=torch.int64)
@@ -147,11 +156,9 @@ def tokens_rerankers(s: Setting) -> Work:
 
 
 def tokens_ours(s: Setting) -> Work:
-    queries, documents = s.given
-    flat = [d for row in documents for d in row]
-    q, d = torch.cat(queries), torch.cat(flat)
-    q_offsets, d_offsets = (torch.tensor([0, *map(len, parts)]).cumsum(0) for parts in (queries, flat))
-    pairs = torch.stack([torch.arange(len(flat)) // CANDIDATES, torch.arange(len(flat))], 1)
+    q, d, d_offsets = s.given
+    q_offsets, count = torch.arange(QUERIES + 1) * QUERY_TOKENS, len(d_offsets) - 1
+    pairs = torch.stack([torch.arange(count) // CANDIDATES, torch.arange(count)], 1)
     return lambda: subspace_attention(q, q_offsets, d, d_offsets, pairs, 0.0).view(QUERIES, CANDIDATES, QUERY_TOKENS).sum(-1)
 
 
