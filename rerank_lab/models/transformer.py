@@ -142,8 +142,12 @@ class Packed:
 
 
 def _add_norm(output: Any, x: Tensor, residual: Tensor) -> Tensor:
-    norm = output.LayerNorm
-    return layer_norm(output.dense(x).float().add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    norm, dense = output.LayerNorm, output.dense
+    if x.dtype == residual.dtype:  # the product is added to residual and bias where they stand: two passes over memory less
+        summed = torch.add(residual, dense.bias).addmm_(x, dense.weight.t())
+    else:
+        summed = dense(x).float().add_(residual)
+    return layer_norm(summed, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _join(parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
