@@ -177,6 +177,23 @@ def test_a_full_queue_refuses_with_the_time_to_wait_and_an_empty_one_takes_anyth
     bench.scheduler.close()
 
 
+def test_what_is_larger_than_it_looked_is_refused_once_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, max_queue_tokens=3000)
+
+    async def fill() -> None:
+        first = asyncio.create_task(bench.rank("first", huge("first", 8)))
+        await asyncio.sleep(0)
+        texts = ["1 2 3 4 5 6 7 8 9 " * 12] * 1 + [f"{n} 2 3 4 5 6 7 8 9 " * 12 for n in range(40)]  # a token for two characters
+        with pytest.raises(Refusal) as refusal:
+            await bench.scheduler.run(lambda: Steps(bench.reranker, "q", texts), 9000, tokens=100)
+        assert refusal.value.status == 429
+        await first
+
+    go(fill())
+    assert bench.idle
+    bench.scheduler.close()
+
+
 def test_batch_size_bounds_a_requests_part_of_a_batch(bench: Bench) -> None:
     go(bench.rank("q", [f"text {n}" for n in range(10)], batch_size=3))
     assert max(map(len, bench.batches)) <= 3 and len(bench.batches) >= 4

@@ -43,7 +43,9 @@ def model(request: pytest.FixtureRequest) -> Any:
 def texts() -> tuple[Tensor, Tensor, list[int]]:
     torch.manual_seed(1)
     total = sum(LENGTHS)
-    return torch.randint(5, 50, (total,)), torch.zeros(total, dtype=torch.int64), LENGTHS
+    ids = torch.randint(5, 50, (total,))
+    ids[[3, 12]] = torch.tensor([1, 3])  # what is padding to one of the models, written out in a text
+    return ids, torch.zeros(total, dtype=torch.int64), LENGTHS
 
 
 def own(model: Any, ids: Tensor) -> Any:
@@ -78,6 +80,14 @@ def test_segments_are_read() -> None:
     for network in (Padded(model, 0, True), Packed(model)):
         torch.testing.assert_close(network(ids, types, lengths).last[:7], wanted, atol=5e-5, rtol=1e-5)
     assert not torch.allclose(own(model, ids[:7]).last_hidden_state[0], wanted, atol=1e-2)
+
+
+@torch.inference_mode()
+def test_segments_that_the_tokenizer_does_not_know_are_left_out() -> None:
+    model = MODELS["roberta"]()
+    ids, types, lengths = texts()
+    found = Packed(model, token_types=False)(ids, types + 1, lengths).last[:7]
+    torch.testing.assert_close(found, own(model, ids[:7]).last_hidden_state[0], atol=5e-5, rtol=1e-5)
 
 
 @torch.inference_mode()

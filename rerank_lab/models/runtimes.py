@@ -58,7 +58,7 @@ def network(model: Any, *, pad_id: int, token_types: bool, runtime: str, precisi
     base = model.base_model if head else model
     if runtime == "torch":
         if Packed.fits(base) and (not head or type(model).__name__ in HEADS):
-            return Packed(base, torch.bfloat16 if precision == "bf16" else torch.float32)
+            return Packed(base, torch.bfloat16 if precision == "bf16" else torch.float32, token_types=token_types)
         return Padded(model.to(torch.bfloat16) if precision == "bf16" else model, pad_id, token_types)
     outputs = Outputs(model, head)
     try:

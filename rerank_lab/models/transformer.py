@@ -80,16 +80,17 @@ class Packed:
         model: a BertModel, RobertaModel or XLMRobertaModel in eval mode on the CPU, fp32.
         dtype: of the linear maps and of attention; the sums between them, norms and embeddings stay fp32. The model's own linear
             maps are turned into it.
+        token_types: whether the model's tokenizer gives segments; without, all are 0.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32):
-        self.model, self.dtype, config = model, dtype, model.config
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, *, token_types: bool = True):
+        self.model, self.dtype, self.token_types, config = model, dtype, token_types, model.config
         model.encoder.requires_grad_(False)
         for module in model.encoder.modules():
             if isinstance(module, torch.nn.Linear):
                 module.to(dtype)
         self.heads, self.width = int(config.num_attention_heads), int(config.hidden_size)
-        self.first_position = 0 if type(model).__name__ == "BertModel" else int(config.pad_token_id) + 1
+        self.pad_id = None if type(model).__name__ == "BertModel" else int(config.pad_token_id)
         self.joined = [_join([getattr(layer.attention.self, name) for name in ("query", "key", "value")]) for layer in model.encoder.layer]
 
     @staticmethod
@@ -113,7 +114,13 @@ class Packed:
             keys_values: layers whose keys and values are wanted too.
         """
         ends = torch.tensor([0, *lengths]).cumsum(0)
-        positions = torch.cat([torch.arange(self.first_position, self.first_position + length) for length in lengths])
+        types = types if self.token_types else torch.zeros_like(types)
+        starts = torch.repeat_interleave(ends[:-1], ends.diff())
+        positions = torch.arange(len(ids)) - starts
+        if self.pad_id is not None:  # RoBERTa counts from after its padding token, and leaves that out where a text holds one
+            present = (ids != self.pad_id).long()
+            before = torch.cat([present.new_zeros(1), present.cumsum(0)])
+            positions = (before[1:] - before[starts]) * present + self.pad_id
         x: Tensor = self.model.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
         kept, seen, d = {}, [], self.width
         layers = self.model.encoder.layer
@@ -142,12 +149,8 @@ class Packed:
 
 
 def _add_norm(output: Any, x: Tensor, residual: Tensor) -> Tensor:
-    norm, dense = output.LayerNorm, output.dense
-    if x.dtype == residual.dtype:  # the product is added to residual and bias where they stand: two passes over memory less
-        summed = torch.add(residual, dense.bias).addmm_(x, dense.weight.t())
-    else:
-        summed = dense(x).float().add_(residual)
-    return layer_norm(summed, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    norm = output.LayerNorm
+    return layer_norm(output.dense(x).float().add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _join(parts: Sequence[Any]) -> tuple[Tensor, Tensor]:

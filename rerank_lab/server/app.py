@@ -24,7 +24,7 @@ from rerank_lab.reranker import Ranking
 from rerank_lab.server import clients, contract, openapi
 from rerank_lab.server.contract import Call, Refusal
 from rerank_lab.server.scheduler import Job
-from rerank_lab.server.service import Service
+from rerank_lab.server.service import REQUEST, Service, without_message
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
@@ -201,11 +201,12 @@ class Observed:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
+        REQUEST.set(request_id.decode())
         self.service.in_flight += 1
         try:
             await self.app(scope, reading, observed)
-        except Exception:
-            log.exception("request %s failed", request_id.decode())
+        except Exception as error:  # noqa: BLE001 - an answer whatever happens
+            log.error("request %s failed: %s", request_id.decode(), without_message(error))
             if not status:
                 await JSONResponse({"detail": "The server failed; its log says why."}, 500)(scope, reading, observed)
         finally:

@@ -33,6 +33,7 @@ class Job:
         todo: units that have not run, the next one last.
         size: tokens of those, kept in the queue's sum.
         batch_size: units in one batch at most.
+        alone: whether it found the queue empty; then it is taken whatever its size.
         due: when it should have ended, on perf_counter's clock.
         waiting, model, scoring: seconds, from arrival to the first batch, in batches, and in scoring.
     """
@@ -44,6 +45,7 @@ class Job:
     steps: Steps | None = None
     todo: list[Unit] = field(default_factory=list)
     gone: bool = False
+    alone: bool = False
     due: float = 0.0
     waiting: float | None = None
     model: float = 0.0
@@ -91,25 +93,23 @@ class Scheduler:
         self._short = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self._long = ThreadPoolExecutor(2, thread_name_prefix="tokenise-long")
 
-    async def run(self, make: Callable[[], Steps], characters: int, *, batch_size: int | None = None) -> tuple[Ranking, Job]:
+    async def run(self, make: Callable[[], Steps], characters: int, *, tokens: int | None = None, batch_size: int | None = None) -> tuple[Ranking, Job]:
         """Ranks, and says what it took.
 
         Args:
             make: tokenises; run on a thread.
-            characters: of query and documents, the measure of its size until it is tokenised.
+            characters: of query and documents.
+            tokens: what it will take, roughly, until that is known; None: a quarter of the characters.
             batch_size: of its units in one batch.
 
         Raises:
             Refusal: 429, the queue is full. asyncio.CancelledError: what waits is dropped. Whatever a model raises.
         """
         loop = asyncio.get_running_loop()
-        job = Job(loop.create_future(), batch_size, 1 + characters // 4)
+        job = Job(loop.create_future(), batch_size, 0)
         with self._condition:
-            if self._tokens and self._tokens + job.size > self.max_queue_tokens:
-                self.metrics.dropped.labels("queue_full").inc()
-                wait = max(1, round(self._seconds(self._tokens)))
-                raise Refusal(429, f"The queue holds {self._tokens} of {self.max_queue_tokens} tokens; try again later.", {"Retry-After": str(wait)})
-            self._count(job.size)
+            job.alone = not self._tokens
+            self._admit(job, 1 + characters // 4 if tokens is None else tokens)
         self.metrics.requests_waiting.inc()
         try:
             steps = await loop.run_in_executor(self._long if characters > LONG else self._short, make)
@@ -149,6 +149,8 @@ class Scheduler:
         self.metrics.documents.labels("hit").inc(steps.pool.seen)
         with self._condition:
             if not job.gone:
+                if not job.alone:
+                    self._admit(job, sum(unit.size for unit in steps.units))
                 job.steps = steps
                 self._wants(job, steps.units)
                 job.due = job.arrived + SHARE * self._seconds(max(0, job.size - self.budget))
@@ -167,6 +169,20 @@ class Scheduler:
     def _wants(self, job: Job, units: Sequence[Unit]) -> None:
         job.todo = list(reversed(units))
         size = sum(unit.size for unit in units)
+        self._count(size - job.size)
+        job.size = size
+
+    def _admit(self, job: Job, size: int) -> None:
+        """Counts a job at this size, unless the queue holds too much beside it.
+
+        Raises:
+            Refusal: 429.
+        """
+        others = self._tokens - job.size
+        if others and others + size > self.max_queue_tokens:
+            self.metrics.dropped.labels("queue_full").inc()
+            wait = max(1, round(self._seconds(others)))
+            raise Refusal(429, f"The queue holds {others} of {self.max_queue_tokens} tokens; try again later.", {"Retry-After": str(wait)})
         self._count(size - job.size)
         job.size = size
 

@@ -6,13 +6,16 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from rerank_lab.errors import ModelError
 from rerank_lab.fleet import Fleet
 from rerank_lab.methods import METHODS
+from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.forward import token_budget
 from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.server.contract import Call, Refusal, invalid
@@ -21,6 +24,7 @@ from rerank_lab.server.scheduler import Job, Scheduler
 from rerank_lab.steps import Steps
 
 log = logging.getLogger(__name__)
+REQUEST: ContextVar[str] = ContextVar("request_id", default="-")
 SCALES = {"bi-encoder": "cosine, -1 to 1", "cross-encoder": "sigmoid of the logit, 0 to 1"}
 
 
@@ -165,16 +169,25 @@ class Service:
         assert self.scheduler is not None
         reranker = self.reranker(call)
         characters = len(call.query) + sum(map(len, call.texts))
+        # Four characters a token, and no more tokens than the model reads, so that a long document does not fill the queue.
+        most = 4 * reranker.token_limit
+        pairs = len(call.texts) if isinstance(reranker.cross, CrossEncoder) else 1
+        tokens = 1 + (min(len(call.query), most) * pairs + sum(min(len(text), most) for text in call.texts)) // 4
         try:
-            return await self.scheduler.run(lambda: Steps(reranker, call.query, call.texts), characters, batch_size=call.batch_size)
+            return await self.scheduler.run(lambda: Steps(reranker, call.query, call.texts), characters, tokens=tokens, batch_size=call.batch_size)
         except (Refusal, asyncio.CancelledError):
             raise
         except ModelError as error:
             raise Refusal(500, str(error)) from error
         except Exception as error:
             names = " and ".join(name for name in (call.model if reranker.encoder else None, call.cross) if name is not None)
-            log.exception("method %s failed with model %s", call.method.name, names)
+            log.error("request %s: method %s failed with model %s: %s", REQUEST.get(), call.method.name, names, without_message(error))
             raise Refusal(500, f"method {call.method.name} failed with model {names}: {type(error).__name__}") from error
+
+
+def without_message(error: BaseException) -> str:
+    """Where an error came from and its type, for a log; its message may hold what a client sent."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
 
 
 def _digest(key: str) -> bytes:
