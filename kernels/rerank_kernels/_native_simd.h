@@ -93,12 +93,10 @@ static TARGET void NAME(pack)(const float *x, int64_t count, int64_t dim, float 
     }
 }
 
-/* exp as fp32 has it: 0 below the last subnormal, inf above the range, NaN stays; relative error about 1e-7 between. */
-INLINE V NAME(exp)(V x) {
-    x = SELECT(x < -104.0f, (V){0} - 104.0f, x);
-    x = SELECT(x > 89.0f, (V){0} + 89.0f, x);
+/* exp(x) as a number near 1 and the power of two that it is multiplied by; relative error about 1e-7. */
+INLINE V NAME(near_one)(V x, I *power) {
     V n = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the rounded integer */
-    I e = (I)n - 0x4b400000;
+    *power = (I)n - 0x4b400000;
     n -= 12582912.0f;
     V r = x - n * 0.693359375f;
     r -= n * -2.12194440e-4f;
@@ -107,7 +105,15 @@ INLINE V NAME(exp)(V x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    return p * r * r + r + 1.0f;
+}
+
+/* exp as fp32 has it: 0 below the last subnormal, inf above the range, NaN stays. */
+INLINE V NAME(exp)(V x) {
+    x = SELECT(x < -104.0f, (V){0} - 104.0f, x);
+    x = SELECT(x > 89.0f, (V){0} + 89.0f, x);
+    I e;
+    V p = NAME(near_one)(x, &e);
     I half = e >> 1;
     return p * (V)((half + 127) << 23) * (V)((e - half + 127) << 23); /* in two steps, so that subnormals are reached */
 }
@@ -167,18 +173,9 @@ static TARGET void NAME(attention_worker)(void *argument) {
 
 /* exp of what is not above 0, the smallest normal number below -87; NaN stays. */
 INLINE V NAME(decay)(V x) {
-    x = SELECT(x < -87.0f, (V){0} - 87.0f, x);
-    V n = x * 1.44269504f + 12582912.0f;
-    I e = (I)n - (0x4b400000 - 127);
-    n -= 12582912.0f;
-    V r = x - n * 0.693359375f;
-    r -= n * -2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1.0f) * (V)(e << 23);
+    I e;
+    V p = NAME(near_one)(SELECT(x < -87.0f, (V){0} - 87.0f, x), &e);
+    return p * (V)((e + 127) << 23);
 }
 
 /* Scores of C vectors of queries by key as exp(score - largest), and one over their sums. */

@@ -140,8 +140,8 @@ def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tenso
     return torch_attention(q, q_offsets, d, d_offsets, pairs, tau, scales) if found is None else found
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor | None:
-    """As `reference.packed_attention` by the C library, in fp32: None without it, for other types, or where offsets do not fit.
+def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor | None:
+    """`packed_attention` by the C library, which looks at offsets itself, in fp32: None without it, for other types, or where offsets do not fit.
 
     Raises:
         MemoryError: no memory for a thread's working space.

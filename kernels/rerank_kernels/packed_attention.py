@@ -32,9 +32,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offse
     checks.same_device(q=q, k=k, v=v, q_offsets=q_offsets, k_offsets=k_offsets)
     checks.offsets("q_offsets", q_offsets)
     checks.offsets("k_offsets", k_offsets, len(q_offsets) - 1)
-    if backend.resolve(q) == "cpu":
-        found = cpu.packed_attention(q, k, v, q_offsets, k_offsets, heads)  # the C library looks at offsets itself
-        if found is not None:
-            return found
+    on_cpu = backend.resolve(q) == "cpu"
+    if on_cpu and (found := cpu.native_packed_attention(q, k, v, q_offsets, k_offsets, heads)) is not None:
+        return found
     checks.rising(("q_offsets", q_offsets, len(q)), ("k_offsets", k_offsets, len(k)))
-    return (cpu.torch_packed_attention if backend.resolve(q) == "cpu" else reference.packed_attention)(q, k, v, q_offsets, k_offsets, heads)
+    return (cpu.torch_packed_attention if on_cpu else reference.packed_attention)(q, k, v, q_offsets, k_offsets, heads)
