@@ -88,7 +88,7 @@ def make_candidates(
                 if start == 0:
                     found.append((values, places))
                 else:
-                    found[n] = _better(found[n], (values, places + start), fetch)
+                    found[n] = better(found[n], (values, places + start), fetch)
             start += len(block)
         for n, (values, places) in enumerate(found):
             for (q, _), row, distinct in zip(items[n * QUERY_BATCH :], values.numpy(), places.tolist()):
@@ -135,8 +135,8 @@ def oracle(run: Run, dataset: Dataset) -> Run:
     return best
 
 
-def _better(before: tuple[torch.Tensor, torch.Tensor], later: tuple[torch.Tensor, torch.Tensor], k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best k of two blocks' values and places (B × …, descending); of equal ones those of the earlier block stand first."""
+def better(before: tuple[torch.Tensor, torch.Tensor], later: tuple[torch.Tensor, torch.Tensor], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best k of two blocks' values and places, B × … each, descending; of equal ones those of the earlier block stand first."""
     values, places = (torch.cat(pair, 1) for pair in zip(before, later))
     kept = torch.sort(values, dim=1, descending=True, stable=True).indices[:, :k]
     return values.gather(1, kept), places.gather(1, kept)

@@ -125,10 +125,8 @@ def _evaluate(options: argparse.Namespace, methods: dict[str, Method], remote: d
         collected[label] = _run_method(label, rows[label], dataset, candidates, journal, options)
     if local and reranker.arithmetic != EXACT:
         # What a faster runtime or precision loses on the same candidates, beside what it wins.
-        exact, needed = _reranker(options, local, exact=True), {d: None for ranked in candidates.run.values() for d in ranked.documents}
-        if detail is not None:
-            with _counting("encode candidates in fp32") as progress:
-                exact.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
+        exact = _reranker(options, local, exact=True)
+        _encode_candidates(exact, dataset, candidates, detail, "encode candidates in fp32")
         for label, method in local.items():
             row = exact.using(method, cross=runs_cross(label, method))
             collected[label]["exact"] = _records(f"{label} in fp32", row, dataset, candidates, journal)
@@ -234,11 +232,16 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
         drop_identical=options.drop_identical_ids,
         progress=_bar,
     )
-    if detail is not None:
-        needed = {d: None for ranked in found.run.values() for d in ranked.documents}
-        with _counting("encode candidates") as progress:
-            reranker.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
+    _encode_candidates(reranker, dataset, found, detail, "encode candidates")
     return found
+
+
+def _encode_candidates(reranker: Reranker, dataset: Dataset, candidates: Candidates, detail: Detail | None, title: str) -> None:
+    """Puts the vectors of all candidates into the cache (detail None: none are needed)."""
+    if detail is not None:
+        needed = {d: None for ranked in candidates.run.values() for d in ranked.documents}
+        with _counting(title) as progress:
+            reranker.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
 
 
 def _run_method(

@@ -20,6 +20,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 RUNTIMES = {"torch": ("fp32", "bf16"), "compile": ("fp32", "bf16", "int8"), "onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16")}
 PACKAGES = {("compile", "int8"): ("torchao",), ("onnx", "fp32"): ("onnxruntime", "onnx"), ("onnx", "int8"): ("onnxruntime", "onnx")}
 PACKAGES |= {("openvino", precision): ("openvino", "onnx") for precision in ("fp32", "bf16")}
+HEADS = ("BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification")
 Run = Callable[[dict[str, Tensor], bool], Sequence[Tensor]]
 
 
@@ -66,9 +67,6 @@ def network(model: Any, *, pad_id: int, token_types: bool, runtime: str, precisi
     except Exception as error:  # each runtime raises its own; each means the same to the user
         raise UserError(f"runtime {runtime} in {precision} does not take the model: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     return Exported(model, pad_id, token_types, outputs, run)
-
-
-HEADS = ("BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification")
 
 
 class Outputs(nn.Module):
@@ -150,7 +148,13 @@ def _inner(module: nn.Module, name: str) -> bool:
 
 
 def _onnx_file(outputs: Outputs, folder: Path, token_types: bool) -> Path:
-    """The model as an ONNX graph with free batch and length."""
+    """The model as an ONNX graph with free batch and length.
+
+    Raises:
+        UserError: it is not on the CPU, where the runtimes that read such a graph compute here.
+    """
+    if outputs.model.device.type != "cpu":
+        raise UserError("it runs on the CPU here")
     ids = torch.ones(2, 8, dtype=torch.int64)
     outputs.detailed = len(outputs.upper) > 0
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if token_types else [])]
@@ -166,8 +170,6 @@ def _onnx_file(outputs: Outputs, folder: Path, token_types: bool) -> Path:
 def _onnx(outputs: Outputs, precision: str, token_types: bool) -> Run:
     import onnxruntime
 
-    if outputs.model.device.type != "cpu":
-        raise UserError("it runs on the CPU here")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     with tempfile.TemporaryDirectory() as folder:
