@@ -134,7 +134,12 @@ def pools_ours(s: Setting, method: str, *, new: bool) -> Work:
     ready = Reranker(MODEL, method, cross, device="cpu")
     for query, pool in s.pools[:FEW]:
         ready.score(query, pool)
-    return lambda: [(ready.without_cache() if new else ready).score(query, pool).seconds for query, pool in s.pools[:FEW]] and None
+
+    def work() -> None:
+        for query, pool in s.pools[:FEW]:
+            (ready.without_cache() if new else ready).score(query, pool)
+
+    return work
 
 
 def tokens_pylate(s: Setting) -> Work:
@@ -172,8 +177,8 @@ def contenders(precision: str) -> dict[str, dict[str, Callable[[Setting], Work]]
         },
         "pairs": {
             "CrossEncoder.predict": pairs_peer,
-            "ours, fp32 ": lambda s: pairs_ours(s, "fp32"),
-            f"ours, {precision} ": lambda s: pairs_ours(s, precision),
+            "ours, fp32": lambda s: pairs_ours(s, "fp32"),
+            f"ours, {precision}": lambda s: pairs_ours(s, precision),
         },
         "seen": {
             "fast, documents new": lambda s: pools_ours(s, "fast", new=True),
@@ -182,7 +187,7 @@ def contenders(precision: str) -> dict[str, dict[str, Callable[[Setting], Work]]
             "best, seen": lambda s: pools_ours(s, "best", new=False),
         },
         "one-way": {
-            "CrossEncoder.predict ": lambda s: pairs_peer(s, FEW),
+            "CrossEncoder.predict": lambda s: pairs_peer(s, FEW),
             "minilm-cross, documents new": lambda s: pools_ours(s, "standard", new=True),
             "minilm-cross, seen": lambda s: pools_ours(s, "standard", new=False),
         },
@@ -245,7 +250,7 @@ def measure(s: Setting, row: str, bar: tqdm[Any]) -> list[str]:
         seconds, ours = median(times), name.startswith("ours")
         share = "-" if np.isnan(work_flops) or not ours else f"{work_flops / seconds / 1e9 / rate:.2f}"
         ratio = median(taken[peer]) / seconds
-        lines.append(f"{row:<8}{name.strip():<29}{ratio:>8.2f}{apart(row, results[name], results[peer]):>9}{share:>8}{peak(s.options, name):>8}")
+        lines.append(f"{row:<8}{name:<29}{ratio:>8.2f}{apart(row, results[name], results[peer]):>9}{share:>8}{peak(s.options, row, name):>8}")
     return lines + (forwards(s) if row == "seen" else [])
 
 
@@ -270,23 +275,11 @@ def forwards(s: Setting) -> list[str]:
     return lines
 
 
-def peak(options: argparse.Namespace, name: str) -> str:
+def peak(options: argparse.Namespace, row: str, name: str) -> str:
     """MB of a process that does this contender's work once, and nothing else."""
-    command = [
-        sys.executable,
-        __file__,
-        "--dataset",
-        options.dataset,
-        "--peak",
-        name,
-        "--threads",
-        str(torch.get_num_threads()),
-        "--precision",
-        options.precision,
-    ]
-    for flag in ("documents", "pairs", "tokens"):
-        command += [f"--{flag}", str(getattr(options, flag))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    flags = {flag: getattr(options, flag) for flag in ("dataset", "documents", "pairs", "tokens", "precision")} | {"threads": torch.get_num_threads()}
+    given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    done = subprocess.run([sys.executable, __file__, *given, "--peak", row, name], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "-"
 
 
@@ -296,8 +289,8 @@ def run(options: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         s = Setting(options, Path(folder) / "classifier")
         if options.peak:
-            builders = {name: build for row in contenders(options.precision).values() for name, build in row.items()}
-            builders[options.peak](s)()
+            row, name = options.peak
+            contenders(options.precision)[row][name](s)()
             return f"{peak_memory_mb():.0f}"
         facts, rows = describe(torch.device("cpu")), options.only or list(contenders(options.precision))
         lines = [
@@ -323,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=count, default=5, metavar="N", help="(default: 5)")
     p.add_argument("--only", nargs="+", choices=list(contenders("bf16")), metavar="ROW", help="some of: " + ", ".join(contenders("bf16")))
     p.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
-    p.add_argument("--peak", help=argparse.SUPPRESS)
+    p.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     return p
 
 

@@ -35,6 +35,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from rerank_kernels import similarity_topk, subspace_attention
+from rerank_lab.candidates import better
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import Detail, Vectors
@@ -84,39 +85,38 @@ def blocks(cache: VectorCache, keys: list[bytes], detail: Detail) -> Iterator[tu
         yield start, cache.gather(keys[start : start + BLOCK], detail)
 
 
-def best(parts: Iterator[tuple[int, Tensor]]) -> Found:
-    """The K best of scores that come in blocks."""
-    values, places = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    for start, scores in parts:
-        values, places = torch.cat([values, scores]), torch.cat([places, torch.arange(start, start + len(scores))])
-        kept = values.topk(min(K, len(values))).indices
-        values, places = values[kept], places[kept]
-    return values, places
+def best(parts: Iterator[Found]) -> Found:
+    """The K best of values and places that come in blocks, 1 × … each."""
+    found = torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.int64)
+    for part in parts:
+        found = better(found, part, K)
+    return found
 
 
 def search(cache: VectorCache, keys: list[bytes], query: Vectors) -> Found:
-    def parts() -> Iterator[tuple[int, Tensor]]:
+    def parts() -> Iterator[Found]:
         for start, block in blocks(cache, keys, Detail.POOLED):
             values, places = similarity_topk(query.pooled, block.pooled, min(K, len(block.pooled)))
-            yield start, torch.full((len(block.pooled),), -math.inf).index_copy_(0, places[0], values[0])
+            yield values, places + start
 
     return best(parts())
 
 
 def scan(cache: VectorCache, keys: list[bytes], query: Vectors) -> Found:
-    return best((start, attended(query, block)) for start, block in blocks(cache, keys, Detail.TOKENS))
+    return best(attended(query, block, start) for start, block in blocks(cache, keys, Detail.TOKENS))
 
 
 def rerank(cache: VectorCache, keys: list[bytes], query: Vectors) -> Found:
     chosen = random.Random(0).sample(keys, min(K, len(keys)))
-    return best(iter([(0, attended(query, cache.gather(chosen, Detail.TOKENS)))]))
+    return best(iter([attended(query, cache.gather(chosen, Detail.TOKENS), 0)]))
 
 
-def attended(query: Vectors, documents: Vectors) -> Tensor:
-    """Mean over the query's tokens of their subspace attention, a document."""
+def attended(query: Vectors, documents: Vectors, start: int) -> Found:
+    """Mean over the query's tokens of their subspace attention, a document, and where the documents stand: from `start` on."""
     size = len(documents.pooled)
-    pairs = torch.stack([torch.zeros(size, dtype=torch.int64), torch.arange(size)], 1)
-    return subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, pairs, TAU).view(size, -1).mean(1)
+    places = torch.arange(size)
+    scores = subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, torch.stack([torch.zeros_like(places), places], 1), TAU)
+    return scores.view(size, -1).mean(1)[None], places[None] + start
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def run(beir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_every_row_prints_what_it_found(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "peak", lambda options, name: "9")
+    monkeypatch.setattr(script, "peak", lambda options, row, name: "9")
     monkeypatch.setattr(script, "QUERIES", 2), monkeypatch.setattr(script, "CANDIDATES", 6)
     out = run()
     rows = LINE.findall(out)
@@ -50,9 +50,9 @@ def test_every_row_prints_what_it_found(run: Callable[..., str], monkeypatch: py
 
 
 def test_memory_is_a_process_of_its_own(run: Callable[..., str]) -> None:
-    light = script.peak(script.parser().parse_args(["--documents", "3", "--pairs", "3"]), "ours, fp32")
+    light = script.peak(script.parser().parse_args(["--documents", "3", "--pairs", "3"]), "encode", "ours, fp32")
     assert 100 < float(light) < 3000
-    assert script.peak(script.parser().parse_args(["--dataset", "none-such"]), "ours, fp32") == "-"
+    assert script.peak(script.parser().parse_args(["--dataset", "none-such"]), "encode", "ours, fp32") == "-"
 
 
 def test_wrong_flags_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,11 @@ def test_blocks_find_what_the_whole_has(tmp_path: Path, monkeypatch: pytest.Monk
     whole = cache.gather(keys, Detail.TOKENS)
     for found, scores in (
         (script.search(cache, keys, query), (query.pooled @ whole.pooled.T)[0]),
-        (script.scan(cache, keys, query), script.attended(query, whole)),
+        (script.scan(cache, keys, query), script.attended(query, whole, 0)[0][0]),
     ):
         wanted = torch.sort(scores, descending=True, stable=True)
-        torch.testing.assert_close(found[0], wanted.values[:20], atol=1e-5, rtol=0)
-        assert found[1].tolist() == wanted.indices[:20].tolist()
+        torch.testing.assert_close(found[0][0], wanted.values[:20], atol=1e-5, rtol=0)
+        assert found[1][0].tolist() == wanted.indices[:20].tolist()
     files = sorted(tmp_path.rglob("*.safetensors"))
     script.filled(tmp_path, 300)
     assert sorted(tmp_path.rglob("*.safetensors")) == files, "what is there is used again"
