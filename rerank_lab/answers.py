@@ -12,7 +12,7 @@ from rerank_lab.stats import agreement
 
 # What may differ, in the order in which it is counted.
 KINDS = ("order", "score", "status", "shape", "set", "value", "no answer")
-SHOWN = 160
+SHOWN, LONGEST = 160, 1000  # characters of a value, of a line
 Difference = tuple[str, str]  # one of KINDS, and a line about it
 Ranked = dict[int, tuple[float, dict[str, Any]]]  # index → score and what else an item holds, in an answer's order
 
@@ -33,11 +33,16 @@ class Answer:
 
 
 def compare(a: Answer, b: Answer, tolerance: float) -> tuple[list[Difference], dict[str, float | None]]:
-    """What differs between two answers, and stats.agreement of their rankings (empty where one has none).
+    """What differs between two answers, fit for a terminal, and stats.agreement of their rankings (empty where one has none).
 
     Args:
         tolerance: absolute difference up to which two scores are the same.
     """
+    found, agreed = _compare(a, b, tolerance)
+    return [(kind, _plain(text, LONGEST)) for kind, text in found], agreed
+
+
+def _compare(a: Answer, b: Answer, tolerance: float) -> tuple[list[Difference], dict[str, float | None]]:
     if a.status is None or b.status is None:
         return [("no answer", "; ".join(f"{name}: {x.body}" for name, x in (("A", a), ("B", b)) if x.status is None))], {}
     if a.status != b.status:
@@ -137,6 +142,10 @@ def _detail(answer: Answer) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+    return _plain(json.dumps(value, ensure_ascii=False), SHOWN)
+
+
+def _plain(text: str, most: int) -> str:
+    """Without what a terminal obeys or no encoding has (half of a surrogate pair), and no longer than so many characters."""
+    text = "".join(c if c.isprintable() else " " for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,4 +1,4 @@
-"""python -m rerank_lab.cache info|clear: what the vector cache holds, and room for other things."""
+"""python -m rerank_lab.cache info|clear: what the vector cache holds, and room."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.cache import ABOUT, default_folder, vectors_folder
+from rerank_lab.models.shards import ABOUT, abandoned, default_folder, shards, vectors_folder
 from rerank_lab.options import weight
 
 EPILOG = """\
@@ -80,12 +81,9 @@ def models(folder: Path) -> list[Held]:
     found = []
     for place in sorted(vectors_folder(folder).glob("*/")):
         files = []
-        for path in place.iterdir():
-            try:
-                if path.name != ABOUT:
-                    files.append((path, path.stat().st_size, path.stat().st_mtime))
-            except OSError:
-                continue
+        for path in (*shards(place), *abandoned(place)):
+            with suppress(OSError):
+                files.append((path, path.stat().st_size, path.stat().st_mtime))
         try:
             about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
             label = f"{about['model']} ({about['arithmetic']}, {about['token_dimensions']} dimensions a token)"

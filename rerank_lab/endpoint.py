@@ -28,6 +28,7 @@ PREFIX, KEY, V3 = "endpoint", "RERANK_LAB_ENDPOINT_KEY", "/api/v3/inference/rera
 ADDRESS = r"(?P<address>https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(?P<port>\d{1,5}))?(?:/[\w.~%+/-]*)?)"
 METHOD_NAMES = (*METHODS, BEST_CROSS)
 TIMEOUT, PATIENCE, PAUSE = 120.0, 60.0, 0.5
+DEEPEST = 100  # levels of an answer that is taken for JSON; what compares and prints it calls itself
 AGAIN = "the same command with --resume goes on from here"
 
 
@@ -119,6 +120,7 @@ class Server:
             raise UserError("asking a server needs httpx: pip install 'rerank_lab[server]'") from None
         self.url, self.patience, self._key, self._waited = url, patience, key, False
         self._dropped, self._failed = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError), httpx.HTTPError
+        self._invalid = httpx.InvalidURL
         local = re.match(r"https?://(127\.[\d.]+|localhost|\[::1\])(:|/|$)", url) is not None
         try:
             self.client = httpx.Client(
@@ -135,11 +137,11 @@ class Server:
         """Sends JSON and waits for the answer, whatever its status.
 
         A connection that breaks is tried once more, since a server may close one that it keeps alive at any time. 429 and 503
-        are asked again after what Retry-After says, else after PAUSE and twice as long each time, and returned where that would
-        take more than `patience` in all.
+        are asked again after what Retry-After says (PAUSE at least), else after PAUSE and twice as long each time, and returned
+        where that would take more than `patience` in all.
 
         Raises:
-            NoAnswer: the reason is named.
+            NoAnswer: the reason is named. UserError: no address can have this path.
         """
         content = json.dumps(body).encode()  # ASCII, so that half of a surrogate pair goes over as it was recorded
         waited, pause, again = 0.0, PAUSE, True
@@ -151,9 +153,12 @@ class Server:
                     again = False
                     continue
                 raise NoAnswer(f"{self.url} does not answer: {self.clean(str(error)) or type(error).__name__}") from None
+            except self._invalid as error:
+                raise UserError(f"path {self.clean(path)!r}: {error}") from None
             if answer.status_code not in (429, 503):
                 return answer
-            wait = retry_after(answer.headers.get("retry-after")) or pause
+            told = retry_after(answer.headers.get("retry-after"))
+            wait = pause if told is None else max(told, PAUSE)
             if waited + wait > self.patience:
                 return answer
             if not self._waited:
@@ -164,11 +169,14 @@ class Server:
 
     def body(self, answer: httpx.Response) -> Any:
         """The JSON of an answer, or its text where it is none; of an error without the key, should the server repeat it."""
-        text = answer.text.replace(self._key, "(the key)") if self._key and answer.status_code != 200 else answer.text
+        text = answer.content.decode("utf-8", "replace")  # JSON is UTF-8, whatever charset a header names
+        if self._key and answer.status_code != 200:
+            text = text.replace(self._key, "(the key)")
         try:
-            return json.loads(text)
+            found = json.loads(text)
         except (ValueError, RecursionError):
             return text
+        return found if _shallow(found) else text
 
     def said(self, answer: httpx.Response) -> str:
         """What the body of an error says, as one line of at most 300 characters."""
@@ -188,6 +196,15 @@ class Server:
     def close(self) -> None:
         """Ends its connections."""
         self.client.close()
+
+
+def _shallow(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [child for x in level if isinstance(x, (dict, list)) for child in (x.values() if isinstance(x, dict) else x)]
+        if not level:
+            return True
+    return False
 
 
 def retry_after(header: str | None) -> float | None:

@@ -30,7 +30,7 @@ from rerank_lab.measures import DEFAULT, known_measures, parse_measures
 from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.bi_encoder import Detail
-from rerank_lab.models.cache import default_folder
+from rerank_lab.models.shards import default_folder
 from rerank_lab.options import effective, parse
 from rerank_lab.reranker import EXACT, Ranking, Reranker
 from rerank_lab.run import write_atomically

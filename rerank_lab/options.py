@@ -120,7 +120,8 @@ def machine_options(group: argparse._ArgumentGroup) -> None:
         "--runtime",
         choices=("auto", *RUNTIMES),
         default="auto",
-        help="what runs the transformers; auto: torch, or what computes in --precision (default: auto)",
+        metavar="NAME",
+        help=f"what runs the transformers: {', '.join(RUNTIMES)}, or auto: torch, or what computes in --precision (default: auto)",
     )
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the transformers; bf16 where the processor has it (default: fp32)")
     group.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
@@ -209,4 +210,11 @@ def weight(value: str) -> float:
         number = math.nan
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, not {value!r}")
+    return number
+
+
+def positive(value: str) -> float:
+    """A number above 0."""
+    if (number := weight(value)) == 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {value!r}")
     return number

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from rerank_lab.answers import KINDS, Answer, Difference, compare
 from rerank_lab.endpoint import KEY, TIMEOUT, V3, NoAnswer, Server, check_address, key_from
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.options import count, weight
+from rerank_lab.options import count, positive, weight
 from rerank_lab.run import write_atomically
 
 log = logging.getLogger("rerank_lab")
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tolerance", type=weight, default=1e-4, metavar="X", help="absolute difference up to which scores are the same (default: 1e-4)")
     p.add_argument("--concurrency", type=count, default=1, metavar="N", help="requests at a time (default: 1, which is how to compare latency)")
     p.add_argument("--limit", type=count, metavar="N", help="the first N requests only")
-    p.add_argument("--timeout", type=weight, default=TIMEOUT, metavar="S", help=f"without a byte, then it is no answer (default: {TIMEOUT:g})")
+    p.add_argument("--timeout", type=positive, default=TIMEOUT, metavar="S", help=f"without a byte, then it is no answer (default: {TIMEOUT:g})")
     p.add_argument("--json", type=Path, metavar="FILE", help="summary and differences, for machines")
     return p
 
@@ -194,6 +194,8 @@ def replay(requests: Sequence[Recorded], a: Server, b: Server, tolerance: float,
         start = time.perf_counter()
         try:
             answer = server.post(request.path, request.body)
+        except UserError as error:
+            raise UserError(f"line {request.line}: {error}") from None
         except NoAnswer as error:
             if name not in answered:
                 raise

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rerank_lab.models import cache as module
+from rerank_lab.models import shards as files
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
-from rerank_lab.models.cache import VectorCache, default_folder, ensure, text_key
+from rerank_lab.models.cache import VectorCache, ensure, text_key
 from rerank_lab.models.forward import Tokens
+from rerank_lab.models.shards import default_folder
 from tests.conftest import DOCUMENTS, ROOT
 
 TEXTS = [*(text for _, text in DOCUMENTS.values()), ""]
@@ -136,7 +139,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped at the end": lambda p: change(p, lambda b: b[:-1] + bytes([b[-1] ^ 128])),
     "another kind of shard": lambda p: change(p, lambda b: b.replace(b'"detail":"1"', b'"detail":"0"', 1)),
     "text": lambda p: change(p, lambda b: b"a file of someone else's"),
-    "another safetensors file": lambda p: save_file(load_file(p), p, {"schema": module.SCHEMA}),
+    "another safetensors file": lambda p: save_file(load_file(p), p, {"schema": files.SCHEMA}),
 }
 
 
@@ -159,13 +162,37 @@ def test_a_damaged_shard_is_dropped_with_a_warning_and_rebuilt(
     assert encoded == [] and len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("reader", ["safe_open", "load_file"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_cannot_be_read_now_is_no_damage(
+    encoder: BiEncoder, encoded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reader: str, gone: bool
+) -> None:
+    wanted = get(encoder, VectorCache(encoder.key(), tmp_path))
+    (path,) = shards(tmp_path)
+    encoded.clear()
+    real = getattr(files, reader)
+
+    def fails(file: Path, *arguments: Any, **options: Any) -> Any:
+        if file != path:
+            return real(file, *arguments, **options)
+        if gone:
+            path.unlink(missing_ok=True)
+        raise RuntimeError("unable to open file: too many open files (24)\nand more")
+
+    monkeypatch.setattr(files, reader, fails)
+    assert_same(get(encoder, VectorCache(encoder.key(), tmp_path)), wanted)
+    assert encoded == TEXTS and path.exists() != gone
+    said = [record.message for record in caplog.records]
+    assert said == [] if gone else len(said) == 1 and f"{path} cannot be read (unable to open file: too many open files (24)); left alone" in said[0]
+
+
 def test_no_flipped_bit_of_a_shard_goes_unseen(tmp_path: Path) -> None:
     VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
     (path,) = shards(tmp_path)
     data = path.read_bytes()
     for place in range(len(data)):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
-        assert module._read(path) is None, place
+        assert files.read(path) is None, place
 
 
 def test_opening_reads_no_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +200,8 @@ def test_opening_reads_no_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for keys, vectors in made_ones:
         VectorCache("m", tmp_path).add(keys, vectors, Detail.TOKENS)
     read: list[Path] = []
-    real = module._checksum
-    monkeypatch.setattr(module, "_checksum", lambda path: read.append(path) or real(path))  # type: ignore[func-returns-value]
+    real = files.checksum
+    monkeypatch.setattr(files, "checksum", lambda path: read.append(path) or real(path))  # type: ignore[func-returns-value]
     cache = VectorCache("m", tmp_path)
     assert len(cache) == 9 and read == []
     assert cache.has(made_ones[1][0][0], Detail.TOKENS) and cache.has(made_ones[1][0][2], Detail.TOKENS)
@@ -185,7 +212,7 @@ def test_opening_reads_no_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_shard_of_another_schema_is_dropped_without_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with monkeypatch.context() as earlier:
-        earlier.setattr(module, "SCHEMA", "0")
+        earlier.setattr(files, "SCHEMA", "0")
         VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
     assert len(VectorCache("m", tmp_path)) == 0 and not shards(tmp_path) and not caplog.records
 
@@ -193,7 +220,7 @@ def test_a_shard_of_another_schema_is_dropped_without_alarm(tmp_path: Path, monk
 def test_leftovers_of_a_writer_are_ignored_and_old_ones_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
     (shard,) = shards(tmp_path)
-    young, old = shard.with_name("young.tmp"), shard.with_name("old.tmp")
+    young, old = (shard.with_name(f"{letter * 32}.tmp") for letter in "ab")
     for path in (young, old):
         path.write_bytes(shard.read_bytes()[:50])
     os.utime(old, (time.time() - 7200,) * 2)
@@ -205,6 +232,7 @@ def test_a_kill_while_writing_leaves_no_half_shard(tmp_path: Path, caplog: pytes
     code = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import VectorCache
 from tests.test_cache import made

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rerank_lab.models import cache as module
+from rerank_lab.models import shards as files
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.models.cache import VectorCache, ensure, text_key
 from tests.conftest import ROOT
@@ -103,7 +103,7 @@ for turn in range(25):
         assert process.returncode == 0 and "does not read back" not in said and "cannot be written" not in said, said
     assert 0 < sum(path.stat().st_size for path in shards(tmp_path)) <= 20_000
     for path in shards(tmp_path):
-        assert module._read(path) is not None
+        assert files.read(path) is not None
 
 
 def test_trim_keeps_what_a_later_shard_took_over_and_what_is_on_disk(tmp_path: Path) -> None:

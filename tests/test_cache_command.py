@@ -46,6 +46,17 @@ def test_clear_deletes_what_was_asked_for_and_says_what_it_freed(filled: Path, e
     assert main(["clear", "--cache", str(filled)]) == 0 and "nothing to delete" in capsys.readouterr().out
 
 
+def test_clear_spares_what_is_not_the_caches_or_is_being_written(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = filled / "vectors" / "other"
+    spared = {place / "notes.txt", place / f"{'a' * 32}.tmp", place / "weights.safetensors", place / "mine.tmp"}
+    for path in (*spared, place / f"{'b' * 32}.tmp"):
+        path.write_text("x")
+    for name in ("mine", "b" * 32):
+        os.utime(place / f"{name}.tmp", (time.time() - 2 * 86400,) * 2)
+    assert main(["clear", "--cache", str(filled)]) == 0 and "in 4 files deleted" in capsys.readouterr().out
+    assert set(place.iterdir()) == spared
+
+
 def test_an_empty_or_missing_folder_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--cache", str(tmp_path / "none")]) == 0
     assert "0 B of vectors" in capsys.readouterr().out and not (tmp_path / "none").exists()

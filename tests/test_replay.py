@@ -291,3 +291,34 @@ def test_the_real_server_on_every_route_and_with_every_kind_of_answer(
         other.alter = lambda answer: answer | {"meta": answer["meta"] | {"deployed_model_id": "another"}}
         text = said(capsys, 1, path, server.url, other.url)
     assert 'value: meta.deployed_model_id: A "all-MiniLM-L6-v2", B "another"' in text and "differing in order 0, score 0, status 0, shape 0, value 1" in text
+
+
+DEEP = b"[" * 900 + b"]" * 900
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (200, {"Content-Type": "application/json; charset=hex"}, b'{"results": []}'),
+        (200, {"Content-Type": "application/json; charset=rot13"}, b'{"results": []}'),
+        (200, {}, '{"results": []}'.encode("utf-16")),
+        (200, {}, DEEP),
+        (404, {}, DEEP),
+        (200, {}, b'{"results": [], "meta": {"\\ud800\\u001b[31m": 1}}'),
+        (200, {}, b'{"results": [{"index": 0, "relevance_score": 0.5, "\\ud800\\u001b": {"a": "\\ud800"}}], "\\ud800\\u001b": 2}'),
+        (422, {}, b'{"detail": "\\ud800\\u001b[31m"}'),
+    ],
+)
+def test_whatever_a_server_sends_is_a_difference(a: StandIn, b: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Any) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps(body("q1")))
+    a.replies = [reply]
+    text = said(capsys, 1, path, a.url, b.url, "--json", tmp_path / "out.json")
+    assert "1 request, 0 same" in text and text.encode() and text.replace("\n", "").isprintable()
+    assert json.loads((tmp_path / "out.json").read_text())["compared"] == 1
+
+
+def test_a_path_that_no_address_can_have(a: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"path": "/" + "x" * 70_000, "body": {}}))
+    assert "line 1: path '/xxx" in said(capsys, 2, path, a.url, a.url) and not a.asked

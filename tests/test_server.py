@@ -105,6 +105,7 @@ def test_model_cross_is_ignored_by_fast_and_optional_for_best(server: Server) ->
     assert server.post(BASE | CROSS | {"method": "standard", "model": "minilm-cross"})[0] == 200, "for standard, model is only looked up"
 
 
+DEEP = (b"", b',"return_documents":true')
 BAD: list[tuple[Any, list[Any], str]] = [
     (BASE | {"documents": []}, ["documents"], "too_short"),
     (BASE | {"documents": ["a"] * 1001}, ["documents"], "too_long"),
@@ -128,7 +129,8 @@ BAD: list[tuple[Any, list[Any], str]] = [
     *((body, [], "json_invalid") for body in (b"", b"{", b'{"query": "\xff"}', b'"\\ud800"', b"NaN", b'{"a": 1e400}', b"[" * 100_000, b"{} {}")),
     ([BASE], [], "model_type"),
     (b'"text"', [], "model_type"),
-    (b'{"model":"m","query":"q","documents":[{"text":"a","x":' + b"[" * 500 + b"]" * 500 + b'}],"return_documents":true}', ["documents", 0], "recursion_loop"),
+    *((b'{"model":"m","query":"q","documents":[{"text":"a","x":' + b"[" * 500 + b"]" * 500 + b"}]" + more + b"}", [], "recursion_loop") for more in DEEP),
+    (b'{"model":"m","query":"q","documents":["a"],"x":[' + b"[]," * (1 << 18) + b"1]}", [], "too_many_containers"),
 ]
 
 

@@ -23,7 +23,7 @@ from tests.serving import ALIASES, KEY, STUCK, Server, eventually, serving
 V3 = "/api/v3/inference/reranker"
 CLIENTS = ["/v1/rerank", "/v2/rerank", "/rerank"]
 # What the contract names, route by route.
-ERRORS = {path: {"401", "404", "413", "422", "429", "500", "503", "504"} for path in (V3, *CLIENTS)}
+ERRORS = {path: {"400", "401", "404", "413", "422", "429", "500", "503", "504"} for path in (V3, *CLIENTS)}
 ERRORS |= {"/health": set(), "/ready": {"503"}, "/metrics": set(), "/api/v3/models": {"503"}}
 BI, CROSS = ["all-MiniLM-L6-v2", "bge-reranker-v2-m3"], ["minilm-cross", "bge-reranker-cross-encoder"]
 BASE: dict[str, Any] = {"model": BI[0], "query": "q", "documents": ["a", ""]}

@@ -1,8 +1,8 @@
 """Vectors that are made once: a cache by (model, token limit, text), in memory and, where a folder is given, on disk.
 
-On disk a model's vectors are shards, one safetensors file for each call of `add`, written to a temporary name and renamed to
-one that ends in its checksum, memory-mapped when read. Opening reads their keys alone; a shard is checked when something of it is
-first wanted, and one that does not read back (cut short, wrong checksum) is deleted with a warning and its texts are encoded again.
+On disk a model's vectors are shards, one file for each call of `add` (shards.py). Opening reads their keys alone; a shard is
+checked when something of it is first wanted, and one that does not read back (cut short, wrong checksum) is deleted with a warning
+and its texts are encoded again.
 Past a bound in bytes the shards go that were not used for longest, whichever process wrote or used them: the time of a file is its
 last use, to the minute. A file that one process deletes stays readable to another that has mapped it.
 """
@@ -15,44 +15,28 @@ import logging
 import os
 import threading
 import time
-import uuid
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from rerank_lab.models import shards
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.forward import in_advance
 from rerank_lab.run import write_atomically
 
 log = logging.getLogger(__name__)
-SCHEMA = "2"
 CHUNK = {Detail.POOLED: 512, Detail.TOKENS: 512, Detail.STATES: 64}  # texts a shard, tens of megabytes at most
 MEMORY_BYTES = 2 << 30
 TOUCH = 60.0  # seconds between two notes of a shard's use
-ABOUT = "about.json"
 DISK_BYTES = 16 << 30
 
 Progress = Callable[[int, int], object]
-
-
-def default_folder() -> Path:
-    """RERANK_LAB_CACHE, else rerank_lab in the user's cache folder."""
-    if folder := os.environ.get("RERANK_LAB_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rerank_lab"
-
-
-def vectors_folder(folder: Path) -> Path:
-    """Where a cache folder keeps vectors, a folder a model."""
-    return folder / "vectors"
 
 
 def text_key(text: str, max_tokens: int, kind: str = "document") -> bytes:
@@ -117,7 +101,7 @@ class VectorCache:
         disk_bytes: int = DISK_BYTES,
         about: Mapping[str, str] | None = None,
     ):
-        self.folder = None if folder is None else vectors_folder(folder) / model_key
+        self.folder = None if folder is None else shards.vectors_folder(folder) / model_key
         self.about = dict(about or {})
         self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
         self._lock = threading.RLock()  # of what is written; a reader's own texts are in its way only where it borrowed them
@@ -127,11 +111,10 @@ class VectorCache:
         self._held, self._count = 0, 0
         self._grown = True  # since the folder was last looked at
         if self.folder is not None and self.folder.is_dir():
-            for path in self.folder.glob("*.tmp"):
-                with suppress(OSError):  # its writer may just be renaming it
-                    if time.time() - path.stat().st_mtime > 3600:
-                        path.unlink()
-            for path in sorted(self.folder.glob("*.safetensors"), key=_age):
+            for path in shards.abandoned(self.folder):
+                with suppress(OSError):
+                    path.unlink()
+            for path in shards.shards(self.folder):
                 self._open(path)
 
     def __len__(self) -> int:
@@ -154,10 +137,10 @@ class VectorCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / ABOUT).is_file():
-                write_atomically(self.folder / ABOUT, json.dumps(self.about, indent=1))
-            path = _write(self.folder, keys, vectors, detail)
-        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+            if not (self.folder / shards.ABOUT).is_file():
+                write_atomically(self.folder / shards.ABOUT, json.dumps(self.about, indent=1))
+            path = shards.write(self.folder, keys, vectors, detail)
+        except (OSError, SafetensorError) as error:
             log.warning("vector cache: %s cannot be written (%s); going on without it", self.folder, error)
             self.folder = None
             self.add(keys, vectors, detail)
@@ -223,27 +206,23 @@ class VectorCache:
     def _open(self, path: Path) -> int | None:
         """Takes the keys of a shard that lies in the folder; its number, None where it is gone, of another schema or damaged."""
         try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if about.get("schema") != SCHEMA:
-                    log.info("vector cache: %s has an older form; deleted", path)
-                    path.unlink()
-                    return None
-                keys = [row.tobytes() for row in file.get_tensor("keys").numpy()]
-            return self._register(Shard(keys, Detail(int(about["detail"])), path.stat().st_size, path))
-        except (OSError, KeyError, ValueError, SafetensorError):
-            _discard(path)
-            return None
+            if (found := shards.keys(path)) is not None:
+                return self._register(Shard(*found, path.stat().st_size, path))
+        except (OSError, RuntimeError) as error:
+            shards.leave(path, error)
+        return None
 
     def _reads_back(self, number: int) -> bool:
         """Whether a shard's vectors are here and whole; one that is not is dropped."""
         shard = self._shards[number]
         if shard.vectors is None:
             assert shard.path is not None
-            shard.vectors = _read(shard.path)
+            try:
+                shard.vectors = shards.read(shard.path)
+            except (OSError, RuntimeError) as error:
+                shards.leave(shard.path, error)
             if shard.vectors is None:
                 self._drop(number)
-                _discard(shard.path)
         return shard.vectors is not None
 
     def _register(self, shard: Shard) -> int:
@@ -272,7 +251,7 @@ class VectorCache:
 
     def _trim_folder(self, folder: Path) -> None:
         own = {shard.path: number for number, shard in self._shards.items() if shard.path is not None}
-        files = sorted((_age(path), path) for path in folder.glob("*.safetensors"))
+        files = [(shards.age(path), path) for path in shards.shards(folder)]
         for gone in own.keys() - {path for _, path in files}:  # dropped by another process; what is mapped stays readable
             if self._shards[own[gone]].vectors is None:
                 self._drop(own[gone])
@@ -336,57 +315,3 @@ def ensure(
         if not keep:
             cache.trim()
     return keys
-
-
-def _write(folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Path:
-    tensors = {
-        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), 16),
-        "pooled": vectors.pooled.contiguous(),
-        "lengths": vectors.lengths,
-        "offsets": vectors.offsets,
-        "tokens": vectors.tokens.contiguous(),
-        "states": vectors.states.contiguous(),
-    }
-    stem = folder / uuid.uuid4().hex
-    temporary = stem.with_suffix(".tmp")
-    save_file(tensors, temporary, {"schema": SCHEMA, "detail": str(int(detail))})
-    path = folder / f"{stem.name}-{_checksum(temporary):08x}.safetensors"
-    os.replace(temporary, path)
-    return path
-
-
-def _read(path: Path) -> Vectors | None:
-    """A shard's vectors, mapped; None where it does not read back."""
-    try:
-        if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
-            return None
-        tensors = load_file(path)
-        return Vectors(**{field.name: tensors[field.name] for field in fields(Vectors)})
-    except (OSError, KeyError, SafetensorError):
-        return None
-
-
-def _discard(path: Path) -> None:
-    """Deletes a damaged shard, with a warning; one that another process has just dropped is no damage."""
-    if path.exists():
-        log.warning("vector cache: %s does not read back; deleted, its texts will be encoded again", path)
-        with suppress(OSError):
-            path.unlink()
-
-
-def _age(path: Path) -> tuple[int, str, int]:
-    """Last use, name and bytes of a file; one that is gone meanwhile was used never."""
-    try:
-        found = path.stat()
-        return found.st_mtime_ns, path.name, found.st_size
-    except OSError:
-        return 0, path.name, 0
-
-
-def _checksum(path: Path) -> int:
-    """Of the file as it is read, not mapped: what is only checked must not count as the process's memory."""
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextvars import copy_context
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
@@ -26,9 +27,10 @@ from rerank_lab.environment import kernels
 from rerank_lab.errors import UserError
 from rerank_lab.fleet import Fleet
 from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
-from rerank_lab.options import SUBSPACE, count, machine_options, weight
+from rerank_lab.options import SUBSPACE, count, machine_options, positive, weight
 
 log = logging.getLogger("rerank_lab")
+PARTING = 2.0  # seconds in which the batch that runs at the end may end too
 EPILOG = """\
 examples:
   python -m rerank_lab.server
@@ -40,10 +42,11 @@ examples:
       --alias bge-reranker-cross-encoder=minilm-cross
       recorded traffic replays unchanged
 
-keys, in this order: --api-key-file, $RERANK_LAB_API_KEYS (separated by commas or
-white space), one made at the start and printed
+keys, in this order: --api-key-file, $RERANK_LAB_API_KEYS (separated by commas
+or white space), one made at the start and printed
 
-exit codes: 0 stopped, 1 failed while running, 2 wrong input
+exit codes: 0 stopped, 1 failed while running, or told twice to stop and left
+requests unanswered, 2 wrong input
 """
 
 
@@ -69,10 +72,10 @@ def parser() -> argparse.ArgumentParser:
     keys.add_argument("--no-auth", action="store_true", help="ask for no key; only on a loopback address")
     limits = p.add_argument_group("limits")
     limits.add_argument("--max-documents", type=count, default=1000, metavar="N", help="of a request (default: 1000)")
-    limits.add_argument("--max-body", type=weight, default=32.0, metavar="MIB", help="of a request (default: 32)")
+    limits.add_argument("--max-body", type=positive, default=32.0, metavar="MIB", help="of a request (default: 32)")
     limits.add_argument("--max-queue-tokens", type=count, default=1 << 18, metavar="N", help="that may wait; then 429 (default: 262144)")
     limits.add_argument("--batch-tokens", type=count, metavar="N", help="of a batch, padded (default: what suits the device)")
-    limits.add_argument("--timeout", type=weight, default=60.0, metavar="S", help="from a request's start to its answer; then 504 (default: 60)")
+    limits.add_argument("--timeout", type=positive, default=60.0, metavar="S", help="from a request's start to its answer; then 504 (default: 60)")
     limits.add_argument("--cache-gb", type=weight, default=2.0, metavar="GB", help="of documents' vectors, in memory (default: 2)")
     machine_options(p.add_argument_group("machine"))
     return p
@@ -85,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("rerank_lab: error: the server needs its extra: pip install 'rerank_lab[server]'", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    for name in ("httpx", "uvicorn"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every client that speaks no HTTP
     if options.threads:
         torch.set_num_threads(options.threads)
     with contextlib.suppress(ValueError, OSError):  # each connection takes a descriptor
@@ -106,6 +109,7 @@ def serve(options: argparse.Namespace) -> int:
     import uvicorn
 
     from rerank_lab.server.app import create_app
+    from rerank_lab.server.protocol import guarded
     from rerank_lab.server.service import Service, Settings, check_aliases
 
     roles = known_roles(options.model, options.model_cross)
@@ -150,6 +154,8 @@ def serve(options: argparse.Namespace) -> int:
             failures.append(error)
             service.drain()
 
+    models_at_work = threading.Thread(target=copy_context().run, args=(models_thread,), name="models", daemon=True)
+
     class Server(uvicorn.Server):
         """Stops in two steps: what is in flight is answered, and new work refused, before the doors close."""
 
@@ -163,7 +169,7 @@ def serve(options: argparse.Namespace) -> int:
             print(f"rerank_lab {url}/{f'#key={made}' if made else ''}\n  POST {url}/api/v3/inference/reranker, docs at {url}/docs", file=sys.stderr)
             if made:
                 print(f"  key of this run: {made}", file=sys.stderr)
-            threading.Thread(target=copy_context().run, args=(models_thread,), name="models", daemon=True).start()
+            models_at_work.start()
 
         async def _drain(self) -> None:
             while not (self.force_exit or (service.state == "draining" and service.in_flight == 0)):
@@ -171,14 +177,28 @@ def serve(options: argparse.Namespace) -> int:
             self.should_exit = True
 
     config = uvicorn.Config(
-        create_app(service), log_config=None, access_log=False, server_header=False, backlog=4096,
+        create_app(service), http=guarded(options.timeout), ws="none", log_config=None, access_log=False, server_header=False, backlog=4096,
         timeout_graceful_shutdown=5, timeout_keep_alive=30, lifespan="off",
     )  # fmt: skip
     Server(config).run([listening])
     service.close()
+    if models_at_work.ident is not None:
+        models_at_work.join(PARTING)
     if failures:
         raise failures[0]
-    return 0
+    if service.cut:
+        log.warning("stopped with %d unanswered", service.cut)
+    if models_at_work.is_alive():
+        _leave(int(service.cut > 0))
+    return int(service.cut > 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process while a forward runs; an interpreter that ends in the ordinary way aborts in that thread."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def known_roles(models: Sequence[str], crosses: Sequence[str]) -> dict[str, str]:

@@ -35,6 +35,7 @@ POLICY = {
     "Cache-Control": "no-cache",
 }
 LINGER = 5.0  # seconds in which the rest of a body that was refused is read and thrown away
+PIECE = 1 << 16  # bytes of an answer that are handed to the connection at once; more wait here until the client has read
 LEFT = 499  # what logs and metrics say of a client that left; nobody is there to read it
 
 Parse = Callable[[Any], Call]
@@ -106,25 +107,23 @@ async def _respond(service: Service, request: Request, parse: Parse, render: Ren
     started = time.perf_counter()
     service.authorize(request.headers.get("authorization"))
     service.check_ready()
-    held = [0]
     try:
-        call, ranking, job = await asyncio.wait_for(_work(service, request, parse, held), service.settings.timeout)
+        call, ranking, job = await asyncio.wait_for(_work(service, request, parse), service.settings.timeout)
     except (TimeoutError, asyncio.TimeoutError):
         service.metrics.dropped.labels("deadline").inc()
         raise Refusal(504, f"No answer within {service.settings.timeout:g} s.") from None
     except ClientDisconnect:
         service.metrics.dropped.labels("disconnect").inc()
         return Response(status_code=LEFT)
-    finally:
-        service.body_bytes -= held[0]
     body = render(call, ranking)
+    _hold(service, request, len(body))
     spent = {"queue": job.waiting or 0.0, "model": job.model, "score": job.scoring, "total": time.perf_counter() - started}
     timing = ", ".join(f"{name};dur={1000 * seconds:.2f}" for name, seconds in spent.items())
     return Response(body, media_type="application/json", headers={"Server-Timing": timing})
 
 
-async def _work(service: Service, request: Request, parse: Parse, held: list[int]) -> tuple[Call, Ranking, Job]:
-    call = parse(contract.read(await _body(service, request, held)))
+async def _work(service: Service, request: Request, parse: Parse) -> tuple[Call, Ranking, Job]:
+    call = parse(contract.read(await _body(service, request)))
     ranking = asyncio.ensure_future(service.rank(call))
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -139,22 +138,18 @@ async def _work(service: Service, request: Request, parse: Parse, held: list[int
             await gone
 
 
-async def _body(service: Service, request: Request, held: list[int]) -> bytes:
-    """The body, refused as soon as it is known to be too large.
-
-    Args:
-        held: its only item grows by what is held, for whoever takes it back.
-    """
+async def _body(service: Service, request: Request) -> bytes:
+    """The body, refused as soon as it is known to be too large."""
     most = service.settings.max_body
     too_large = Refusal(413, f"The body may hold {most} bytes.")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > most:
         raise too_large
-    chunks = []
+    chunks, size = [], 0
     async for chunk in request.stream():
-        held[0] += len(chunk)
-        service.body_bytes += len(chunk)
-        if held[0] > most:
+        size += len(chunk)
+        _hold(service, request, size)
+        if size > most:
             raise too_large
         if service.body_bytes > 4 * most:
             service.metrics.dropped.labels("queue_full").inc()
@@ -163,9 +158,21 @@ async def _body(service: Service, request: Request, held: list[int]) -> bytes:
     return b"".join(chunks)
 
 
+def _hold(service: Service, request: Request, size: int) -> None:
+    """Counts what a request holds, its body or its answer, whichever is larger, until the answer has been read."""
+    held: list[int] = request.scope["held"]
+    if size > held[0]:
+        service.body_bytes += size - held[0]
+        held[0] = size
+
+
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+class Unread(Exception):
+    """The client has not read its answer in time."""
 
 
 class Observed:
@@ -195,27 +202,58 @@ class Observed:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
             elif unread and scope["method"] == "POST" and not message.get("more_body"):
                 # A connection closed on a client that is still sending takes the answer with it.
-                await send({**message, "more_body": True})
+                await self._send(send, {**message, "more_body": True})
                 with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                     await asyncio.wait_for(self._discard(reading), LINGER)
                 message = {"type": "http.response.body", "body": b""}
-            await send(message)
+            await self._send(send, message)
 
         REQUEST.set(request_id.decode())
+        scope["held"] = [0]
         self.service.in_flight += 1
         try:
             await self.app(scope, reading, observed)
+        except Unread:
+            self.service.metrics.dropped.labels("deadline").inc()
+            log.warning("request %s: its answer was not read within %g s", request_id.decode(), self.service.settings.timeout)
+            scope["state"]["abort"]()
+            await asyncio.sleep(0)  # until uvicorn knows
+        except asyncio.CancelledError:  # told twice to stop
+            self.service.cut += 1
+            if not status:
+                await JSONResponse({"detail": "The server stops."}, 503, {"Retry-After": "5"})(scope, reading, observed)
         except Exception as error:  # noqa: BLE001 - an answer whatever happens
             log.error("request %s failed: %s", request_id.decode(), without_message(error))
             if not status:
                 await JSONResponse({"detail": "The server failed; its log says why."}, 500)(scope, reading, observed)
         finally:
             self.service.in_flight -= 1
+            self.service.body_bytes -= scope["held"][0]
             route = scope["path"] if scope["path"] in self.routes else "other"
             seconds = time.perf_counter() - started
             self.service.metrics.requests.labels(route, str(status)).inc()
             self.service.metrics.seconds.labels(route).observe(seconds)
             log.info("%s %s %d %.1f ms request %s", scope["method"], route, status, 1000 * seconds, request_id.decode())
+
+    async def _send(self, send: Send, message: Message) -> None:
+        """Sends in pieces, each once the client has read most of those before it.
+
+        Raises:
+            Unread: that took longer than a request may.
+        """
+        try:
+            await asyncio.wait_for(self._pieces(send, message), self.service.settings.timeout)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Unread from None
+
+    @staticmethod
+    async def _pieces(send: Send, message: Message) -> None:
+        body = message.get("body", b"")
+        if len(body) > PIECE:
+            for start in range(0, len(body), PIECE):
+                await send({**message, "body": body[start : start + PIECE], "more_body": True})
+            message = {**message, "body": b""}
+        await send(message)
 
     @staticmethod
     async def _discard(receive: Receive) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from rerank_lab.methods import make_method
 from rerank_lab.reranker import Ranking
-from rerank_lab.server.contract import Call, Count, Document, as_json, counted, invalid, not_blank, shown, validate
+from rerank_lab.server.contract import Call, Count, Document, counted, invalid, not_blank, shown, validate
 from rerank_lab.server.service import Service
 
 
@@ -53,7 +53,7 @@ def read_client(service: Service, data: Any) -> Call:
     asked = validate(ClientRequest, data, service.settings.max_documents)
     texts = [d if isinstance(d, str) else d.text for d in asked.documents]
     sent = [{"text": d} if isinstance(d, str) else d for d in data["documents"]]
-    echo = [as_json(d, ("documents", i)) for i, d in enumerate(sent)] if asked.return_documents else None
+    echo = [orjson.dumps(d) for d in sent] if asked.return_documents else None
     return _call(service, asked, texts, echo, asked.top_n or asked.top_k, asked.max_tokens_per_doc or 512)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
+import numpy as np
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
@@ -16,6 +17,8 @@ from rerank_lab.reranker import Ranking
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 LARGEST = 2**63 - 1
+MOST_CONTAINERS = 1 << 18  # a body of 11 million empty lists takes seconds and a gigabyte
+DEEPEST = 254  # what orjson writes
 NOT_A_DOCUMENT = "Input should be a valid string or an object with a string under 'text'"
 
 
@@ -144,39 +147,39 @@ class RerankRequest(BaseModel):
         return self
 
     def call(self, data: Any) -> Call:
-        """What is to be done, from the request and the JSON that it was made of.
-
-        Raises:
-            Refusal: 422, a document nested too deep to be written again.
-        """
+        """What is to be done, from the request and the JSON that it was made of."""
         texts = [d if isinstance(d, str) else d.text for d in self.documents]
-        documents = [as_json(d, ("documents", i)) for i, d in enumerate(data["documents"])] if self.return_documents else None
+        documents = [orjson.dumps(d) for d in data["documents"]] if self.return_documents else None
         method = make_method(self.method, stage1_top_k=self.stage1_top_k)
         return Call(self.model, self.query, texts, method, documents, self.model_cross, self.top_n, self.max_tokens_per_doc, self.batch_size)
-
-
-def as_json(value: Any, place: Sequence[str | int]) -> bytes:
-    """A document to be echoed, written again.
-
-    Raises:
-        Refusal: 422, it is nested too deep; `place` is where it stands.
-    """
-    try:
-        return orjson.dumps(value)
-    except orjson.JSONEncodeError:
-        raise invalid(place, "Input should be nested less deeply", "recursion_loop") from None
 
 
 def read(body: bytes) -> Any:
     """The JSON of a body.
 
     Raises:
-        Refusal: 422, it is none.
+        Refusal: 422, it is none, nested too deep to be written again, or more lists and objects than a server can make in no time.
     """
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets > MOST_CONTAINERS and containers(body) > MOST_CONTAINERS:
+        raise invalid([], f"Input should hold at most {MOST_CONTAINERS} lists and objects", "too_many_containers")
     try:
-        return orjson.loads(body)
+        data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise invalid([], f"Input should be valid JSON: {error.msg} at line {error.lineno} column {error.colno}", "json_invalid") from None
+    if brackets > DEEPEST:
+        try:
+            orjson.dumps(data)
+        except orjson.JSONEncodeError:
+            raise invalid([], f"Input should be nested at most {DEEPEST} deep", "recursion_loop") from None
+    return data
+
+
+def containers(body: bytes) -> int:
+    """How many lists and objects a JSON text opens; what stands in its strings does not count."""
+    plain = np.frombuffer(body.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
+    outside = np.bitwise_xor.accumulate(plain == ord('"')) == 0
+    return int(((plain == ord("[")) | (plain == ord("{")))[outside].sum())
 
 
 def validate(schema: type[AnyModel], data: Any, max_documents: int) -> AnyModel:

@@ -24,6 +24,7 @@ TEXT = {"type": "string"}
 COUNT = {"type": "integer", "minimum": 0}
 SCORE = {"type": "number"}
 ERRORS = {
+    400: "No HTTP.",
     401: "No token, another scheme, or an unknown token.",
     404: "No such model; the known ids stand in the message.",
     413: "The body is too large.",

@@ -65,7 +65,8 @@ class Service:
         self.settings, self.metrics = settings, Metrics()
         self.roles = dict(roles) | {alias: roles[target] for alias, target in settings.aliases.items()}
         self.state = "loading"
-        self.in_flight = self.body_bytes = 0
+        # Requests whose answers are not with their clients yet, what they hold in bytes, and how many a forced stop has cut.
+        self.in_flight = self.body_bytes = self.cut = 0
         self.fleet: Fleet | None = None
         self.scheduler: Scheduler | None = None
         self._digests = None if settings.keys is None else [_digest(key) for key in settings.keys]

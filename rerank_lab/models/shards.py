@@ -1,0 +1,144 @@
+"""Files that hold vectors: how a shard is written, recognised, read back and, where it is damaged, dropped.
+
+A shard is a safetensors file that is written to a temporary name, renamed to one that ends in its checksum, and memory-mapped
+when it is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+import uuid
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from rerank_lab.models.bi_encoder import Detail, Vectors
+
+log = logging.getLogger(__name__)
+SCHEMA = "2"
+ABOUT = "about.json"
+ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
+
+
+def default_folder() -> Path:
+    """RERANK_LAB_CACHE, else rerank_lab in the user's cache folder."""
+    if folder := os.environ.get("RERANK_LAB_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rerank_lab"
+
+
+def vectors_folder(folder: Path) -> Path:
+    """Where a cache folder keeps vectors, a folder a model."""
+    return folder / "vectors"
+
+
+def shards(folder: Path) -> list[Path]:
+    """A model's shards, those that were used last at the end."""
+    return sorted((path for path in folder.glob("*.safetensors") if re.fullmatch(r"[0-9a-f]{32}-[0-9a-f]{8}\.safetensors", path.name)), key=age)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Temporary files whose writer was stopped."""
+    found = []
+    for path in folder.glob("*.tmp"):
+        with suppress(OSError):  # its writer may just be renaming it
+            if re.fullmatch(r"[0-9a-f]{32}\.tmp", path.name) and time.time() - path.stat().st_mtime > ABANDONED:
+                found.append(path)
+    return found
+
+
+def write(folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Path:
+    """Writes the vectors of N texts; the shard's path.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; safetensors has its own for a full disk.
+    """
+    tensors = {
+        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), 16),
+        "pooled": vectors.pooled.contiguous(),
+        "lengths": vectors.lengths,
+        "offsets": vectors.offsets,
+        "tokens": vectors.tokens.contiguous(),
+        "states": vectors.states.contiguous(),
+    }
+    stem = folder / uuid.uuid4().hex
+    temporary = stem.with_suffix(".tmp")
+    save_file(tensors, temporary, {"schema": SCHEMA, "detail": str(int(detail))})
+    path = folder / f"{stem.name}-{checksum(temporary):08x}.safetensors"
+    os.replace(temporary, path)
+    return path
+
+
+def keys(path: Path) -> tuple[list[bytes], Detail] | None:
+    """The keys of the texts whose vectors a shard holds, and in which detail; None where it is of another schema or damaged, and is deleted then.
+
+    Raises:
+        OSError, RuntimeError: as `read`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("schema") == SCHEMA:
+                return [row.tobytes() for row in file.get_tensor("keys").numpy()], Detail(int(about["detail"]))
+        log.info("vector cache: %s has an older form; deleted", path)
+        path.unlink(missing_ok=True)
+    except (KeyError, ValueError, SafetensorError):
+        discard(path)
+    return None
+
+
+def read(path: Path) -> Vectors | None:
+    """A shard's vectors, mapped; None where it does not read back, and is deleted then.
+
+    Raises:
+        OSError, RuntimeError: it is gone, or cannot be opened or mapped; torch has the second for both.
+    """
+    try:
+        if f"{checksum(path):08x}" == path.stem.rpartition("-")[2]:
+            tensors = load_file(path)
+            return Vectors(**{field.name: tensors[field.name] for field in fields(Vectors)})
+    except (KeyError, SafetensorError):
+        pass
+    discard(path)
+    return None
+
+
+def leave(path: Path, error: Exception) -> None:
+    """Says why a shard that is not damaged cannot be used; nothing of one that another process has just dropped."""
+    if path.exists():
+        log.warning("vector cache: %s cannot be read (%s); left alone, its texts will be encoded again", path, str(error).partition("\n")[0])
+
+
+def discard(path: Path) -> None:
+    """Deletes a damaged shard, with a warning; one that another process has just dropped is no damage."""
+    if path.exists():
+        log.warning("vector cache: %s does not read back; deleted, its texts will be encoded again", path)
+        with suppress(OSError):
+            path.unlink()
+
+
+def age(path: Path) -> tuple[int, str, int]:
+    """Last use, name and bytes of a file; one that is gone meanwhile was used never."""
+    try:
+        found = path.stat()
+        return found.st_mtime_ns, path.name, found.st_size
+    except OSError:
+        return 0, path.name, 0
+
+
+def checksum(path: Path) -> int:
+    """Of the file as it is read, not mapped: what is only checked must not count as the process's memory."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
