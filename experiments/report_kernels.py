@@ -1,10 +1,15 @@
-"""python experiments/report_kernels.py: writes reports/kernels.md, what inspect and bench print here (about four minutes).
+"""Writes reports/kernels.md: what inspect and bench print (about four minutes).
 
-Needs the extra `peers`; nothing else should run meanwhile.
+Needs the extra `peers`; nothing else should run meanwhile. Where there is no
+GPU, its part comes from another machine: there, with a GPU,
+  python -m rerank_kernels.bench --device cuda --peers >gpu.txt
+and here
+  python experiments/report_kernels.py --gpu gpu.txt
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -25,12 +30,18 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the commands in turn and writes the report when all have succeeded."""
+    parser = argparse.ArgumentParser("python experiments/report_kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", type=Path, metavar="FILE", help="what the GPU's bench printed elsewhere")
+    gpu: Path | None = parser.parse_args().gpu
     facts = describe(torch.device("cpu"))
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "triton"))
     made_on = f"Made by `python experiments/report_kernels.py` at commit {facts['commit']} on {facts['cpu']}, {facts['cpus']} CPUs, {versions}."
     parts = [f"# Kernels\n\n{made_on} Times are one run on a shared machine: read the ratios.\n"]
     for title, arguments in COMMANDS.items():
         command = [sys.executable, "-m", *arguments]
+        if gpu is not None and "cuda" in arguments:
+            parts.append(f"## {title}\n\n```\n{gpu.read_text(encoding='utf-8').rstrip()}\n```\n")
+            continue
         print(f"python -m {' '.join(arguments)}", file=sys.stderr)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | {"COLUMNS": "80"})
         if done.returncode:

@@ -210,7 +210,7 @@ from rerank_kernels.subspace_attention import variants as attention
 arch, d = sys.argv[1], int(sys.argv[2])
 ours = next(v for v in variants(arch) if v.dtype == "fp16")
 config = configuration(arch, "fp16", d)
-ours = replace(ours, d=d, config=config, constants=_constants(config, "fp16", d, 10, "cosine", d == 32))
+ours = replace(ours, d=d, config=config, constants=_constants(config, "fp16", d, 10, "cosine", d == 32, d == 100))
 inspect.measure(ours, arch)
 if d == 16:
     for name in ("N", "B", "tiles"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -74,13 +75,17 @@ def test_ties_infinities_and_nan_have_one_order(values: list[float], k: int) -> 
 
 
 @pytest.mark.parametrize("k", [1, 64, 65, 128, 256, 257, 600])
-def test_many_splits_keep_the_best_in_any_order(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [1, 2, 32])
+def test_many_splits_keep_the_best_in_any_order(k: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("rerank_kernels.similarity_topk"), "MOST_SPLITS", most)
     rising = (torch.arange(700) // 2).float()
     for order in (torch.arange(700), torch.randperm(700, generator=torch.Generator().manual_seed(0))):
         x = rising[order].to(DEVICE)
-        values, index = triton(torch.ones(1, 1, device=DEVICE), x[:, None], k, None, "dot")
-        wanted = x.sort(descending=True, stable=True)
-        assert torch.equal(values[0], wanted.values[:k]) and torch.equal(index[0], wanted.indices[:k])
+        for B in (1, 3):
+            values, index = triton(torch.ones(B, 1, device=DEVICE), x[:, None], k, None, "dot")
+            wanted = x.sort(descending=True, stable=True)
+            for b in range(B):
+                assert torch.equal(values[b], wanted.values[:k]) and torch.equal(index[b], wanted.indices[:k])
 
 
 def test_zero_vectors_have_cosine_zero() -> None:

@@ -34,7 +34,9 @@ EPILOG = """Each task's contenders take turns, each time the second of two calls
 medians over the rounds. "vs ours" is a contender's time over ours, "of GEMM"
 its FLOP/s over those of a large square product, "of read" its bytes/s over
 those of a plain sum of the same matrix; GEMM and read are measured in the same
-rounds. |diff| is the largest difference to our result.
+rounds. |diff| is the largest difference to our result. On a GPU "ms" is a call
+as a caller waits for it, "GPU ms" its kernels alone, and "of roof" the time
+that the bytes or the products take at the named rate over that.
 
 exit codes: 0 done (also where there is no GPU), 1 a result differs from ours,
 2 wrong arguments"""
@@ -168,6 +170,7 @@ def _cuda(quick: bool, with_peers: bool) -> list[dict[str, Any]]:
     )
     tasks = []
     ragged: list[peers.Ragged | peers.Search] = [peers.Ragged(d, 50 if quick else 1000) for d in (128, 384)]
+    ragged += [] if quick else [peers.Ragged(128, 20_000)]
     for task in [*ragged, *(peers.Search(queries, 2000 if quick else 100_000) for queries in (1, 64))]:
         x = {key: value.cuda().half() if value.is_floating_point() else value.cuda() for key, value in task.tensors().items()}
         matrix, absent = x["documents" if isinstance(task, peers.Search) else "tokens"], dict[str, str | None]()
@@ -190,15 +193,26 @@ def _cuda(quick: bool, with_peers: bool) -> list[dict[str, Any]]:
                 rows.append({"name": peer, "status": f"{type(problem).__name__}: {problem}".splitlines()[0]})
                 continue
             base, ours = base or ms, ours if base else result
-            roofline = max(matrix.nbytes / bandwidth, flop / peak)
-            row = {"name": peer, "status": "ok", "ms": ms, "slower": ms / base, "of_roofline": roofline / ms * 1e3}
-            row |= {"gbs": matrix.nbytes / ms / 1e6, "tflops": flop / ms / 1e9}
+            gpu_ms, roofline = _device_ms(call), max(matrix.nbytes / bandwidth, flop / peak)
+            row = {"name": peer, "status": "ok", "ms": ms, "slower": ms / base, "gpu_ms": gpu_ms, "of_roofline": roofline / gpu_ms * 1e3}
+            row |= {"gbs": matrix.nbytes / gpu_ms / 1e6, "tflops": flop / gpu_ms / 1e9}
             if peer != "soft attention":
                 row["difference"] = float((result.float() - ours.float()).abs().max())
                 row["wrong"] = not row["difference"] <= TOLERANCE["cuda"]
             rows.append(row)
         tasks.append({"task": title, "bandwidth_gbs": bandwidth / 1e9, "bandwidth_from": known.name if known else "a copy on this GPU", "rows": rows})
     return tasks
+
+
+def _device_ms(call: peers.Call, calls: int = 20) -> float:
+    """Time of a call's kernels, launches and waiting left out: the mean of so many calls."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    return sum(float(event.device_time_total) for event in profile.key_averages()) / calls / 1e3
 
 
 def _cuda_search(x: dict[str, torch.Tensor], k: int) -> dict[str, peers.Call]:
@@ -251,14 +265,14 @@ def _table(report: dict[str, Any]) -> str:
         gpu = "bandwidth_gbs" in task
         scale = f"roofline: {task['bandwidth_gbs']:.0f} GB/s by {task['bandwidth_from']}" if gpu else f"GEMM {task['gemm_gflops']:.0f} GFLOP/s, "
         scale += "" if gpu else f"read {task['read_gbs']:.1f} GB/s; medians of {task['rounds']}"
-        columns = ("of roof", "TFLOP/s", "GB/s") if gpu else ("of GEMM", "of read")
+        columns = ("GPU ms", "of roof", "GB/s") if gpu else ("of GEMM", "of read")
         lines += ["", task["task"], scale, f"{'':32}{'ms':>9}{'vs ours':>9}" + "".join(f"{c:>9}" for c in columns) + f"{'|diff|':>10}"[: 10 if not gpu else 3]]
         for row in task["rows"]:
             if row["status"] != "ok":
                 lines.append(f"{row['name']:32}  {row['status']}"[:80])
                 continue
-            keys = ("of_roofline", "tflops", "gbs") if gpu else ("of_gemm", "of_read")
-            numbers = "".join(f"{row[key]:9.2f}" for key in keys)
+            keys = ("gpu_ms", "of_roofline", "gbs") if gpu else ("of_gemm", "of_read")
+            numbers = "".join(f"{row[key]:9.{3 if key == 'gpu_ms' else 2}f}" for key in keys)
             difference = f"{row['difference']:10.1e}" if "difference" in row and not gpu else ""
             lines.append(f"{row['name']:32}{row['ms']:9.3f}{row['slower']:9.2f}{numbers}{difference}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ kernel merges what the programs found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config,
 OP = "similarity_topk"
 METRICS = ("cosine", "dot")
 MAX_K = 256  # keys a query that a program keeps in registers; a larger k goes through matrix products in chunks
+MOST_SPLITS = 32  # that one program merges one by one
 NOTHING = tl.constexpr(-(2**63))
 NAN_CODE = tl.constexpr(-(2**31) + 1)
 
@@ -80,7 +82,7 @@ def _forward_kernel(
     COSINE: tl.constexpr, SCALED: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (b, s): the K best keys of queries b BLOCK_N … (of query b alone, with segments) among the s-th `tiles` tiles."""
-    # With segments a program has one query: the other columns of the product are idle, which costs no bandwidth.
+    # With segments, or one query in all, a program has one: the product's other columns are idle, which costs no bandwidth.
     ROWS: tl.constexpr = 2**LOG_ROWS
     K: tl.constexpr = 2**LOG_K
     col = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, BLOCK_N)
@@ -114,7 +116,7 @@ def _forward_kernel(
             if COSINE:
                 factor = factor / tl.maximum(tl.sqrt(square) * tl.abs(factor), 1e-12, propagate_nan=tl.PropagateNan.ALL)
             s = s * factor[:, None]
-            if SEGMENTED:
+            if ROWS == 1:
                 s = tl.sum(tl.where(live[None, :], s, 0.0), 1)[None, :]
             else:
                 s = tl.trans(s)
@@ -132,21 +134,24 @@ def _forward_kernel(
 
 
 @triton.jit
-def _merge_kernel(keys_ptr, values_ptr, indices_ptr, splits, k, LOG_K: tl.constexpr):
-    """Program b: the k best of what the splits found for query b, decoded."""
+def _merge_kernel(keys_ptr, merged_ptr, values_ptr, indices_ptr, splits, share, k, LOG_K: tl.constexpr, LAST: tl.constexpr):
+    """Program (b, g): the K best keys of what the g-th `share` splits found for query b; where it is the last, its k best, decoded."""
     K: tl.constexpr = 2**LOG_K
     at = tl.arange(0, K)
     query = tl.program_id(0).to(tl.int64)
     best = tl.full((1, K), NOTHING, tl.int64)
-    for split in range(splits):
+    for split in range(tl.program_id(1) * share, tl.minimum(tl.program_id(1) * share + share, splits)):
         best = _merge(best, tl.load(keys_ptr + (query * splits + split) * K + (K - 1 - at)[None, :]), 0, LOG_K)
     best = tl.reshape(best, (K,))
-    code = (best >> 32).to(tl.int32)
-    value = (code ^ ((code >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    value = tl.where(code == NAN_CODE, float("nan"), tl.where(best == NOTHING, float("-inf"), value))
-    index = tl.where(best == NOTHING, -1, 0xFFFFFFFF - (best & 0xFFFFFFFF))
-    tl.store(values_ptr + query * k + at, value, mask=at < k)
-    tl.store(indices_ptr + query * k + at, index, mask=at < k)
+    if LAST:
+        code = (best >> 32).to(tl.int32)
+        value = (code ^ ((code >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        value = tl.where(code == NAN_CODE, float("nan"), tl.where(best == NOTHING, float("-inf"), value))
+        index = tl.where(best == NOTHING, -1, 0xFFFFFFFF - (best & 0xFFFFFFFF))
+        tl.store(values_ptr + query * k + at, value, mask=at < k)
+        tl.store(indices_ptr + query * k + at, index, mask=at < k)
+    else:
+        tl.store(merged_ptr + (query * tl.num_programs(1) + tl.program_id(1)) * K + at, best)
 
 
 def configuration(arch: str, dtype: str, d: int) -> Config:
@@ -166,8 +171,8 @@ def _log2(n: int) -> int:
     return (n - 1).bit_length()
 
 
-def _constants(config: Config, dtype: str, d: int, k: int, metric: str, segmented: bool) -> dict[str, Any]:
-    logs = {"LOG_K": _log2(max(config.block_m, k)), "LOG_M": _log2(config.block_m), "LOG_ROWS": 0 if segmented else _log2(config.block_n)}
+def _constants(config: Config, dtype: str, d: int, k: int, metric: str, segmented: bool, single: bool) -> dict[str, Any]:
+    logs = {"LOG_K": _log2(max(config.block_m, k)), "LOG_M": _log2(config.block_m), "LOG_ROWS": 0 if segmented or single else _log2(config.block_n)}
     tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
     flags = {"COSINE": metric == "cosine", "SCALED": dtype in ("int8", "fp8"), "SEGMENTED": segmented}
     return {"D": d, **logs, **tiles, **flags, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee"}
@@ -181,23 +186,27 @@ def variants(arch: str) -> Iterator[Variant]:
             if dtype == "fp8" and arch == "sm_80":
                 continue
             config, B = configuration(arch, dtype, d), 1 if segmented else 16
-            constants = _constants(config, dtype, d, k, "cosine", segmented)
+            constants = _constants(config, dtype, d, k, "cosine", segmented, B == 1)
             query = "*fp16" if dtype in ("int8", "fp8") else POINTERS[dtype]
             types = {"q_ptr": query, "d_ptr": POINTERS[dtype], "scale_ptr": "*fp32", "B": "i32", "N": "i64", "tiles": "i32"}
             signature = {n: "constexpr" if n in constants else types.get(n, "*i64") for n in _forward_kernel.arg_names}
             shape = f"{B} queries, {N:,} documents, d {d}, k {k}" if B > 1 else f"a segment of {N:,} documents, d {d}, k {k}"
             yield Variant(OP, "forward", dtype, d, config, _forward_kernel, signature, constants, shape, N * d * WIDTHS[dtype], 2.0 * B * N * d)
-    B, splits, log_k = 16, 528, _log2(k)
-    signature = {"keys_ptr": "*i64", "values_ptr": "*fp32", "indices_ptr": "*i64", "splits": "i32", "k": "i32", "LOG_K": "constexpr"}
-    moved, shape = B * splits * 2**log_k * 8, f"{B} queries, {splits} splits, k {k}"
-    yield Variant(f"{OP}_merge", "forward", "int64", 0, Config(1, 2**log_k, 1, 1, 1), _merge_kernel, signature, {"LOG_K": log_k}, shape, moved, 0)
+    B, splits, share, log_k = 16, 528, 23, _log2(k)
+    pointers = {"keys_ptr": "*i64", "merged_ptr": "*i64", "values_ptr": "*fp32", "indices_ptr": "*i64"}
+    for last in (False, True):
+        constants = {"LOG_K": log_k, "LAST": last}
+        signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in _merge_kernel.arg_names}
+        moved, shape = B * (share if last else splits) * 2**log_k * 8, f"{B} queries, {share if last else splits} splits, k {k}"
+        yield Variant(f"{OP}_merge", "forward", "int64", 0, Config(1, 2**log_k, 1, 1, 1), _merge_kernel, signature, constants, shape, moved, 0)
 
 
 def _triton(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, metric: str, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     checks.fp8_runs("documents", documents.dtype, documents.device)
     (B, d), N, device, dtype = queries.shape, len(documents), queries.device, NAMES[documents.dtype]
     config = configuration(architecture(device), dtype, d)
-    constants = _constants(config, dtype, d, k, metric, segments is not None)
+    single = B == 1 and segments is None
+    constants = _constants(config, dtype, d, k, metric, segments is not None, single)
     longest = N if segments is None else int(segments.diff().amax())
     tiles, groups = triton.cdiv(longest, config.block_m), triton.cdiv(B, 1 if segments is not None else config.block_n)
     # Enough programs for four a multiprocessor, each with documents enough to fill its k.
@@ -213,7 +222,13 @@ def _triton(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None,
         queries, documents.contiguous(), (unused if scales is None else scales).contiguous(), (unused if segments is None else segments).contiguous(),
         keys, B, N, share, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    _merge_kernel[(B,)](keys, values, indices, splits, k, LOG_K=constants["LOG_K"], num_warps=1)
+    if splits > MOST_SPLITS:  # in two rounds, each as long as the other
+        share = math.isqrt(splits - 1) + 1
+        rounds = triton.cdiv(splits, share)
+        merged = torch.empty(B, rounds, 2 ** constants["LOG_K"], dtype=torch.int64, device=device)
+        _merge_kernel[(B, rounds)](keys, merged, values, indices, splits, share, k, LOG_K=constants["LOG_K"], LAST=False, num_warps=1)
+        keys, splits = merged, rounds
+    _merge_kernel[(B, 1)](keys, keys, values, indices, splits, splits, k, LOG_K=constants["LOG_K"], LAST=True, num_warps=1)
     return values, indices
 
 

@@ -8,6 +8,7 @@ are plain sums. A document without tokens scores −1, a query without tokens ha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,10 +36,38 @@ def _load(q_ptr, d_ptr, q_row, q_live, d_row, d_live, k, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _falls(offsets, i, count, rows):
+    """How many of the texts i own rows that are none: offsets that do not begin at 0, fall, or do not end at the number of rows."""
+    live = i < count
+    left, right = tl.load(offsets + i, mask=live, other=0), tl.load(offsets + i + 1, mask=live, other=0)
+    wrong = (right < left) | ((i == 0) & (left != 0)) | ((i == count - 1) & (right != rows))
+    return tl.sum((live & wrong).to(tl.int64))
+
+
+@triton.jit
+def _facts_kernel(q_offsets, d_offsets, pairs, facts, B, N, P, q_rows, d_rows, BLOCK: tl.constexpr):
+    """In one pass, so that the host waits once: whether q_offsets, d_offsets and pairs fit (0: yes), the longest query of a pair,
+    whether another pair's is not as long as the first's, and the number of all pairs' query tokens."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    query, document = tl.load(pairs + 2 * i, mask=i < P, other=0), tl.load(pairs + 2 * i + 1, mask=i < P, other=0)
+    inside = (query >= 0) & (query < B) & (document >= 0) & (document < N)
+    live = (i < P) & inside
+    length = tl.load(q_offsets + query + 1, mask=live, other=0) - tl.load(q_offsets + query, mask=live, other=0)
+    first = tl.minimum(tl.maximum(tl.load(pairs), 0), B - 1)
+    usual = tl.load(q_offsets + first + 1) - tl.load(q_offsets + first)
+    tl.atomic_add(facts, _falls(q_offsets, i, B, q_rows))
+    tl.atomic_add(facts + 1, _falls(d_offsets, i, N, d_rows))
+    tl.atomic_add(facts + 2, tl.sum(((i < P) & (inside == 0)).to(tl.int64)))
+    tl.atomic_max(facts + 3, tl.max(length))
+    tl.atomic_add(facts + 4, tl.sum((live & (length != usual)).to(tl.int64)))
+    tl.atomic_add(facts + 5, tl.sum(length))
+
+
+@triton.jit
 def _forward_kernel(
     q_ptr, q_offsets, d_ptr, d_offsets, scale_ptr, pairs, out_offsets, out_ptr, inv_tau,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MAXSIM: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    MAXSIM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
     query, document = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
@@ -75,14 +104,15 @@ def _forward_kernel(
         a = tl.where(tl.sum((best != best).to(tl.int32), 0) > 0, float("nan"), tl.max(best, 0))
     else:
         a = tl.sum(num, 0) / tl.sum(den, 0)
-    tl.store(out_ptr + tl.load(out_offsets + pair) + col, tl.where(Ld > 0, a, -1.0), mask=col < Lq)
+    start = pair * Lq if EVEN else tl.load(out_offsets + pair)
+    tl.store(out_ptr + start + col, tl.where(Ld > 0, a, -1.0), mask=col < Lq)
 
 
 @triton.jit
 def _backward_kernel(
     grad_ptr, q_ptr, q_offsets, d_ptr, d_offsets, scale_ptr, pairs, out_offsets, dq_ptr, dd_ptr, inv_tau,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MAXSIM: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    MAXSIM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA_i/ds_ij = p_ij/Σp (1 + (s_ij − A_i)/τ); MaxSim's goes to the first token that reaches the maximum."""
     pair = tl.program_id(0).to(tl.int64)
@@ -93,7 +123,8 @@ def _backward_kernel(
         return
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    grad = tl.load(grad_ptr + tl.load(out_offsets + pair) + col, mask=col < Lq, other=0.0)
+    start = pair * Lq if EVEN else tl.load(out_offsets + pair)
+    grad = tl.load(grad_ptr + start + col, mask=col < Lq, other=0.0)
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     first = tl.full((BLOCK_N,), -1, tl.int64)
     num = tl.zeros((BLOCK_N,), tl.float32)
@@ -150,10 +181,10 @@ def configuration(direction: str, arch: str, dtype: str, d: int, Lq: int) -> Con
     return Config(64, columns, 32, 4, 2) if dtype == "fp32" else Config(64, columns, 64, 4, 3)
 
 
-def _constants(direction: str, config: Config, dtype: str, d: int, tau: float) -> dict[str, Any]:
+def _constants(config: Config, dtype: str, d: int, tau: float, even: bool) -> dict[str, Any]:
     tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
     scaled = dtype in ("int8", "fp8")
-    return {"D": d, **tiles, "MAXSIM": tau == 0, "SCALED": scaled, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee"}
+    return {"D": d, **tiles, "MAXSIM": tau == 0, "SCALED": scaled, "EVEN": even, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee"}
 
 
 def variants(arch: str) -> Iterator[Variant]:
@@ -166,7 +197,7 @@ def variants(arch: str) -> Iterator[Variant]:
         for d in (64, 128, 384, 1024) if dtype == "fp16" else (128, 384):
             config = configuration(direction, arch, dtype, d, Lq)
             kernel = _forward_kernel if direction == "forward" else _backward_kernel
-            constants = _constants(direction, config, dtype, d, tau)
+            constants = _constants(config, dtype, d, tau, even=True)
             types = {"q_ptr": "*fp16" if dtype in ("int8", "fp8") else POINTERS[dtype], "d_ptr": POINTERS[dtype], "inv_tau": "fp32"}
             fp32 = ("grad_ptr", "scale_ptr", "out_ptr", "dq_ptr", "dd_ptr")
             signature = {n: "constexpr" if n in constants else types.get(n, "*fp32" if n in fp32 else "*i64") for n in kernel.arg_names}
@@ -177,30 +208,57 @@ def variants(arch: str) -> Iterator[Variant]:
             yield Variant(OP, direction, dtype, d, config, kernel, signature, constants, shape, moved, flops)
 
 
-def _launch(direction: str, tensors: dict[str, Tensor], d: Tensor, Lq: int, tau: float, P: int) -> None:
-    dtype = NAMES[d.dtype]
-    config = configuration(direction, architecture(d.device), dtype, d.shape[1], Lq)
-    kernel = _forward_kernel if direction == "forward" else _backward_kernel
-    kernel[(P, triton.cdiv(Lq, config.block_n))](
-        **tensors,
-        inv_tau=1 / tau if tau else 1.0,
-        **_constants(direction, config, dtype, d.shape[1], tau),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+@dataclass(frozen=True)
+class _Plan:
+    """What both kernels take.
+
+    Attributes:
+        tensors: by the names of their arguments.
+        longest: tokens of a query.
+        rows: query tokens of all pairs.
+        even: whether all pairs have as many.
+    """
+
+    tensors: dict[str, Tensor]
+    longest: int
+    rows: int
+    even: bool
+
+    def launch(self, direction: str, d: Tensor, tau: float, **more: Tensor) -> None:
+        dtype = NAMES[d.dtype]
+        config = configuration(direction, architecture(d.device), dtype, d.shape[1], self.longest)
+        kernel = _forward_kernel if direction == "forward" else _backward_kernel
+        kernel[(len(self.tensors["pairs"]), triton.cdiv(self.longest, config.block_n))](
+            **self.tensors,
+            **more,
+            inv_tau=1 / tau if tau else 1.0,
+            **_constants(config, dtype, d.shape[1], tau, self.even),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
 
-def _packed(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, scales: Tensor | None, pairs: Tensor) -> tuple[dict[str, Tensor], int, Tensor]:
-    """What both kernels take, the longest query's length, and where each pair's values stand."""
+def _plan(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, scales: Tensor | None, pairs: Tensor) -> _Plan | None:
+    """None where there is nothing to do, or offsets or pairs do not fit."""
     checks.fp8_runs("d", d.dtype, d.device)
-    lengths = q_offsets.diff()[pairs[:, 0]]
-    out_offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    compute = torch.float16 if d.dtype in checks.QUANTIZED else d.dtype
+    B, N, P = len(q_offsets) - 1, len(d_offsets) - 1, len(pairs)
+    if not (B and N and P):
+        return None
+    q_offsets, d_offsets, pairs = q_offsets.contiguous(), d_offsets.contiguous(), pairs.contiguous()
+    facts = q_offsets.new_zeros(6)
+    _facts_kernel[(triton.cdiv(max(B, N, P), 1024),)](q_offsets, d_offsets, pairs, facts, B, N, P, len(q), len(d), BLOCK=1024)
+    *wrong, longest, uneven, rows = facts.tolist()
+    if any(wrong):
+        return None
+    out_offsets = pairs
+    if uneven:
+        lengths = q_offsets.diff()[pairs[:, 0]]
+        out_offsets = lengths.cumsum(0) - lengths
     tensors = {
-        "q_ptr": q.to(compute).contiguous(), "q_offsets": q_offsets.contiguous(), "d_ptr": d.contiguous(), "d_offsets": d_offsets.contiguous(),
-        "scale_ptr": (q_offsets if scales is None else scales).contiguous(), "pairs": pairs.contiguous(), "out_offsets": out_offsets,
+        "q_ptr": q.to(torch.float16 if d.dtype in checks.QUANTIZED else d.dtype).contiguous(), "q_offsets": q_offsets, "d_ptr": d.contiguous(),
+        "d_offsets": d_offsets, "scale_ptr": q_offsets if scales is None else scales.contiguous(), "pairs": pairs, "out_offsets": out_offsets,
     }  # fmt: skip
-    return tensors, int(lengths.amax()) if len(lengths) else 0, out_offsets
+    return _Plan(tensors, longest, rows, not uneven)
 
 
 def _check(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float, scales: Tensor | None) -> None:
@@ -222,20 +280,22 @@ def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tenso
     name = backend.resolve(q)
     if name == "cpu" and (found := cpu.native_attention(q, q_offsets, d, d_offsets, pairs, tau, scales)) is not None:
         return found  # the library has looked at offsets and pairs
+    with on_device(q):
+        plan = _plan(q, q_offsets, d, d_offsets, scales, pairs) if name == "triton" else None
+        if plan is not None:
+            out = torch.empty(plan.rows, device=q.device)
+            if plan.rows:
+                plan.launch("forward", d, tau, out_ptr=out)
+            return out
     checks.rising(("q_offsets", q_offsets, len(q)), ("d_offsets", d_offsets, len(d)))
     if len(pairs):
         low, high = pairs.aminmax(dim=0)
         inside = bool((low >= 0).all()) and int(high[0]) < len(q_offsets) - 1 and int(high[1]) < len(d_offsets) - 1
         wanted = f"(query, document) among {len(q_offsets) - 1} queries and {len(d_offsets) - 1} documents"
         checks.check(inside, "pairs", wanted, f"({int(low[0])}…{int(high[0])}, {int(low[1])}…{int(high[1])})")
-    if name != "triton":
-        return (cpu.torch_attention if name == "cpu" else reference.subspace_attention)(q, q_offsets, d, d_offsets, pairs, tau, scales)
-    tensors, Lq, out_offsets = _packed(q, q_offsets, d, d_offsets, scales, pairs)
-    out = torch.empty(int(out_offsets[-1]), device=q.device)
-    if len(out):
-        with on_device(q):
-            _launch("forward", {**tensors, "out_ptr": out}, d, Lq, tau, len(pairs))
-    return out
+    if not len(pairs):
+        return torch.empty(0, device=q.device)
+    return (cpu.torch_attention if name == "cpu" else reference.subspace_attention)(q, q_offsets, d, d_offsets, pairs, tau, scales)
 
 
 @torch.library.register_fake("rerank_kernels::subspace_attention")
@@ -251,11 +311,12 @@ def _backward_op(
     """Gradients of q and of d (zero rows for quantised documents), fp32, added up with atomics where pairs share tokens."""
     if backend.resolve(q) != "triton":
         return reference.subspace_attention_backward(grad, q, q_offsets, d, d_offsets, pairs, tau, scales)
-    tensors, Lq, _ = _packed(q, q_offsets, d, d_offsets, scales, pairs)
     dq, dd = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(d, dtype=torch.float32)
     if len(grad):
         with on_device(q):
-            _launch("backward", {**tensors, "grad_ptr": grad.contiguous(), "dq_ptr": dq, "dd_ptr": dd}, d, Lq, tau, len(pairs))
+            plan = _plan(q, q_offsets, d, d_offsets, scales, pairs)
+            assert plan is not None, "the forward has looked at offsets and pairs"
+            plan.launch("backward", d, tau, grad_ptr=grad.contiguous(), dq_ptr=dq, dd_ptr=dd)
     return dq, dd
 
 
