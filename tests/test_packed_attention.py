@@ -41,6 +41,21 @@ def test_it_is_attention_text_by_text(level: str, dim: int, heads: int, monkeypa
     torch.testing.assert_close(packed_attention(*given).double(), expected(*given), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("level", ["avx512", "avx2", "baseline", "torch", "reference"])
+def test_a_bias_of_the_query_is_added_and_those_of_keys_and_values_can_be_left_out(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, q_offsets, k_offsets, heads = inputs()
+    k_offsets = q_offsets.clone()
+    k, v = k[: len(q)], v[: len(q)]
+    biases = torch.randn(3, q.shape[1], generator=torch.Generator().manual_seed(1))
+    wanted = expected(q + biases[0], k + biases[1], v + biases[2], q_offsets, k_offsets, heads)
+    monkeypatch.setenv("RERANK_KERNELS_SIMD", "torch" if level == "reference" else level)
+    with use_backend("reference" if level == "reference" else "cpu"):
+        found = packed_attention(q, k, v, q_offsets, k_offsets, heads, biases[0]) + biases[2]
+        with pytest.raises(ValueError, match=r"q_bias must be .* not"):
+            packed_attention(q, k, v, q_offsets, k_offsets, heads, biases[0, :3])
+    torch.testing.assert_close(found.double(), wanted, atol=5e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_types_and_backends(backend: str, dtype: torch.dtype) -> None:

@@ -63,12 +63,12 @@ def test_both_leave_what_the_model_leaves_of_each_text_alone(model: Any) -> None
     padded = Padded(model, model.config.pad_token_id, True)(ids, types, lengths, keep=1, keys_values=range(1, 3))
     packed = Packed(model)(ids, types, lengths, keep=1, keys_values=range(1, 3))
     for found in (padded, packed):
-        torch.testing.assert_close(found.last, last, atol=5e-5, rtol=1e-5)
-        torch.testing.assert_close(found.kept[1], middle, atol=5e-5, rtol=1e-5)
-        torch.testing.assert_close(found.keys_values, keys_values, atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(found.last, last, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(found.kept[1], middle, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(found.keys_values, keys_values, atol=1e-4, rtol=1e-5)
     first = Packed(model)(ids, types, lengths, first=True, keys_values=range(2, 3))
-    torch.testing.assert_close(first.last, torch.stack([one.last_hidden_state[0, 0] for one in alone]), atol=5e-5, rtol=1e-5)
-    torch.testing.assert_close(first.keys_values, keys_values[:, 64:], atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(first.last, torch.stack([one.last_hidden_state[0, 0] for one in alone]), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(first.keys_values, keys_values[:, 64:], atol=1e-4, rtol=1e-5)
 
 
 @torch.inference_mode()
@@ -78,7 +78,7 @@ def test_segments_are_read() -> None:
     types[3:7] = 1
     wanted = model(input_ids=ids[None, :7], token_type_ids=types[None, :7]).last_hidden_state[0]
     for network in (Padded(model, 0, True), Packed(model)):
-        torch.testing.assert_close(network(ids, types, lengths).last[:7], wanted, atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(network(ids, types, lengths).last[:7], wanted, atol=1e-4, rtol=1e-5)
     assert not torch.allclose(own(model, ids[:7]).last_hidden_state[0], wanted, atol=1e-2)
 
 
@@ -87,7 +87,7 @@ def test_segments_that_the_tokenizer_does_not_know_are_left_out() -> None:
     model = MODELS["roberta"]()
     ids, types, lengths = texts()
     found = Packed(model, token_types=False)(ids, types + 1, lengths).last[:7]
-    torch.testing.assert_close(found, own(model, ids[:7]).last_hidden_state[0], atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(found, own(model, ids[:7]).last_hidden_state[0], atol=1e-4, rtol=1e-5)
 
 
 @torch.inference_mode()
@@ -96,7 +96,7 @@ def test_a_text_without_tokens_leaves_nothing() -> None:
     ids = torch.tensor([7, 8, 9])
     for network in (Padded(model, 0, True), Packed(model)):
         found = network(ids, torch.zeros_like(ids), [2, 0, 1])
-        torch.testing.assert_close(found.last[2:], own(model, ids[2:]).last_hidden_state[0], atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(found.last[2:], own(model, ids[2:]).last_hidden_state[0], atol=1e-4, rtol=1e-5)
         assert len(found.last) == 3
 
 
@@ -121,7 +121,7 @@ def test_what_is_not_known_runs_as_it_is(small_cross: Path) -> None:
     query, documents = "merge two tables", ["join on a key", "", "sort by the values along either axis"]
     packed = cross.score(query, documents)[0]  # type: ignore[call-arg,arg-type]
     cross.network = Padded(cross.model, 0, True)  # type: ignore[union-attr]
-    torch.testing.assert_close(cross.score(query, documents)[0], packed, atol=5e-5, rtol=1e-5)  # type: ignore[call-arg,arg-type]
+    torch.testing.assert_close(cross.score(query, documents)[0], packed, atol=1e-4, rtol=1e-5)  # type: ignore[call-arg,arg-type]
 
 
 def test_what_comes_in_advance_is_in_order_one_ahead_and_raises_where_it_is_due() -> None:

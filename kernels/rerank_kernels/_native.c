@@ -1,4 +1,4 @@
-/* Subspace attention and top k on the CPU. Plain C for GCC and clang, loaded with ctypes: needs neither Python's nor torch's headers.
+/* Attention, top k and a transformer's passes over rows on the CPU. Plain C for GCC and clang, loaded with ctypes: needs neither Python's nor torch's headers.
 
    Queries are transposed so that vector lanes are query tokens; documents stay row-major and their elements are broadcast, so maximum and sums
    over a document's tokens need no reduction across lanes and the matrix of similarities is never written out. */
@@ -16,7 +16,8 @@ enum {
     FEW = 3,        /* queries up to which lanes along the row are faster */
     QUERIES = 128,  /* queries that share one pass over the documents, */
     KEYS = 1 << 23, /* or fewer, so that all that is kept for them stays below this */
-    LARGE = 1 << 14 /* rows from which a segment is worth all threads */
+    LARGE = 1 << 14, /* rows from which a segment is worth all threads */
+    SOME = 16        /* rows that a thread takes at a time */
 };
 typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
 
@@ -31,12 +32,20 @@ typedef struct {
 
 /* Texts that attend to themselves, or single rows of theirs: head h of a row stands at columns h * dim. */
 typedef struct {
-    const float *q, *k, *v;
+    const float *q, *k, *v, *bias;
     const int64_t *q_offsets, *k_offsets;
     int64_t count, heads, dim, q_stride, k_stride, longest, next;
     float *out;
     int failed;
 } packed;
+
+/* Rows of a matrix that are changed where they stand. */
+typedef struct {
+    float *x;
+    const float *bias, *residual, *weight, *shift;
+    int64_t count, dim, next;
+    float eps;
+} rows_job;
 
 /* The best results of one query so far, unordered. A key orders as (value, lower index first) does, NaN below -inf and -0 with 0; its low half is
    the index's complement, so one pass takes fewer than 2^32 documents. */
@@ -168,7 +177,7 @@ static void merge_worker(void *argument) {
 
 typedef void (*worker)(void *);
 static const worker ATTENTION[] = LEVELS(attention_worker), TOPK[] = LEVELS(topk_worker), SEGMENT[] = LEVELS(segment_worker),
-                    PACKED[] = LEVELS(packed_worker);
+                    PACKED[] = LEVELS(packed_worker), GELU[] = LEVELS(gelu_worker), NORM[] = LEVELS(norm_worker);
 
 static void run(parallel start, worker work, void *job, int64_t threads, int64_t tasks) {
     threads = threads < tasks ? threads : tasks;
@@ -219,15 +228,22 @@ int rerank_attention(int level, parallel start, int64_t threads, const float *q,
 }
 
 /* 2 where offsets do not fit. */
-int rerank_packed(int level, parallel start, int64_t threads, const float *q, const float *k, const float *v, const int64_t *q_offsets,
-                  const int64_t *k_offsets, int64_t count, int64_t q_rows, int64_t k_rows, int64_t heads, int64_t dim, int64_t q_stride,
-                  int64_t k_stride, float *out) {
+int rerank_packed(int level, parallel start, int64_t threads, const float *q, const float *k, const float *v, const float *bias,
+                  const int64_t *q_offsets, const int64_t *k_offsets, int64_t count, int64_t q_rows, int64_t k_rows, int64_t heads, int64_t dim,
+                  int64_t q_stride, int64_t k_stride, float *out) {
     if (!rises(q_offsets, count, q_rows) || !rises(k_offsets, count, k_rows)) return 2;
-    packed job = {q, k, v, q_offsets, k_offsets, count, heads, dim, q_stride, k_stride, 0, 0, out, 0};
+    packed job = {q, k, v, bias, q_offsets, k_offsets, count, heads, dim, q_stride, k_stride, 0, 0, out, 0};
     for (int64_t i = 0; i < count; i++)
         if (k_offsets[i + 1] - k_offsets[i] > job.longest) job.longest = k_offsets[i + 1] - k_offsets[i];
     if (count) run(start, PACKED[level], &job, threads, count * heads);
     return job.failed;
+}
+
+/* Rows become gelu(x + bias), or, with weights, the layer norm of x + bias + residual. */
+void rerank_rows(int level, parallel start, int64_t threads, float *x, const float *bias, const float *residual, const float *weight,
+                 const float *shift, int64_t count, int64_t dim, float eps) {
+    rows_job job = {x, bias, residual, weight, shift, count, dim, 0, eps};
+    run(start, (weight ? NORM : GELU)[level], &job, threads, (count + SOME - 1) / SOME);
 }
 
 static void measure(topk *job, int64_t rows) {

@@ -221,7 +221,7 @@ static TARGET void NAME(packed_worker)(void *argument) {
             int C = used > W ? 2 : 1;
             for (int64_t lane = 0; lane < C * W; lane++) {
                 const float *query = job->q + (start + lane) * job->q_stride + column;
-                for (int64_t t = 0; t < dim; t++) panel[t * C * W + lane] = lane < used ? query[t] * rate : 0.0f;
+                for (int64_t t = 0; t < dim; t++) panel[t * C * W + lane] = lane < used ? (job->bias ? query[t] + job->bias[column + t] : query[t]) * rate : 0.0f;
             }
             for (int64_t j = 0, R; j < length; j += R) {
                 R = NAME(rows_of)(length - j);
@@ -249,6 +249,57 @@ INLINE float NAME(sum)(V x) {
     for (int width = W / 2; width; width /= 2)
         for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
     return lanes[0];
+}
+
+/* x / 2 * (1 + erf(x / sqrt 2)); erf by Abramowitz and Stegun, 7.1.26, within 1.5e-7. */
+INLINE V NAME(gelu)(V x) {
+    V u = SELECT(x < 0.0f, -x, x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * u);
+    V p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    V tail = p * t * NAME(decay)(-u * u); /* 1 - erf(u) */
+    return 0.5f * x * SELECT(x < 0.0f, tail, 2.0f - tail);
+}
+
+static TARGET void NAME(gelu_worker)(void *argument) {
+    rows_job *job = argument;
+    int64_t dim = job->dim, whole = dim / W * W;
+    for (int64_t row; (row = __atomic_fetch_add(&job->next, SOME, __ATOMIC_RELAXED)) < job->count;)
+        for (int64_t r = row; r < row + SOME && r < job->count; r++) {
+            float *x = job->x + r * dim, rest[W] = {0};
+            for (int64_t t = 0; t < whole; t += W) *(V *)(x + t) = NAME(gelu)(LOAD(x + t) + LOAD(job->bias + t));
+            for (int64_t t = whole; t < dim; t++) rest[t - whole] = x[t] + job->bias[t];
+            if (whole < dim) *(V *)rest = NAME(gelu)(LOAD(rest));
+            for (int64_t t = whole; t < dim; t++) x[t] = rest[t - whole];
+        }
+}
+
+static TARGET void NAME(norm_worker)(void *argument) {
+    rows_job *job = argument;
+    int64_t dim = job->dim, whole = dim / W * W;
+    for (int64_t row; (row = __atomic_fetch_add(&job->next, SOME, __ATOMIC_RELAXED)) < job->count;)
+        for (int64_t r = row; r < row + SOME && r < job->count; r++) {
+            float *x = job->x + r * dim, total = 0, square = 0;
+            const float *residual = job->residual + r * dim;
+            V a[2] = {{0}, {0}}, b[2] = {{0}, {0}};
+            for (int64_t t = 0; t < whole; t += W) {
+                V y = LOAD(x + t) + LOAD(residual + t);
+                if (job->bias) y += LOAD(job->bias + t);
+                *(V *)(x + t) = y;
+                a[t / W % 2] += y;
+            }
+            for (int64_t t = whole; t < dim; t++) total += x[t] += residual[t] + (job->bias ? job->bias[t] : 0.0f);
+            float mean = (NAME(sum)(a[0] + a[1]) + total) / (float)dim;
+            for (int64_t t = 0; t < whole; t += W) {
+                V y = LOAD(x + t) - mean;
+                b[t / W % 2] += y * y;
+            }
+            for (int64_t t = whole; t < dim; t++) square += (x[t] - mean) * (x[t] - mean);
+            float scale = 1.0f / sqrtf((NAME(sum)(b[0] + b[1]) + square) / (float)dim + job->eps);
+            for (int64_t t = 0; t < whole; t += W) *(V *)(x + t) = (LOAD(x + t) - mean) * scale * LOAD(job->weight + t) + LOAD(job->shift + t);
+            for (int64_t t = whole; t < dim; t++) x[t] = (x[t] - mean) * scale * job->weight[t] + job->shift[t];
+        }
 }
 
 /* x . y, and x . x where `square` is given: lanes along the row, in one fixed order for every row. */

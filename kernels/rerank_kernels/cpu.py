@@ -38,7 +38,8 @@ def _library() -> ctypes.CDLL | None:
                 return None
             library.rerank_layout.argtypes, library.rerank_layout.restype = [_P, _N, _N, _P, _N, _N, _P, _N, _P], _N
             library.rerank_attention.argtypes = [_I, _P, _N, _P, _P, _N, _P, _I, _P, _N, _P, _P, _P, _N, ctypes.c_float, _P]
-            library.rerank_packed.argtypes = [_I, _P, _N, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _P]
+            library.rerank_packed.argtypes = [_I, _P, _N, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _P]
+            library.rerank_rows.argtypes, library.rerank_rows.restype = [_I, _P, _N, _P, _P, _P, _P, _P, _N, _N, ctypes.c_float], None
             library.rerank_topk.argtypes = [_I, _P, _N, _P, _N, _P, _I, _N, _N, _P, _P, _N, _I, _P, _P]
             return library
     return None
@@ -140,7 +141,7 @@ def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tenso
     return torch_attention(q, q_offsets, d, d_offsets, pairs, tau, scales) if found is None else found
 
 
-def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor | None:
+def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int, q_bias: Tensor | None = None) -> Tensor | None:
     """`packed_attention` by the C library, which looks at offsets itself, in fp32: None without it, for other types, or where offsets do not fit.
 
     Raises:
@@ -153,8 +154,9 @@ def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, 
     if k.stride(0) != v.stride(0):
         k, v = k.contiguous(), v.contiguous()
     q_offsets, k_offsets, out = q_offsets.contiguous(), k_offsets.contiguous(), torch.zeros(q.shape)
+    q_bias = None if q_bias is None else q_bias.contiguous()
     failed = library.rerank_packed(
-        level, _pool(), torch.get_num_threads(), q.data_ptr(), k.data_ptr(), v.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr(),
+        level, _pool(), torch.get_num_threads(), q.data_ptr(), k.data_ptr(), v.data_ptr(), _address(q_bias), q_offsets.data_ptr(), k_offsets.data_ptr(),
         len(q_offsets) - 1, len(q), len(k), heads, q.shape[1] // heads, q.stride(0), k.stride(0), out.data_ptr(),
     )  # fmt: skip
     if failed == 1:
@@ -162,14 +164,28 @@ def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, 
     return None if failed else out
 
 
-def torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor:
+def torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int, q_bias: Tensor | None = None) -> Tensor:
     """`packed_attention` in torch alone: its fused attention, text by text."""
+    q = q if q_bias is None else q + q_bias
     out = torch.zeros(q.shape, dtype=q.dtype)
     for a, b, c, d in zip(q_offsets.tolist(), q_offsets[1:].tolist(), k_offsets.tolist(), k_offsets[1:].tolist()):
         if a < b and c < d:
             Q, K, V = (x.view(-1, heads, x.shape[1] // heads).transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
             out[a:b] = scaled_dot_product_attention(Q, K, V)[0].transpose(0, 1).flatten(1)
     return out
+
+
+def native_rows(x: Tensor, bias: Tensor | None, residual: Tensor | None = None, norm: tuple[Tensor, Tensor, float] | None = None) -> bool:
+    """The passes of rows.py by the C library, in place; False without it, or where x is not whole rows of fp32."""
+    level, library = _level(), _library()
+    others = [t for t in (bias, residual, *(norm or ())[:2]) if t is not None]
+    if level < 0 or library is None or not all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, *others)):
+        return False
+    weight, shift, eps = norm or (None, None, 0.0)
+    library.rerank_rows(
+        level, _pool(), torch.get_num_threads(), x.data_ptr(), _address(bias), _address(residual), _address(weight), _address(shift), *x.shape, eps
+    )
+    return True
 
 
 def similarity_topk(

@@ -11,14 +11,18 @@ from torch import Tensor
 from rerank_kernels import backend, checks, cpu, reference
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor:
-    """Each text's queries attend to its own keys: softmax(q kᵀ / √(d / heads)) v, head by head.
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int, q_bias: Tensor | None = None) -> Tensor:
+    """Each text's queries attend to its own keys: softmax((q + q_bias) kᵀ / √(d / heads)) v, head by head.
+
+    A bias of k moves all scores of a query alike, which softmax takes out again; one of v comes out of the sum as it is, so whoever
+    has them can leave them out here and add v's to the result.
 
     Args:
         q: nnz_q × d, any float type; rows may be wider apart than d, as those of a slice of columns are.
         k, v: nnz_k × d, of q's type and device.
         q_offsets, k_offsets: B + 1, int64, non-decreasing, where each text's rows begin and the last ends.
         heads: head h has columns h · d / heads and on.
+        q_bias: d, of q's type; None: 0.
 
     Returns:
         nnz_q × d of q's type. Queries of a text without keys get 0. A NaN in a text reaches no other.
@@ -32,8 +36,15 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offse
     checks.same_device(q=q, k=k, v=v, q_offsets=q_offsets, k_offsets=k_offsets)
     checks.offsets("q_offsets", q_offsets)
     checks.offsets("k_offsets", k_offsets, len(q_offsets) - 1)
+    if q_bias is not None:
+        checks.check(
+            q_bias.shape == q.shape[1:] and q_bias.dtype == q.dtype,
+            "q_bias",
+            f"{q.dtype} of length {q.shape[1]}",
+            f"{q_bias.dtype} of shape {tuple(q_bias.shape)}",
+        )
     on_cpu = backend.resolve(q) == "cpu"
-    if on_cpu and (found := cpu.native_packed_attention(q, k, v, q_offsets, k_offsets, heads)) is not None:
+    if on_cpu and (found := cpu.native_packed_attention(q, k, v, q_offsets, k_offsets, heads, q_bias)) is not None:
         return found
     checks.rising(("q_offsets", q_offsets, len(q)), ("k_offsets", k_offsets, len(k)))
-    return (cpu.torch_packed_attention if on_cpu else reference.packed_attention)(q, k, v, q_offsets, k_offsets, heads)
+    return (cpu.torch_packed_attention if on_cpu else reference.packed_attention)(q, k, v, q_offsets, k_offsets, heads, q_bias)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import gelu, layer_norm, normalize
 
 # Below this, exp((s - 1) / tau) with s = -1 underflows in fp32 and a plain sum of weights can be 0.
 MIN_TAU = 0.025
@@ -53,14 +53,26 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int, q_bias: Tensor | None = None) -> Tensor:
     """Softmax attention of each text's queries to its own keys, head by head; 0 where it has none."""
+    q = q if q_bias is None else q + q_bias
     out = torch.zeros_like(q)
     for a, b, c, d in zip(q_offsets.tolist(), q_offsets[1:].tolist(), k_offsets.tolist(), k_offsets[1:].tolist()):
         if c < d:
             Q, K, V = (x.float().reshape(-1, heads, x.shape[1] // heads).transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
             out[a:b] = (torch.softmax(Q @ K.mT / Q.shape[-1] ** 0.5, -1) @ V).transpose(0, 1).flatten(1).to(q.dtype)
     return out
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias), the sum in fp32."""
+    return gelu(x.float() + bias.float()).to(x.dtype)
+
+
+def add_norm(x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """The layer norm of x + bias + residual, computed in fp32."""
+    total = x.float() + residual.float() + (0 if bias is None else bias.float())
+    return layer_norm(total, total.shape[1:], weight.float(), shift.float(), eps).to(x.dtype)
 
 
 def similarity_topk(

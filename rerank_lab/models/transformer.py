@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import linear
 
-from rerank_kernels import packed_attention
+from rerank_kernels import add_norm_, bias_gelu_, packed_attention
 
 KINDS = ("BertModel", "RobertaModel", "XLMRobertaModel")
 
@@ -74,7 +74,9 @@ class Packed:
     """A transformer that never sees padding: the same weights and arithmetic in fewer passes over memory.
 
     One product makes queries, keys and values, whose weights stand side by side (the model's own become views of them); each text
-    attends to itself alone; where only the first token is wanted, the last layer computes no other.
+    attends to itself alone; where only the first token is wanted, the last layer computes no other. In fp32 the products leave
+    biases out: what reads their result next adds them, and a bias of values, which attention takes through as it is, is a part of
+    the bias behind it.
 
     Args:
         model: a BertModel, RobertaModel or XLMRobertaModel in eval mode on the CPU, fp32.
@@ -92,6 +94,12 @@ class Packed:
         self.heads, self.width = int(config.num_attention_heads), int(config.hidden_size)
         self.pad_id = None if type(model).__name__ == "BertModel" else int(config.pad_token_id)
         self.joined = [_join([getattr(layer.attention.self, name) for name in ("query", "key", "value")]) for layer in model.encoder.layer]
+        self.plain = dtype == torch.float32
+        self.behind = [
+            linear(bias[2 * self.width :], layer.attention.output.dense.weight, layer.attention.output.dense.bias)
+            for layer, (_, bias) in zip(model.encoder.layer, self.joined)
+        ]
+        self.gelu = self.plain and config.hidden_act == "gelu"
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -127,30 +135,35 @@ class Packed:
         for n, (layer, (weight, bias)) in enumerate(zip(layers, self.joined)):
             if n == keep:
                 kept[n] = x
-            read = x.to(self.dtype)
-            asked = ends
+            read, asked = x.to(self.dtype), ends
+            bare = self.plain and n not in keys_values  # biases are left to what comes next
             if first and n == len(layers) - 1:
                 asked = torch.arange(len(ends))
-                joined, rows = linear(read, weight[d:], bias[d:]), x[ends[:-1]]
-                queries = linear(read[ends[:-1]], weight[:d], bias[:d])
+                joined, rows = linear(read, weight[d:], None if bare else bias[d:]), x[ends[:-1]]
+                queries = linear(read[ends[:-1]], weight[:d], None if bare else bias[:d])
             else:
-                joined, rows = linear(read, weight, bias), x
+                joined, rows = linear(read, weight, None if bare else bias), x
                 queries, joined = joined[:, :d], joined[:, d:]
             if n in keys_values:
                 seen.append(joined)
-            x = self._after(layer, packed_attention(queries, joined[:, :d], joined[:, d:], asked, ends, self.heads), rows)
+            attended = packed_attention(queries, joined[:, :d], joined[:, d:], asked, ends, self.heads, bias[:d] if bare else None)
+            x = self._after(layer, attended, rows, self.behind[n] if bare else layer.attention.output.dense.bias)
         return States(x, kept, torch.cat(seen, 1) if seen else None)
 
-    def _after(self, layer: Any, attended: Tensor, rows: Tensor) -> Tensor:
-        """What a layer does with what was attended to."""
-        x = _add_norm(layer.attention.output, attended, rows)
-        inner: Tensor = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x.to(self.dtype)))
-        return _add_norm(layer.output, inner, x)
+    def _after(self, layer: Any, attended: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+        """What a layer does with what was attended to; `bias` stands behind attention."""
+        x, inner = self._add_norm(layer.attention.output, attended, bias, rows), layer.intermediate
+        if self.gelu:
+            wide = bias_gelu_(linear(x, inner.dense.weight), inner.dense.bias)
+        else:
+            wide = inner.intermediate_act_fn(inner.dense(x.to(self.dtype)))
+        return self._add_norm(layer.output, wide, layer.output.dense.bias, x)
 
-
-def _add_norm(output: Any, x: Tensor, residual: Tensor) -> Tensor:
-    norm = output.LayerNorm
-    return layer_norm(output.dense(x).float().add_(residual), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    def _add_norm(self, output: Any, x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        norm, weight = output.LayerNorm, output.dense.weight
+        if self.plain:
+            return add_norm_(linear(x, weight), bias, residual, norm.weight, norm.bias, norm.eps)
+        return add_norm_(linear(x, weight, bias).float(), None, residual, norm.weight, norm.bias, norm.eps)
 
 
 def _join(parts: Sequence[Any]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,62 @@
+"""What a transformer does with whole rows between two matrix products, in one pass over memory and in place.
+
+CPU operators, like packed_attention: on a GPU torch's own kernels, or a compiler's, do this.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rerank_kernels import backend, checks, cpu, reference
+
+
+def bias_gelu_(x: Tensor, bias: Tensor) -> Tensor:
+    """x becomes gelu(x + bias), with the exact erf (within 1.5e-7 on the CPU).
+
+    Args:
+        x: N × d, any float type, without gradient; changed.
+        bias: d, of x's type and device.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+    checks.matrix("x", x)
+    _vectors(x, bias=bias)
+    if backend.resolve(x) == "cpu" and cpu.native_rows(x, bias):
+        return x
+    return x.copy_(reference.bias_gelu(x, bias))
+
+
+def add_norm_(x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """x becomes the layer norm of x + bias + residual.
+
+    Args:
+        x: N × d, any float type, without gradient; changed.
+        residual: N × d.
+        bias: d; None: 0.
+        weight, shift: d, of the norm.
+        eps: what is added to the variance.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+    checks.matrix("x", x)
+    checks.check(
+        residual.shape == x.shape and residual.dtype == x.dtype,
+        "residual",
+        f"{x.dtype} of shape {tuple(x.shape)}",
+        f"{residual.dtype} of shape {tuple(residual.shape)}",
+    )
+    _vectors(x, weight=weight, shift=shift, **({} if bias is None else {"bias": bias}))
+    checks.same_device(x=x, residual=residual)
+    if backend.resolve(x) == "cpu" and cpu.native_rows(x, bias, residual, (weight, shift, eps)):
+        return x
+    return x.copy_(reference.add_norm(x, bias, residual, weight, shift, eps))
+
+
+def _vectors(x: Tensor, **named: Tensor) -> None:
+    for name, vector in named.items():
+        checks.check(
+            vector.shape == x.shape[1:] and vector.dtype == x.dtype, name, f"{x.dtype} of length {x.shape[1]}", f"{vector.dtype} of shape {tuple(vector.shape)}"
+        )
+    checks.same_device(x=x, **named)
