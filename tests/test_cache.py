@@ -139,6 +139,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped at the end": lambda p: change(p, lambda b: b[:-1] + bytes([b[-1] ^ 128])),
     "another kind of shard": lambda p: change(p, lambda b: b.replace(b'"detail":"1"', b'"detail":"0"', 1)),
     "text": lambda p: change(p, lambda b: b"a file of someone else's"),
+    "keys of another shape": lambda p: save_file(load_file(p) | {"keys": torch.zeros(16, 3, dtype=torch.uint8)}, p, {"schema": files.SCHEMA, "detail": "1"}),
+    "no rows of keys": lambda p: save_file(load_file(p) | {"keys": torch.zeros((), dtype=torch.uint8)}, p, {"schema": files.SCHEMA, "detail": "1"}),
     "another safetensors file": lambda p: save_file(load_file(p), p, {"schema": files.SCHEMA}),
 }
 

@@ -130,7 +130,8 @@ BAD: list[tuple[Any, list[Any], str]] = [
     ([BASE], [], "model_type"),
     (b'"text"', [], "model_type"),
     *((b'{"model":"m","query":"q","documents":[{"text":"a","x":' + b"[" * 500 + b"]" * 500 + b"}]" + more + b"}", [], "recursion_loop") for more in DEEP),
-    (b'{"model":"m","query":"q","documents":["a"],"x":[' + b"[]," * (1 << 18) + b"1]}", [], "too_many_containers"),
+    (b'{"model":"m","query":"q","documents":["a"],"x":[' + b"[]," * (1 << 20) + b"1]}", [], "too_many_parts"),
+    (b'{"model":"m","query":"q","documents":["a"],"x":{' + b",".join(b'"%d":1' % n for n in range(1 << 20)) + b"}}", [], "too_many_parts"),
 ]
 
 

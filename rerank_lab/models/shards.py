@@ -88,7 +88,10 @@ def keys(path: Path) -> tuple[list[bytes], Detail] | None:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             if about.get("schema") == SCHEMA:
-                return [row.tobytes() for row in file.get_tensor("keys").numpy()], Detail(int(about["detail"]))
+                found = file.get_tensor("keys")
+                if found.dtype != torch.uint8 or found.ndim != 2 or found.shape[1] != 16:
+                    raise ValueError(f"keys of shape {tuple(found.shape)}")
+                return [row.tobytes() for row in found.numpy()], Detail(int(about["detail"]))
         log.info("vector cache: %s has an older form; deleted", path)
         path.unlink(missing_ok=True)
     except (KeyError, ValueError, SafetensorError):

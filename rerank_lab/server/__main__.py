@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -177,24 +178,27 @@ def serve(options: argparse.Namespace) -> int:
             self.should_exit = True
 
     config = uvicorn.Config(
-        create_app(service), http=guarded(options.timeout), ws="none", log_config=None, access_log=False, server_header=False, backlog=4096,
+        create_app(service), http=guarded(settings.timeout), ws="none", log_config=None, access_log=False, server_header=False, backlog=4096,
         timeout_graceful_shutdown=5, timeout_keep_alive=30, lifespan="off",
     )  # fmt: skip
-    Server(config).run([listening])
+    server = Server(config)
+    server.run([listening])
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends already
+        signal.signal(number, signal.SIG_IGN)
     service.close()
-    if models_at_work.ident is not None:
+    if models_at_work.ident is not None and not server.force_exit:
         models_at_work.join(PARTING)
     if failures:
         raise failures[0]
     if service.cut:
         log.warning("stopped with %d unanswered", service.cut)
-    if models_at_work.is_alive():
+    if server.force_exit or models_at_work.is_alive():
         _leave(int(service.cut > 0))
-    return int(service.cut > 0)
+    return 0
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process while a forward runs; an interpreter that ends in the ordinary way aborts in that thread."""
+    """Ends the process while threads work: the interpreter's own end waits for those that tokenise, and aborts in a forward."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -107,6 +107,7 @@ async def _respond(service: Service, request: Request, parse: Parse, render: Ren
     started = time.perf_counter()
     service.authorize(request.headers.get("authorization"))
     service.check_ready()
+    call = None
     try:
         call, ranking, job = await asyncio.wait_for(_work(service, request, parse), service.settings.timeout)
     except (TimeoutError, asyncio.TimeoutError):
@@ -115,8 +116,11 @@ async def _respond(service: Service, request: Request, parse: Parse, render: Ren
     except ClientDisconnect:
         service.metrics.dropped.labels("disconnect").inc()
         return Response(status_code=LEFT)
+    finally:
+        if call is None:
+            _hold(service, request, 0)
     body = render(call, ranking)
-    _hold(service, request, len(body))
+    _hold(service, request, max(len(body), request.scope["held"][0]))
     spent = {"queue": job.waiting or 0.0, "model": job.model, "score": job.scoring, "total": time.perf_counter() - started}
     timing = ", ".join(f"{name};dur={1000 * seconds:.2f}" for name, seconds in spent.items())
     return Response(body, media_type="application/json", headers={"Server-Timing": timing})
@@ -159,11 +163,10 @@ async def _body(service: Service, request: Request) -> bytes:
 
 
 def _hold(service: Service, request: Request, size: int) -> None:
-    """Counts what a request holds, its body or its answer, whichever is larger, until the answer has been read."""
+    """Counts what a request holds, its body or its answer, until the answer has been read."""
     held: list[int] = request.scope["held"]
-    if size > held[0]:
-        service.body_bytes += size - held[0]
-        held[0] = size
+    service.body_bytes += size - held[0]
+    held[0] = size
 
 
 async def _gone(request: Request) -> None:
@@ -185,7 +188,7 @@ class Observed:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, unread = time.perf_counter(), 0, True
+        service, started, status, unread, whole = self.service, time.perf_counter(), 0, True, False
         asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = asked if re.fullmatch(rb"[!-~]{1,128}", asked) else uuid.uuid4().hex.encode()
 
@@ -196,30 +199,37 @@ class Observed:
             return message
 
         async def observed(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
-            elif unread and scope["method"] == "POST" and not message.get("more_body"):
-                # A connection closed on a client that is still sending takes the answer with it.
-                await self._send(send, {**message, "more_body": True})
-                with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-                    await asyncio.wait_for(self._discard(reading), LINGER)
-                message = {"type": "http.response.body", "body": b""}
-            await self._send(send, message)
+                await send(message)
+                return
+            try:
+                await asyncio.wait_for(self._pieces(scope, send, message), service.settings.timeout)
+            except (TimeoutError, asyncio.TimeoutError):
+                raise Unread from None
+            if not message.get("more_body"):
+                whole = True
+                if unread and scope["method"] == "POST" and service.state != "draining":
+                    # A connection closed on a client that is still sending takes the answer with it.
+                    with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                        await asyncio.wait_for(self._discard(reading), LINGER)
+                await send({"type": "http.response.body", "body": b""})
 
         REQUEST.set(request_id.decode())
         scope["held"] = [0]
-        self.service.in_flight += 1
+        counts = int(service.state != "draining")  # what comes later is refused, and nobody waits for it
+        service.in_flight += counts
         try:
             await self.app(scope, reading, observed)
         except Unread:
-            self.service.metrics.dropped.labels("deadline").inc()
-            log.warning("request %s: its answer was not read within %g s", request_id.decode(), self.service.settings.timeout)
-            scope["state"]["abort"]()
+            service.metrics.dropped.labels("deadline").inc()
+            log.warning("request %s: its answer was not read within %g s", request_id.decode(), service.settings.timeout)
+            scope["state"]["transport"].abort()
             await asyncio.sleep(0)  # until uvicorn knows
         except asyncio.CancelledError:  # told twice to stop
-            self.service.cut += 1
+            service.cut += not whole
             if not status:
                 await JSONResponse({"detail": "The server stops."}, 503, {"Retry-After": "5"})(scope, reading, observed)
         except Exception as error:  # noqa: BLE001 - an answer whatever happens
@@ -227,33 +237,22 @@ class Observed:
             if not status:
                 await JSONResponse({"detail": "The server failed; its log says why."}, 500)(scope, reading, observed)
         finally:
-            self.service.in_flight -= 1
-            self.service.body_bytes -= scope["held"][0]
+            service.in_flight -= counts
+            service.body_bytes -= scope["held"][0]
             route = scope["path"] if scope["path"] in self.routes else "other"
             seconds = time.perf_counter() - started
-            self.service.metrics.requests.labels(route, str(status)).inc()
-            self.service.metrics.seconds.labels(route).observe(seconds)
+            service.metrics.requests.labels(route, str(status)).inc()
+            service.metrics.seconds.labels(route).observe(seconds)
             log.info("%s %s %d %.1f ms request %s", scope["method"], route, status, 1000 * seconds, request_id.decode())
 
-    async def _send(self, send: Send, message: Message) -> None:
-        """Sends in pieces, each once the client has read most of those before it.
-
-        Raises:
-            Unread: that took longer than a request may.
-        """
-        try:
-            await asyncio.wait_for(self._pieces(send, message), self.service.settings.timeout)
-        except (TimeoutError, asyncio.TimeoutError):
-            raise Unread from None
-
     @staticmethod
-    async def _pieces(send: Send, message: Message) -> None:
-        body = message.get("body", b"")
-        if len(body) > PIECE:
-            for start in range(0, len(body), PIECE):
-                await send({**message, "body": body[start : start + PIECE], "more_body": True})
-            message = {**message, "body": b""}
-        await send(message)
+    async def _pieces(scope: Scope, send: Send, message: Message) -> None:
+        """Sends a part of an answer, all but its end, in pieces, each once the client has read most of those before it; waits until the last has gone out."""
+        body, transport = message.get("body", b""), scope["state"]["transport"]
+        for start in range(0, len(body), PIECE):
+            await send({"type": "http.response.body", "body": body[start : start + PIECE], "more_body": True})
+        while transport.get_write_buffer_size() and not transport.is_closing():
+            await asyncio.sleep(0.02)
 
     @staticmethod
     async def _discard(receive: Receive) -> None:

@@ -1,4 +1,4 @@
-"""What a connection may do before a request has begun: be silent, or send what is no HTTP."""
+"""What a connection may do before a request has begun, and behind one: be silent, send what is no HTTP, leave."""
 
 from __future__ import annotations
 
@@ -6,45 +6,56 @@ import asyncio
 import uuid
 from typing import Any
 
+import h11
 import orjson
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def guarded(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, whose connections are closed where the head of a request is not there in time, and whose 400 is the contract's.
+    """uvicorn's protocol on h11, which bounds the bytes of a head; here its time is bounded too, and the 400 is the contract's.
 
-    Requests find in their state, under `abort`, what ends their connection with all that has not been sent.
+    Requests find their connection in their state, under `transport`.
 
     Args:
-        seconds: that a head may take; it may have twice as many where another request was before it.
+        seconds: from the connection's start, or the first byte of a further request, to the end of the head.
     """
 
-    class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    class Guarded(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.app_state: dict[str, Any] = {**self.app_state, "abort": transport.abort}
-            self._look_again()
+            self.app_state = {**self.app_state, "transport": transport}
+            self._late = self.loop.call_later(seconds, transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._watch.cancel()
+            self._in_time()
             super().connection_lost(exc)
 
+        def handle_events(self) -> None:
+            super().handle_events()
+            behind = len(self.conn.trailing_data[0])
+            if self.conn.their_state is not h11.IDLE:
+                self._in_time()
+                if self.conn.their_state is h11.DONE and behind < HIGH_WATER_LIMIT:
+                    self.flow.resume_reading()  # uvicorn reads no more behind a request, and would not see its client leave
+            elif self._late is None and (behind or self.timeout_keep_alive_task is None) and not self.transport.is_closing():
+                self._late = self.loop.call_later(seconds, self.transport.abort)
+
         def send_400_response(self, msg: str) -> None:
+            if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+                self.transport.abort()
+                return
             body = orjson.dumps({"detail": msg})
             head = ["HTTP/1.1 400 Bad Request", "Content-Type: application/json", f"Content-Length: {len(body)}"]
             head += [f"X-Request-ID: {uuid.uuid4().hex}", "Connection: close", "", ""]
             self.transport.write("\r\n".join(head).encode() + body)
             self.transport.close()
 
-        def _look_again(self) -> None:
-            self._watch = self.loop.call_later(seconds, self._look, self.cycle)
-
-        def _look(self, before: Any) -> None:
-            """Ends what has stood still since the last look; what is idle after an answer has uvicorn's timer."""
-            idle = self.cycle is None or self.cycle.response_complete
-            if self.cycle is before and idle and self.timeout_keep_alive_task is None:
-                self.transport.abort()
-            else:
-                self._look_again()
+        def _in_time(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
 
     return Guarded

@@ -141,8 +141,8 @@ class Scheduler:
         with self._condition:
             self._closed = True
             self._condition.notify()
-        self._short.shutdown(cancel_futures=True)
-        self._long.shutdown(cancel_futures=True)
+        self._short.shutdown(wait=False, cancel_futures=True)
+        self._long.shutdown(wait=False, cancel_futures=True)
 
     def _enqueue(self, job: Job, steps: Steps) -> None:
         self.metrics.documents.labels("miss").inc(steps.pool.new)
