@@ -3,11 +3,13 @@
 encode   the bi-encoder over --documents texts, beside SentenceTransformer.encode
 pairs    a classifier on the same backbone over --pairs pairs, beside
          CrossEncoder.predict; its head is untrained, since speed is the subject
+         (both rows: ours in fp32, and as --also says)
 seen     fast and best over 100 candidates: documents new, then seen before, beside
          one forward of the query
 one-way  standard under minilm-cross, documents new and seen, beside predict
-tokens   scoring 50 x 100 candidates whose token vectors are given, beside pylate's
-         rerank and the scorer of rerankers' ColBERT (MaxSim, fp32)
+tokens   ranking 100 candidates whose token vectors are given, for 50 queries one
+         after the other, beside pylate's rerank and the scorer of rerankers'
+         ColBERT (MaxSim, fp32; all of them sort)
 
 The same texts, threads and weights, the peer with its defaults. Medians of --rounds
 after one of warm-up, the contenders in turn within a round; MB is the peak of a process
@@ -21,8 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -34,14 +36,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from rerank_kernels import similarity_topk, subspace_attention
+from rerank_kernels import subspace_attention
 from rerank_lab.datasets import load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
+from rerank_lab.lexical import BM25
 from rerank_lab.models import load_bi_encoder, load_cross_encoder, locate
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.runtimes import PRECISIONS
+from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 from rerank_lab.options import count
 from rerank_lab.reranker import Reranker
 from rerank_lab.timing import peak_memory_mb
@@ -75,12 +78,11 @@ class Setting:
 
     @cached_property
     def pools(self) -> list[tuple[str, list[str]]]:
-        """Queries with up to 100 documents each, --pairs pairs together."""
+        """Queries with up to 100 documents each, --pairs pairs together; BM25 draws them, so that no contender holds a model of ours."""
         size = min(CANDIDATES, len(self.texts), self.options.pairs)
         chosen = [self.queries[n % len(self.queries)] for n in range(max(1, self.options.pairs // size))]
-        ready = Reranker(MODEL, "fast", device="cpu")
-        nearest = similarity_topk(ready.pooled(chosen, kind="query"), ready.pooled(self.texts), size)[1].tolist()
-        return [(query, [self.texts[i] for i in row]) for query, row in zip(chosen, nearest)]
+        index = BM25(self.texts)
+        return [(query, [self.texts[i] for i in np.argsort(-index.scores(query), kind="stable")[:size]]) for query in chosen]
 
     @cached_property
     def checkpoint(self) -> str:
@@ -103,6 +105,12 @@ class Setting:
         return list(q.view(QUERIES, QUERY_TOKENS, R)), [flat[n : n + CANDIDATES] for n in range(0, len(flat), CANDIDATES)]
 
 
+def asked(way: str) -> dict[str, Any]:
+    """Runtime and precision of what stands as [RUNTIME:]PRECISION."""
+    runtime, _, precision = way.rpartition(":")
+    return {"runtime": runtime or "auto", "precision": precision}
+
+
 def encode_peer(s: Setting) -> Work:
     from sentence_transformers import SentenceTransformer
 
@@ -111,8 +119,8 @@ def encode_peer(s: Setting) -> Work:
     return lambda: model.encode(s.texts, show_progress_bar=False, convert_to_tensor=True)
 
 
-def encode_ours(s: Setting, precision: str) -> Work:
-    model = load_bi_encoder(MODEL, device="cpu", precision=precision)
+def encode_ours(s: Setting, way: str) -> Work:
+    model = load_bi_encoder(MODEL, device="cpu", **asked(way))
     return lambda: model.encode(s.texts, max_tokens=s.options.tokens - model.specials, detail=Detail.POOLED).pooled
 
 
@@ -123,8 +131,8 @@ def pairs_peer(s: Setting, pools: int | None = None) -> Work:
     return lambda: model.predict(pairs, show_progress_bar=False, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
 
 
-def pairs_ours(s: Setting, precision: str) -> Work:
-    model = load_cross_encoder(s.checkpoint, device="cpu", precision=precision)
+def pairs_ours(s: Setting, way: str) -> Work:
+    model = load_cross_encoder(s.checkpoint, device="cpu", **asked(way))
     assert isinstance(model, CrossEncoder)
     return lambda: torch.cat([model.score(query, pool)[0] for query, pool in s.pools])
 
@@ -147,7 +155,8 @@ def tokens_pylate(s: Setting) -> Work:
 
     queries, documents = s.lists
     ids: list[list[int | str]] = [list(range(CANDIDATES)) for _ in queries]
-    return lambda: torch.tensor([[row["score"] for row in sorted(found, key=lambda r: r["id"])] for found in rerank(ids, queries, documents)])
+    one_by_one = [([own], [q], [d]) for own, q, d in zip(ids, queries, documents)]
+    return lambda: torch.tensor([[row["score"] for row in rerank(*given)[0]] for given in one_by_one])
 
 
 def tokens_rerankers(s: Setting) -> Work:
@@ -157,29 +166,25 @@ def tokens_rerankers(s: Setting) -> Work:
     padded = [torch.stack([pad(d, (0, 0, 0, TOKENS - len(d))) for d in row]) for row in documents]
     masks = [torch.stack([torch.arange(TOKENS) < len(d) for d in row]).long() for row in documents]
     own = torch.ones(1, QUERY_TOKENS, dtype=torch.int64)
-    return lambda: torch.cat([_colbert_score(q[None], d, own, m) for q, d, m in zip(queries, padded, masks)]) * QUERY_TOKENS
+    return lambda: torch.cat([_colbert_score(q[None], d, own, m).sort(descending=True).values for q, d, m in zip(queries, padded, masks)]) * QUERY_TOKENS
 
 
 def tokens_ours(s: Setting) -> Work:
-    q, d, d_offsets = s.given
-    q_offsets, count = torch.arange(QUERIES + 1) * QUERY_TOKENS, len(d_offsets) - 1
-    pairs = torch.stack([torch.arange(count) // CANDIDATES, torch.arange(count)], 1)
-    return lambda: subspace_attention(q, q_offsets, d, d_offsets, pairs, 0.0).view(QUERIES, CANDIDATES, QUERY_TOKENS).sum(-1)
+    q, d, offsets = s.given
+    pairs = torch.stack([torch.zeros(CANDIDATES, dtype=torch.int64), torch.arange(CANDIDATES)], 1)
+    q_offsets, one_by_one = torch.tensor([0, QUERY_TOKENS]), []
+    for n in range(QUERIES):
+        own = offsets[n * CANDIDATES : (n + 1) * CANDIDATES + 1]
+        one_by_one.append((q[n * QUERY_TOKENS : (n + 1) * QUERY_TOKENS], q_offsets, d[own[0] : own[-1]], own - own[0], pairs))
+    return lambda: torch.stack([subspace_attention(*given, 0.0).view(CANDIDATES, QUERY_TOKENS).sum(1).sort(descending=True).values for given in one_by_one])
 
 
-def contenders(precision: str) -> dict[str, dict[str, Callable[[Setting], Work]]]:
+def contenders(also: Sequence[str]) -> dict[str, dict[str, Callable[[Setting], Work]]]:
     """Row → contender → what builds it; the first of a row is what the others are measured against."""
+    ways = ("fp32", *also)
     return {
-        "encode": {
-            "SentenceTransformer.encode": encode_peer,
-            "ours, fp32": lambda s: encode_ours(s, "fp32"),
-            f"ours, {precision}": lambda s: encode_ours(s, precision),
-        },
-        "pairs": {
-            "CrossEncoder.predict": pairs_peer,
-            "ours, fp32": lambda s: pairs_ours(s, "fp32"),
-            f"ours, {precision}": lambda s: pairs_ours(s, precision),
-        },
+        "encode": {"SentenceTransformer.encode": encode_peer, **{f"ours, {way}": partial(encode_ours, way=way) for way in ways}},
+        "pairs": {"CrossEncoder.predict": pairs_peer, **{f"ours, {way}": partial(pairs_ours, way=way) for way in ways}},
         "seen": {
             "fast, documents new": lambda s: pools_ours(s, "fast", new=True),
             "fast, seen": lambda s: pools_ours(s, "fast", new=False),
@@ -230,7 +235,7 @@ def measure(s: Setting, row: str, bar: tqdm[Any]) -> list[str]:
     """One row's lines."""
     works: dict[str, Work] = {}
     lines = []
-    for name, build in contenders(s.options.precision)[row].items():
+    for name, build in contenders(s.options.also)[row].items():
         try:
             works[name] = build(s)
         except ImportError as error:
@@ -277,9 +282,9 @@ def forwards(s: Setting) -> list[str]:
 
 def peak(options: argparse.Namespace, row: str, name: str) -> str:
     """MB of a process that does this contender's work once, and nothing else."""
-    flags = {flag: getattr(options, flag) for flag in ("dataset", "documents", "pairs", "tokens", "precision")} | {"threads": torch.get_num_threads()}
+    flags = {flag: getattr(options, flag) for flag in ("dataset", "documents", "pairs", "tokens")} | {"threads": torch.get_num_threads()}
     given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    done = subprocess.run([sys.executable, __file__, *given, "--peak", row, name], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, __file__, *given, "--also", *options.also, "--peak", row, name], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "-"
 
 
@@ -290,20 +295,27 @@ def run(options: argparse.Namespace) -> str:
         s = Setting(options, Path(folder) / "classifier")
         if options.peak:
             row, name = options.peak
-            contenders(options.precision)[row][name](s)()
+            contenders(options.also)[row][name](s)()
             return f"{peak_memory_mb():.0f}"
-        facts, rows = describe(torch.device("cpu")), options.only or list(contenders(options.precision))
+        facts, rows = describe(torch.device("cpu")), options.only or list(contenders(options.also))
         lines = [
             f"{len(s.texts)} documents of {s.name}, {sum(len(pool) for _, pool in s.pools)} pairs, {options.tokens} tokens at most; medians of {options.rounds};",
             f"{facts['threads']} threads of {facts['cpu']}, torch {facts['packages']['torch']}",
             "",
             f"{'row':<8}{'':<29}{'x first':>8}{'apart':>9}{'GEMM':>8}{'MB':>8}",
         ]
-        total = sum(len(contenders(options.precision)[row]) for row in rows) * (options.rounds + 1)
+        total = sum(len(contenders(options.also)[row]) for row in rows) * (options.rounds + 1)
         with tqdm(total=total, desc="rounds", disable=None) as bar:
             for row in rows:
                 lines += measure(s, row, bar)
     return "\n".join([*lines, "", "GEMM: FLOPs a second over those of fp32 matrix products in the same run."])
+
+
+def _way(value: str) -> str:
+    runtime, _, precision = value.rpartition(":")
+    if precision not in PRECISIONS or runtime not in ("", *RUNTIMES):
+        raise argparse.ArgumentTypeError(f"{value!r} is no [RUNTIME:]PRECISION of {', '.join(RUNTIMES)} and {', '.join(PRECISIONS)}")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -312,9 +324,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--documents", type=count, default=512, metavar="N", help="texts, and what pools are drawn from (default: 512)")
     p.add_argument("--pairs", type=count, default=2000, metavar="N", help="of query and document (default: 2000)")
     p.add_argument("--tokens", type=count, default=256, metavar="N", help="of a text or a pair at most, special ones counted (default: 256)")
-    p.add_argument("--precision", choices=PRECISIONS[1:], default="bf16", help="of the rows beside fp32 (default: bf16)")
+    p.add_argument("--also", nargs="*", type=_way, default=["bf16"], metavar="WAY", help="[RUNTIME:]PRECISION, as in onnx:int8, beside fp32 (default: bf16)")
     p.add_argument("--rounds", type=count, default=5, metavar="N", help="(default: 5)")
-    p.add_argument("--only", nargs="+", choices=list(contenders("bf16")), metavar="ROW", help="some of: " + ", ".join(contenders("bf16")))
+    p.add_argument("--only", nargs="+", choices=list(contenders(())), metavar="ROW", help="some of: " + ", ".join(contenders(())))
     p.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
     p.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     return p

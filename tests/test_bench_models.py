@@ -56,7 +56,7 @@ def test_memory_is_a_process_of_its_own(run: Callable[..., str]) -> None:
 
 
 def test_wrong_flags_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, message in ((["--pairs", "0"], "--pairs"), (["--only", "nonsense"], "nonsense"), (["--precision", "fp32"], "bf16")):
+    for flags, message in ((["--pairs", "0"], "--pairs"), (["--only", "nonsense"], "nonsense"), (["--also", "onnx:fp33"], "fp33")):
         monkeypatch.setattr(sys, "argv", ["bench_models", *flags])
         with pytest.raises(SystemExit) as stop:
             script.main()
