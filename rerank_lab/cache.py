@@ -116,8 +116,10 @@ def clear(folder: Path, found: Sequence[Held], days: float) -> int:
                 except OSError as error:
                     failed.append(f"{path}: {error.strerror}")
         place = vectors_folder(folder) / held.key
-        if not [path for path in place.glob("*") if path.name != ABOUT]:
-            shutil.rmtree(place, ignore_errors=True)
+        if [path.name for path in place.glob("*")] in ([], [ABOUT]):
+            with suppress(OSError):  # somebody is just writing there
+                (place / ABOUT).unlink(missing_ok=True)
+                place.rmdir()
     print(f"{folder}: {_bytes(freed)} in {count:,} file{'' if count == 1 else 's'} deleted" if count else f"{folder}: nothing to delete")
     for line in failed:
         print(f"rerank_lab: {line}", file=sys.stderr)

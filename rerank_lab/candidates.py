@@ -138,7 +138,7 @@ def oracle(run: Run, dataset: Dataset) -> Run:
 def better(before: tuple[torch.Tensor, torch.Tensor], later: tuple[torch.Tensor, torch.Tensor], k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best k of two blocks' values and places, B × … each, descending; of equal ones those of the earlier block stand first."""
     values, places = (torch.cat(pair, 1) for pair in zip(before, later))
-    kept = torch.sort(values, dim=1, descending=True, stable=True).indices[:, :k]
+    kept = torch.sort(values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), dim=1, descending=True, stable=True).indices[:, :k]
     return values.gather(1, kept), places.gather(1, kept)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -267,6 +268,8 @@ class Reranker:
         """The same in blocks of `size` documents, so that a corpus that does not fit in memory can be looked at."""
         for start in range(0, len(texts), size):
             yield self.pooled(texts[start : start + size], progress=progress)
+            if self.cache is not None:
+                self.cache.trim()
 
     def _new_caches(self, folder: Path | None) -> None:
         """One for the bi-encoder and one for a one-way cross-encoder's backbone, which is the same where they are."""
@@ -283,8 +286,12 @@ class Reranker:
 
 
 def rerank(query: str, documents: Sequence[Document], *, top_n: int | None = None, **options: Any) -> list[Result]:
-    """Reranker(**options).rank(query, documents, top_n), with the last few rerankers kept loaded."""
-    return _kept(tuple(sorted(options.items()))).rank(query, documents, top_n)
+    """Reranker(**options).rank(query, documents, top_n), with the last few rerankers kept loaded; threads take turns, since a cache is one thread's."""
+    with _TURNS:
+        return _kept(tuple(sorted(options.items()))).rank(query, documents, top_n)
+
+
+_TURNS = threading.Lock()
 
 
 @lru_cache(maxsize=4)

@@ -212,11 +212,14 @@ def test_opening_reads_no_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read) == 1
 
 
-def test_a_shard_of_another_schema_is_dropped_without_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    with monkeypatch.context() as earlier:
-        earlier.setattr(files, "SCHEMA", "0")
+@pytest.mark.parametrize(("schema", "left"), [("0", 0), ("99", 1)])
+def test_a_shard_of_an_older_schema_is_dropped_without_alarm_and_a_newer_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, schema: str, left: int
+) -> None:
+    with monkeypatch.context() as another:
+        another.setattr(files, "SCHEMA", schema)
         VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
-    assert len(VectorCache("m", tmp_path)) == 0 and not shards(tmp_path) and not caplog.records
+    assert len(VectorCache("m", tmp_path)) == 0 and len(shards(tmp_path)) == left and not caplog.records
 
 
 def test_leftovers_of_a_writer_are_ignored_and_old_ones_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

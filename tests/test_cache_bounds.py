@@ -77,6 +77,19 @@ def test_the_bound_counts_what_other_processes_wrote(tmp_path: Path) -> None:
     assert mine.has(made(9)[0][0], Detail.TOKENS)
 
 
+def test_what_others_have_dropped_is_let_go_of(tmp_path: Path) -> None:
+    """Else a file that is mapped fills the disk though no folder shows it."""
+    (keys, vectors), mine = made(0), VectorCache("m", tmp_path)
+    mine.add(keys, vectors, Detail.TOKENS)
+    mine.gather(keys, Detail.TOKENS)
+    for path in shards(tmp_path):
+        path.unlink()
+    assert len(mine.gather(keys, Detail.TOKENS).pooled) == len(keys), "still mapped"
+    mine.add(*made(1), Detail.TOKENS)
+    mine.trim()
+    assert not mine.has(keys[0], Detail.TOKENS) and mine.has(made(1)[0][0], Detail.TOKENS)
+
+
 def test_processes_that_write_read_and_trim_at_once_harm_nobody(tmp_path: Path) -> None:
     code = """
 import sys

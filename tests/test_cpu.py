@@ -35,6 +35,15 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
+def test_a_library_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "ABI", cpu.ABI + 1)
+    cpu._library.cache_clear()
+    try:
+        assert cpu.implementation() == "torch"
+    finally:
+        cpu._library.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
     """One thread: small products on two wait for each other wherever the machine has other work. Tests of sharing set their own."""

@@ -103,3 +103,16 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
     names = ("q", "k", "v", "q_offsets", "k_offsets", "heads")
     with pytest.raises(ValueError, match=message):
         packed_attention(**dict(zip(names, inputs())) | change)
+
+
+def test_where_a_gradient_is_wanted_it_comes() -> None:
+    q, k, v, q_offsets, k_offsets, heads = inputs()
+    k = k.clone().requires_grad_()
+    torch.autograd.backward(packed_attention(q, k, v, q_offsets, k_offsets, heads).square().sum())
+    assert k.grad is not None and float(k.grad.abs().sum()) > 0
+
+
+def test_a_bias_elsewhere_is_refused() -> None:
+    q, k, v, q_offsets, k_offsets, heads = inputs()
+    with pytest.raises(ValueError, match="q_bias must be on"):
+        packed_attention(q, k, v, q_offsets, k_offsets, heads, torch.zeros(q.shape[1], device="meta"))

@@ -85,6 +85,13 @@ def test_any_number_of_threads_gives_the_same() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_where_a_gradient_is_wanted_it_comes() -> None:
+    x, residual, bias, weight, shift = given(5, 16)
+    residual.requires_grad_(), bias.requires_grad_()
+    torch.autograd.backward(add_norm_(bias_gelu_(x, bias), None, residual, weight, shift, 1e-5).sum())
+    assert residual.grad is not None and bias.grad is not None and float(bias.grad.abs().sum()) > 0
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_what_does_not_fit_is_named(backend: str) -> None:
     x, residual, bias, weight, shift = given(4, 8)

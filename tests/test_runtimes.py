@@ -9,13 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    XLMRobertaConfig,
+)  # fmt: skip
 
 from rerank_lab.errors import UserError
 from rerank_lab.eval import main
 from rerank_lab.models import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.runtimes import RUNTIMES, choose
+from rerank_lab.models.forward import places
+from rerank_lab.models.runtimes import RUNTIMES, Outputs, _inner, choose
 from rerank_lab.models.transformer import Packed
 from tests.conftest import DOCUMENTS, QUERIES
 
@@ -46,7 +59,7 @@ def test_vectors_are_those_of_torch_in_fp32(exact: tuple[Vectors, list[Any]], ru
     if precision != "fp32":
         assert not torch.equal(found.pooled, wanted.pooled), "it is another arithmetic"
     keys = {model.key(), load_bi_encoder("all-MiniLM-L6-v2", device="cpu").key()}
-    assert len(keys) == (1 if precision == "fp32" else 2), "vectors of another precision are others in the cache"
+    assert len(keys) == 2, "vectors of another runtime or precision are others in the cache"
 
 
 @pytest.mark.parametrize(("runtime", "precision"), PAIRS)
@@ -114,6 +127,47 @@ def test_eval_says_what_a_precision_changes(beir: Callable[..., Path], tmp_path:
         assert row["vs_fp32"]["delta_ndcg@10"] == 0.0
     assert "fast under torch, bf16: +0.0000" in " ".join(capsys.readouterr().out.split())
     assert (out / "report.md").read_text().count("against torch, fp32") == 2
+
+
+def test_another_runtime_is_compared_with_torch_and_not_with_its_own_vectors(beir: Callable[..., Path], tmp_path: Path) -> None:
+    """In one cache, which holds torch's vectors already."""
+    folder, shared = str(beir()), ["--cold-queries", "0", "--cache", str(tmp_path / "cache"), "--methods", "fast"]
+    assert main(["--dataset", folder, *shared, "--out", str(tmp_path / "torch")]) == 0
+    assert main(["--dataset", folder, *shared, "--runtime", "onnx", "--out", str(tmp_path / "onnx")]) == 0
+    result = json.loads((tmp_path / "onnx" / "results.json").read_text())
+    assert 0 < result["rows"][0]["vs_fp32"]["max_score_diff"] < 1e-4
+    assert len(list((tmp_path / "cache" / "vectors").iterdir())) == 2
+
+
+SMALL: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+KINDS: dict[str, Callable[[], Any]] = {
+    "albert": lambda: AlbertModel(AlbertConfig(embedding_size=16, **SMALL)),
+    "modernbert": lambda: ModernBertModel(ModernBertConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, **SMALL)),
+    "mpnet": lambda: MPNetModel(MPNetConfig(**SMALL)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(num_labels=1, **SMALL)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_reaches_the_layers_of_any_architecture_and_no_head(kind: str) -> None:
+    model = KINDS[kind]()
+    inner = _inner(model)
+    names = [name for name, module in model.named_modules() if id(module) in inner]
+    assert names and not [name for name in names if "pooler" in name or "classifier" in name]
+
+
+@pytest.mark.parametrize("kind", ["albert", "modernbert", "mpnet"])
+def test_only_layers_of_berts_kind_give_keys_and_values(kind: str) -> None:
+    outputs = Outputs(KINDS[kind]().eval(), False)
+    assert outputs.upper == range(0)
+    ids = torch.tensor([[5, 6, 7]])
+    assert [tuple(part.shape) for part in outputs(ids, torch.ones_like(ids))] == [(1, 3, 32)]
+
+
+def test_robertas_positions_count_from_its_padding() -> None:
+    assert places(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert places(XLMRobertaConfig(max_position_embeddings=40, pad_token_id=3)) == 36
+    assert places(BertConfig(max_position_embeddings=512)) == 512
 
 
 def test_exact_runs_are_not_compared_with_themselves(beir: Callable[..., Path], tmp_path: Path) -> None:

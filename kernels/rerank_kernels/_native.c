@@ -185,6 +185,11 @@ static void run(parallel start, worker work, void *job, int64_t threads, int64_t
     else work(job);
 }
 
+/* To be raised, with ABI in cpu.py, whenever a function here takes other arguments. */
+int rerank_abi(void) {
+    return 2;
+}
+
 /* The best level this processor has: 0 baseline, 1 AVX2 with FMA, 2 AVX-512. */
 int rerank_level(void) {
 #if defined(__x86_64__)

@@ -20,6 +20,7 @@ from rerank_kernels.reference import dequantize
 
 LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+ABI = 2  # of the C library: what its functions take
 # Rows a step of the torch path: its product with 64 queries stays in the cache.
 CHUNK = 8192
 # The library keeps a document's index in 32 bits.
@@ -34,7 +35,9 @@ def _library() -> ctypes.CDLL | None:
         if path.exists():
             try:
                 library = ctypes.CDLL(str(path))
-            except OSError:  # built for another machine
+                if library.rerank_abi() != ABI:
+                    return None
+            except (OSError, AttributeError):  # built for another machine, or from other sources than these
                 return None
             library.rerank_layout.argtypes, library.rerank_layout.restype = [_P, _N, _N, _P, _N, _N, _P, _N, _P], _N
             library.rerank_attention.argtypes = [_I, _P, _N, _P, _P, _N, _P, _I, _P, _N, _P, _P, _P, _N, ctypes.c_float, _P]
@@ -148,7 +151,7 @@ def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, 
         MemoryError: no memory for a thread's working space.
     """
     level, library = _level(), _library()
-    if level < 0 or library is None or q.dtype != torch.float32:
+    if level < 0 or library is None or q.dtype != torch.float32 or _needs_gradient(q, k, v, q_bias):
         return None
     q, k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (q, k, v))
     if k.stride(0) != v.stride(0):
@@ -176,10 +179,11 @@ def torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k
 
 
 def native_rows(x: Tensor, bias: Tensor | None, residual: Tensor | None = None, norm: tuple[Tensor, Tensor, float] | None = None) -> bool:
-    """The passes of rows.py by the C library, in place; False without it, or where x is not whole rows of fp32."""
+    """The passes of row_passes.py by the C library, in place; False without it, or where x is not whole rows of fp32 without gradient."""
     level, library = _level(), _library()
     others = [t for t in (bias, residual, *(norm or ())[:2]) if t is not None]
-    if level < 0 or library is None or not all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, *others)):
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, *others)) and not _needs_gradient(x, *others)
+    if level < 0 or library is None or not plain:
         return False
     weight, shift, eps = norm or (None, None, 0.0)
     library.rerank_rows(
@@ -224,6 +228,10 @@ def similarity_topk(
 
 def _plain(x: Tensor) -> Tensor:
     return (x if x.dtype in DTYPES else x.float()).contiguous()
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -33,7 +33,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offse
     checks.check(q.ndim == 2 and k.ndim == 2 and k.shape == v.shape and q.shape[1] == k.shape[1], "k and v", "matrices as wide as q", f"{tuple(k.shape)}")
     checks.check(heads > 0 and q.shape[1] % heads == 0, "heads", f"a divisor of {q.shape[1]}", heads)
     checks.check(q.dtype == k.dtype == v.dtype and q.is_floating_point(), "q, k and v", "of one float type", f"{q.dtype}, {k.dtype}, {v.dtype}")
-    checks.same_device(q=q, k=k, v=v, q_offsets=q_offsets, k_offsets=k_offsets)
+    checks.same_device(q=q, k=k, v=v, q_offsets=q_offsets, k_offsets=k_offsets, q_bias=q_bias)
     checks.offsets("q_offsets", q_offsets)
     checks.offsets("k_offsets", k_offsets, len(q_offsets) - 1)
     if q_bias is not None:

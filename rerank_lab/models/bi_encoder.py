@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from rerank_kernels import pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.forward import Tokens, encoder_flops, encodings, forward, load_checkpoint
+from rerank_lab.models.forward import Tokens, encoder_flops, encodings, forward, load_checkpoint, places
 from rerank_lab.models.runtimes import choose, network
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
@@ -112,7 +112,7 @@ class BiEncoder:
         self.config: Any = model.config
         settings = _json(root / "sentence_bert_config.json")
         self.lower = bool(settings.get("do_lower_case"))
-        limits = [settings.get("max_seq_length"), tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        limits = [settings.get("max_seq_length"), tokenizer.model_max_length, places(self.config)]
         self.specials: int = tokenizer.num_special_tokens_to_add(False)
         known = [n for n in limits if isinstance(n, int) and n > 0]
         self.limit: int = min(known, default=512) - self.specials
@@ -162,8 +162,8 @@ class BiEncoder:
 
     @property
     def arithmetic(self) -> str:
-        """The precision, and the runtime where it decides what the precision means."""
-        return self.precision if self.precision != "int8" else f"int8, {self.runtime}"
+        """The precision, and the runtime where it is not torch: each has roundings of its own."""
+        return self.precision if self.runtime == "torch" else f"{self.precision}, {self.runtime}"
 
     def prompt(self, kind: str) -> str:
         """The text that the model wants in front of a query or a document."""

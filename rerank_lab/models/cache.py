@@ -4,7 +4,8 @@ On disk a model's vectors are shards, one file for each call of `add` (shards.py
 checked when something of it is first wanted, and one that does not read back (cut short, wrong checksum) is deleted with a warning
 and its texts are encoded again.
 Past a bound in bytes the shards go that were not used for longest, whichever process wrote or used them: the time of a file is its
-last use, to the minute. A file that one process deletes stays readable to another that has mapped it.
+last use, to the minute. A file that one process deletes stays readable to another that has mapped
+it, until that one has written something and trims.
 """
 
 from __future__ import annotations
@@ -136,10 +137,10 @@ class VectorCache:
             self._register(Shard.held(keys, vectors, detail))
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / shards.ABOUT).is_file():
-                write_atomically(self.folder / shards.ABOUT, json.dumps(self.about, indent=1))
-            path = shards.write(self.folder, keys, vectors, detail)
+            try:
+                path = self._write(self.folder, keys, vectors, detail)
+            except (OSError, SafetensorError):  # another process may just be clearing the folder
+                path = self._write(self.folder, keys, vectors, detail)
         except (OSError, SafetensorError) as error:
             log.warning("vector cache: %s cannot be written (%s); going on without it", self.folder, error)
             self.folder = None
@@ -149,6 +150,12 @@ class VectorCache:
         number = self._open(path)
         if number is None or not self._reads_back(number):  # another process may have dropped the file already
             self._register(Shard.held(keys, vectors, detail))
+
+    def _write(self, folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / shards.ABOUT).is_file():
+            write_atomically(folder / shards.ABOUT, json.dumps(self.about, indent=1))
+        return shards.write(folder, keys, vectors, detail)
 
     def gather(self, keys: Sequence[bytes], detail: Detail) -> Vectors:
         """The vectors of N texts that are all here, in that order; `detail` and no more, states left to `states`."""
@@ -252,9 +259,8 @@ class VectorCache:
     def _trim_folder(self, folder: Path) -> None:
         own = {shard.path: number for number, shard in self._shards.items() if shard.path is not None}
         files = [(shards.age(path), path) for path in shards.shards(folder)]
-        for gone in own.keys() - {path for _, path in files}:  # dropped by another process; what is mapped stays readable
-            if self._shards[own[gone]].vectors is None:
-                self._drop(own[gone])
+        for gone in own.keys() - {path for _, path in files}:  # dropped by another process: as long as it is mapped, it fills the disk
+            self._drop(own[gone])
         total = sum(size for ((_, _, size), _) in files)
         for (_, _, size), path in files:
             if total <= self.disk_bytes:

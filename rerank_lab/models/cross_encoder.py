@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
-from rerank_lab.models.forward import Texts, Tokens, batches, encoder_flops, encodings, load_checkpoint
+from rerank_lab.models.forward import Texts, Tokens, batches, encoder_flops, encodings, load_checkpoint, places
 from rerank_lab.models.runtimes import choose, network
 from rerank_lab.models.transformer import Packed, Padded
 
@@ -39,7 +39,7 @@ class CrossEncoder:
             raise UserError(f"model {name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
         self.model = model.to(self.device)
         self.config: Any = model.config
-        limits = [tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        limits = [tokenizer.model_max_length, places(self.config)]
         self.limit: int = int(min(n for n in limits if n))
         self.runtime, self.precision = choose(runtime, precision), precision
         reads: dict[str, Any] = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}

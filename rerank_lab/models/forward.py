@@ -18,6 +18,7 @@ from rerank_lab.models.transformer import Packed, Padded, States
 
 T = TypeVar("T")
 # Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
+FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
 # Characters tokenised at once: a tokenizer's own objects take a hundred times the bytes of what is kept of them.
 CHARACTERS = 1 << 18
@@ -102,6 +103,13 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
     if len(tokenizer) < vocabulary // 2:
         raise UserError(f"model {name!r}: the tokenizer in {folder} knows {len(tokenizer)} tokens, the model {vocabulary}")
     return model.eval(), tokenizer
+
+
+def places(config: Any) -> int | None:
+    """Tokens that a model has positions for; RoBERTa's kind leaves the first ones, up to its padding token's number, unused."""
+    total = getattr(config, "max_position_embeddings", None)
+    unused = int(config.pad_token_id) + 1 if getattr(config, "model_type", "") in FROM_PADDING else 0
+    return total - unused if isinstance(total, int) else None
 
 
 def plan_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:

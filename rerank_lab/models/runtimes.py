@@ -83,8 +83,9 @@ class Outputs(nn.Module):
     def __init__(self, model: Any, head: bool):
         super().__init__()
         self.model, self.head, self.detailed = model, head, False
-        count = int(model.config.num_hidden_layers)
-        self.upper = range(count // 2, count) if not head and hasattr(getattr(model, "encoder", None), "layer") else range(0)
+        layers = [] if head else getattr(getattr(model, "encoder", None), "layer", [])
+        bert = all(hasattr(getattr(getattr(layer, "attention", None), "self", None), "key") for layer in layers)
+        self.upper = range(len(layers) // 2, len(layers)) if bert else range(0)
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, ...]:
         """B × L inputs → (logits B × 1), or (last B × L × d) and, detailed, (what goes into the upper half, its keys and values B × L × 2·d·S)."""
@@ -130,8 +131,9 @@ def _compiled(outputs: Outputs, precision: str, token_types: bool) -> Run:
     elif precision == "int8":
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+        inner = _inner(outputs.model)
         with torch.no_grad():
-            quantize_(outputs.model, Int8DynamicActivationInt8WeightConfig(), filter_fn=_inner)
+            quantize_(outputs.model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: id(module) in inner)
     compiled = torch.compile(outputs, dynamic=True)
 
     def run(inputs: dict[str, Tensor], detailed: bool) -> Sequence[Tensor]:
@@ -142,9 +144,16 @@ def _compiled(outputs: Outputs, precision: str, token_types: bool) -> Run:
     return run
 
 
-def _inner(module: nn.Module, name: str) -> bool:
-    """Linear maps of the layers: a head is small and decides."""
-    return isinstance(module, nn.Linear) and ".layer." in name
+def _inner(model: Any) -> set[int]:
+    """Ids of the linear maps of the layers, whatever a model calls those: a head or a pooler is small and decides.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = {id(module) for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear) and "pooler" not in name}
+    if not found:
+        raise UserError("it has no linear maps to quantise")
+    return found
 
 
 def _onnx_file(outputs: Outputs, folder: Path, token_types: bool) -> Path:

@@ -72,14 +72,19 @@ def write(folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail)
     }
     stem = folder / uuid.uuid4().hex
     temporary = stem.with_suffix(".tmp")
-    save_file(tensors, temporary, {"schema": SCHEMA, "detail": str(int(detail))})
+    try:
+        save_file(tensors, temporary, {"schema": SCHEMA, "detail": str(int(detail))})
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     path = folder / f"{stem.name}-{checksum(temporary):08x}.safetensors"
     os.replace(temporary, path)
     return path
 
 
 def keys(path: Path) -> tuple[list[bytes], Detail] | None:
-    """The keys of the texts whose vectors a shard holds, and in which detail; None where it is of another schema or damaged, and is deleted then.
+    """The keys of the texts whose vectors a shard holds, and in which detail; None where it is of another schema or damaged; unless a newer version wrote it, it is deleted then.
 
     Raises:
         OSError, RuntimeError: as `read`.
@@ -92,8 +97,9 @@ def keys(path: Path) -> tuple[list[bytes], Detail] | None:
                 if found.dtype != torch.uint8 or found.ndim != 2 or found.shape[1] != 16:
                     raise ValueError(f"keys of shape {tuple(found.shape)}")
                 return [row.tobytes() for row in found.numpy()], Detail(int(about["detail"]))
-        log.info("vector cache: %s has an older form; deleted", path)
-        path.unlink(missing_ok=True)
+        if int(about.get("schema", 0)) < int(SCHEMA):
+            log.info("vector cache: %s has an older form; deleted", path)
+            path.unlink(missing_ok=True)
     except (KeyError, ValueError, SafetensorError):
         discard(path)
     return None
