@@ -32,22 +32,29 @@ def main() -> int:
     """Runs the commands in turn and writes the report when all have succeeded."""
     parser = argparse.ArgumentParser("python experiments/report_kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", type=Path, metavar="FILE", help="what the GPU's bench printed elsewhere")
-    gpu: Path | None = parser.parse_args().gpu
+    path: Path | None = parser.parse_args().gpu
+    try:
+        gpu = None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--gpu {path}: {error}")
     facts = describe(torch.device("cpu"))
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "triton"))
-    made_on = f"Made by `python experiments/report_kernels.py` at commit {facts['commit']} on {facts['cpu']}, {facts['cpus']} CPUs, {versions}."
-    parts = [f"# Kernels\n\n{made_on} Times are one run on a shared machine: read the ratios.\n"]
+    own = "python experiments/report_kernels.py" + ("" if gpu is None else " --gpu FILE")
+    elsewhere = "" if gpu is None else " The GPU's part was printed on the machine that it names."
+    made_on = f"Made by `{own}` at commit {facts['commit']} on {facts['cpu']}, {facts['cpus']} CPUs, {versions}."
+    parts = [f"# Kernels\n\n{made_on} Times are one run on a shared machine: read the ratios.{elsewhere}\n"]
     for title, arguments in COMMANDS.items():
-        command = [sys.executable, "-m", *arguments]
+        command = f"python -m {' '.join(arguments)}"
         if gpu is not None and "cuda" in arguments:
-            parts.append(f"## {title}\n\n```\n{gpu.read_text(encoding='utf-8').rstrip()}\n```\n")
-            continue
-        print(f"python -m {' '.join(arguments)}", file=sys.stderr)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | {"COLUMNS": "80"})
-        if done.returncode:
-            print(f"report_kernels: python -m {' '.join(arguments)} ended with {done.returncode}; nothing written", file=sys.stderr)
-            return 1
-        parts.append(f"## {title}\n\n```\n$ python -m {' '.join(arguments)}\n{done.stdout.rstrip()}\n```\n")
+            printed = gpu
+        else:
+            print(command, file=sys.stderr)
+            done = subprocess.run([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True, check=False, env=os.environ | {"COLUMNS": "80"})
+            if done.returncode:
+                print(f"report_kernels: {command} ended with {done.returncode}; nothing written", file=sys.stderr)
+                return 1
+            printed = done.stdout
+        parts.append(f"## {title}\n\n```\n$ {command}\n{printed.rstrip()}\n```\n")
     write_atomically(ROOT / "reports" / "kernels.md", "\n".join(parts))
     return 0
 

@@ -81,7 +81,7 @@ def models(folder: Path) -> list[Held]:
     found = []
     for place in sorted(vectors_folder(folder).glob("*/")):
         files = []
-        for path in (*shards(place), *abandoned(place)):
+        for path in (*(path for _, path in shards(place)), *abandoned(place)):
             with suppress(OSError):
                 files.append((path, path.stat().st_size, path.stat().st_mtime))
         try:

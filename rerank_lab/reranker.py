@@ -27,6 +27,7 @@ from rerank_lab.run import order
 from rerank_lab.timing import Clock
 
 EXACT = "torch, fp32"
+_TURNS = threading.Lock()  # of `rerank`
 BLOCK = 1 << 16  # documents whose pooled vectors are held at once where a whole corpus is looked at: 100 MB at 384 dimensions
 Document = str | Mapping[str, Any]
 AnyPool = TypeVar("AnyPool", bound=Pool)
@@ -289,9 +290,6 @@ def rerank(query: str, documents: Sequence[Document], *, top_n: int | None = Non
     """Reranker(**options).rank(query, documents, top_n), with the last few rerankers kept loaded; threads take turns, since a cache is one thread's."""
     with _TURNS:
         return _kept(tuple(sorted(options.items()))).rank(query, documents, top_n)
-
-
-_TURNS = threading.Lock()
 
 
 @lru_cache(maxsize=4)

@@ -288,13 +288,12 @@ def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tenso
                 plan.launch("forward", d, tau, out_ptr=out)
             return out
     checks.rising(("q_offsets", q_offsets, len(q)), ("d_offsets", d_offsets, len(d)))
-    if len(pairs):
-        low, high = pairs.aminmax(dim=0)
-        inside = bool((low >= 0).all()) and int(high[0]) < len(q_offsets) - 1 and int(high[1]) < len(d_offsets) - 1
-        wanted = f"(query, document) among {len(q_offsets) - 1} queries and {len(d_offsets) - 1} documents"
-        checks.check(inside, "pairs", wanted, f"({int(low[0])}…{int(high[0])}, {int(low[1])}…{int(high[1])})")
     if not len(pairs):
         return torch.empty(0, device=q.device)
+    low, high = pairs.aminmax(dim=0)
+    inside = bool((low >= 0).all()) and int(high[0]) < len(q_offsets) - 1 and int(high[1]) < len(d_offsets) - 1
+    wanted = f"(query, document) among {len(q_offsets) - 1} queries and {len(d_offsets) - 1} documents"
+    checks.check(inside, "pairs", wanted, f"({int(low[0])}…{int(high[0])}, {int(low[1])}…{int(high[1])})")
     return (cpu.torch_attention if name == "cpu" else reference.subspace_attention)(q, q_offsets, d, d_offsets, pairs, tau, scales)
 
 

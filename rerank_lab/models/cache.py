@@ -115,7 +115,7 @@ class VectorCache:
             for path in shards.abandoned(self.folder):
                 with suppress(OSError):
                     path.unlink()
-            for path in shards.shards(self.folder):
+            for _, path in shards.shards(self.folder):
                 self._open(path)
 
     def __len__(self) -> int:
@@ -258,7 +258,7 @@ class VectorCache:
 
     def _trim_folder(self, folder: Path) -> None:
         own = {shard.path: number for number, shard in self._shards.items() if shard.path is not None}
-        files = [(shards.age(path), path) for path in shards.shards(folder)]
+        files = shards.shards(folder)
         for gone in own.keys() - {path for _, path in files}:  # dropped by another process: as long as it is mapped, it fills the disk
             self._drop(own[gone])
         total = sum(size for ((_, _, size), _) in files)

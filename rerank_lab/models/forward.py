@@ -17,8 +17,9 @@ from rerank_lab.errors import UserError
 from rerank_lab.models.transformer import Packed, Padded, States
 
 T = TypeVar("T")
-# Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
+# Kinds of models whose positions count from after their padding token.
 FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
+# Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
 # Characters tokenised at once: a tokenizer's own objects take a hundred times the bytes of what is kept of them.
 CHARACTERS = 1 << 18

@@ -41,9 +41,9 @@ def vectors_folder(folder: Path) -> Path:
     return folder / "vectors"
 
 
-def shards(folder: Path) -> list[Path]:
-    """A model's shards, those that were used last at the end."""
-    return sorted((path for path in folder.glob("*.safetensors") if re.fullmatch(r"[0-9a-f]{32}-[0-9a-f]{8}\.safetensors", path.name)), key=age)
+def shards(folder: Path) -> list[tuple[tuple[int, str, int], Path]]:
+    """A model's shards with their `age`, those that were used last at the end."""
+    return sorted((age(path), path) for path in folder.glob("*.safetensors") if re.fullmatch(r"[0-9a-f]{32}-[0-9a-f]{8}\.safetensors", path.name))
 
 
 def abandoned(folder: Path) -> list[Path]:

@@ -97,7 +97,7 @@ class Packed:
         self.plain = dtype == torch.float32
         self.behind = [
             linear(bias[2 * self.width :], layer.attention.output.dense.weight, layer.attention.output.dense.bias)
-            for layer, (_, bias) in zip(model.encoder.layer, self.joined)
+            for layer, (_, bias) in zip(model.encoder.layer, self.joined if self.plain else ())
         ]
         self.gelu = self.plain and config.hidden_act == "gelu"
 
