@@ -214,8 +214,9 @@ def replay(requests: Sequence[Recorded], a: Server, b: Server, tolerance: float,
                     turns = [("A", a), ("B", b)]
                     answers = {name: ask(server, name, request) for name, server in (turns[::-1] if number % 2 else turns)}
                     results.put(Compared(request, answers["A"], answers["B"], *compare(answers["A"], answers["B"], tolerance)))
-                except BaseException as error:  # noqa: BLE001 - raised where the results are read
+                except BaseException as error:  # noqa: BLE001 - raised where the results are read, which ends the run
                     results.put(error)
+                    return
 
     # Threads that no one waits for: an interrupted run ends at once, whatever a server is about.
     for _ in range(min(concurrency, len(requests))):
