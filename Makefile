@@ -2,11 +2,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: eval serve test test-slow lint clean
+.PHONY: eval report reports serve test test-slow lint clean
 
 # All methods on the bundled collection; ARGS="--dataset path/to/beir" for another.
 eval: $(VENV)/.installed
 	$(BIN)/python -m rerank_lab.eval $(ARGS)
+
+# The newest results (or ARGS="results/a results/b --out DIR") as report.md and report.html.
+report: $(VENV)/.installed
+	$(BIN)/python -m rerank_lab.report $(ARGS)
+
+# reports/baseline: numpydoc, SciFact and Cranfield, the last two as BEIR folders in DATA; goes on where it was interrupted.
+reports: $(VENV)/.installed
+	@test -d "$(DATA)/scifact" -a -d "$(DATA)/cranfield" || { echo "make reports DATA=folder, which holds scifact and cranfield in BEIR's layout" >&2; exit 2; }
+	set -e; for collection in numpydoc $(DATA)/scifact $(DATA)/cranfield; do \
+	    $(BIN)/python -m rerank_lab.eval --config experiments/baseline.toml --dataset $$collection --out results/baseline/$$(basename $$collection) --resume; \
+	done
+	test -f results/baseline/bench.json || { $(BIN)/python -m rerank_kernels.bench --device cpu --json >results/baseline/bench.tmp && mv results/baseline/bench.tmp results/baseline/bench.json; }
+	$(BIN)/python -m rerank_lab.report results/baseline/numpydoc results/baseline/scifact results/baseline/cranfield \
+	    --bench results/baseline/bench.json --quote numpydoc --out reports/baseline
 
 # The v3 API on http://127.0.0.1:8000; ARGS="--port 9000" for another port, and so on.
 serve: $(VENV)/.installed

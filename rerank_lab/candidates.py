@@ -35,6 +35,13 @@ class Candidates:
     about: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
+    def cut(self, top_k: int) -> Candidates:
+        """The best top_k a query, as the same first stage would have given them."""
+        if top_k >= self.about["top_k"]:
+            return self
+        run = {q: Ranked(r.documents[:top_k], r.scores[:top_k]) for q, r in self.run.items()}
+        return Candidates(run, self.about | _facts(run, top_k), self.notes)
+
 
 def make_candidates(
     source: str,
@@ -114,15 +121,21 @@ def make_candidates(
     if drop_identical:
         run = {q: _without(r, q, top_k) for q, r in run.items()}
     run = {q: r for q, r in run.items() if r.documents}
-    digest = hashlib.sha256()
-    for q, r in run.items():
-        digest.update(" ".join([q, *r.documents]).encode() + b"\n")  # no id holds either
     without = len(dataset.qrels) - len(run)
     if without:
         notes.append(f"{without} of {len(dataset.qrels)} judged queries have no candidates: they score 0 and count")
-    about |= {"top_k": top_k, "drop_identical_ids": drop_identical, "hash": digest.hexdigest(), "queries_without": without}
-    about["documents_per_query"] = float(np.mean([len(r.documents) for r in run.values()])) if run else 0.0
-    return Candidates(run, about, notes)
+    return Candidates(run, about | {"drop_identical_ids": drop_identical, "queries_without": without} | _facts(run, top_k), notes)
+
+
+def _facts(run: Run, top_k: int) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for q, r in run.items():
+        digest.update(" ".join([q, *r.documents]).encode() + b"\n")  # no id holds either
+    return {
+        "top_k": top_k,
+        "hash": digest.hexdigest(),
+        "documents_per_query": float(np.mean([len(r.documents) for r in run.values()])) if run else 0.0,
+    }
 
 
 def oracle(run: Run, dataset: Dataset) -> Run:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
 import re
+import shlex
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from rerank_kernels import use_backend
-from rerank_lab import results
+from rerank_lab import kernel_check, results, rows, sweep
 from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
@@ -32,12 +30,10 @@ from rerank_lab.models import REGISTRY
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.shards import default_folder
 from rerank_lab.options import effective, parse
-from rerank_lab.reranker import EXACT, Ranking, Reranker
-from rerank_lab.run import write_atomically
-from rerank_lab.timing import peak_memory_mb, reset_peak_memory
+from rerank_lab.reranker import EXACT, Reranker
+from rerank_lab.timing import reset_peak_memory
 
 log = logging.getLogger("rerank_lab")
-WARM_UP = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +74,7 @@ def evaluate(options: argparse.Namespace) -> str:
         parse_measures(options.measures)
     except UserError as error:
         problems.append(str(error))
+    problems += sweep.problems(options.sweep, {label: method for label, method in methods.items() if not split_label(label)[0]})
     if problems:
         raise UserError("; ".join(problems))
     baseline = options.baseline or next(iter(methods))
@@ -87,7 +84,7 @@ def evaluate(options: argparse.Namespace) -> str:
     journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
     config = effective(options) | {"methods": list(methods), "baseline": baseline}
     if journal.finished:
-        return results.table(journal.results(config)) + f"\n{out} was finished already; nothing done\n"
+        return results.table(journal.results(config, results.SCHEMA)) + f"\n{out} was finished already; nothing done\n"
     with ExitStack() as connections:
         remote = {}
         for label, method in methods.items():
@@ -110,10 +107,11 @@ def _evaluate(options: argparse.Namespace, methods: dict[str, Method], remote: d
     except ValueError as error:
         raise UserError(f"--kernels {options.kernels}: {error}") from None
     log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
-    rows: dict[str, Reranker | Endpoint] = {label: reranker.using(method, cross=runs_cross(label, method)) for label, method in local.items()}
-    detail = max((row.detail for row in rows.values() if isinstance(row, Reranker)), default=None)
-    rows |= remote
-    candidates = _candidates(options, dataset, reranker, detail)
+    own = {label: reranker.using(method, cross=runs_cross(label, method)) for label, method in local.items()}
+    detail = max((row.detail for row in own.values()), default=None)
+    rankers: dict[str, Reranker | Endpoint] = {**own, **remote}
+    deep = _candidates(options, dataset, reranker, detail)
+    candidates = deep.cut(options.top_k)
     for note in candidates.notes:
         log.warning("%s", note)
 
@@ -122,23 +120,32 @@ def _evaluate(options: argparse.Namespace, methods: dict[str, Method], remote: d
     reset = reset_peak_memory()
     collected: dict[str, dict[str, Any]] = {}
     for label in methods:
-        collected[label] = _run_method(label, rows[label], dataset, candidates, journal, options)
+        collected[label] = rows.measure(label, rankers[label], dataset, candidates, journal, options)
     if local and reranker.arithmetic != EXACT:
         # What a faster runtime or precision loses on the same candidates, beside what it wins.
         exact = _reranker(options, local, exact=True)
         _encode_candidates(exact, dataset, candidates, detail, "encode candidates in fp32")
         for label, method in local.items():
             row = exact.using(method, cross=runs_cross(label, method))
-            collected[label]["exact"] = _records(f"{label} in fp32", row, dataset, candidates, journal)
+            collected[label]["exact"] = rows.records(f"{label} in fp32", row, dataset, candidates, journal)
+    for label, row in own.items() if not options.no_kernel_check else ():
+        if "bi-encoder" in row.method.roles and row.cross is None:  # what a cross-encoder computes no kernel of these has touched
+            collected[label]["kernels"] = kernel_check.check(label, row, dataset, candidates, journal)
+
+    def encode(tokens: int) -> None:
+        _encode_candidates(reranker.reading(tokens), dataset, candidates, detail, f"encode {tokens} tokens")
+
+    done = {label: collected[label]["records"] for label in own}
+    points = list(sweep.run(options.sweep, local, own, done, dataset, candidates, deep, journal, encode))
     about = {
         "environment": describe(reranker.device) | {"peak_memory_per_method": reset, "vector_cache": reranker.cache_state},
         "config": config,
         "dataset": {"name": dataset.name, "split": dataset.split, "hash": dataset.hash, "notes": dataset.notes} | dataset.facts,
         "models": reranker.fingerprints(),
     }
-    result, files = results.summarize(about, dataset, candidates, methods, collected)
+    result, files = results.summarize(about, dataset, candidates, methods, collected, points)
     journal.finish(files)
-    return results.table(result) + f"\nWritten to {journal.out}\n"
+    return results.table(result) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"
 
 
 def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]:
@@ -218,7 +225,7 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
     whole = detail and len(dataset.qrels) * options.top_k >= len(texts)
 
     def corpus_vectors(distinct: list[str]) -> Iterator[torch.Tensor]:
-        with _counting("encode corpus") as progress:
+        with rows.counting("encode corpus") as progress:
             if whole and detail:
                 reranker.encode(distinct, detail=detail, progress=progress)
             yield from reranker.pooled_blocks(distinct, progress=progress)
@@ -226,11 +233,11 @@ def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranke
     found = make_candidates(
         options.candidates,
         dataset,
-        options.top_k,
+        sweep.deepest(options.sweep, options.top_k),
         encode=lambda queries: reranker.pooled(queries, kind="query"),
         corpus_vectors=corpus_vectors,
         drop_identical=options.drop_identical_ids,
-        progress=_bar,
+        progress=rows.bar,
     )
     _encode_candidates(reranker, dataset, found, detail, "encode candidates")
     return found
@@ -240,95 +247,8 @@ def _encode_candidates(reranker: Reranker, dataset: Dataset, candidates: Candida
     """Puts the vectors of all candidates into the cache (detail None: none are needed)."""
     if detail is not None:
         needed = {d: None for ranked in candidates.run.values() for d in ranked.documents}
-        with _counting(title) as progress:
+        with rows.counting(title) as progress:
             reranker.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
-
-
-def _run_method(
-    label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, journal: Journal, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Every query's record and the cold timings."""
-    records = _records(label, reranker, dataset, candidates, journal)
-    return {"records": records, "token_limit": reranker.token_limit, "cold": _cold(label, reranker, dataset, candidates, options)}
-
-
-def _records(label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, journal: Journal) -> list[dict[str, Any]]:
-    """Ranks every query that the journal lacks; gives all records."""
-    records = journal.records(label)
-    done = {r["query"] for r in records}
-    left = [q for q in candidates.run if q not in done]
-    reset_peak_memory()
-    for q in left[:WARM_UP]:
-        _rank(reranker, q, dataset, candidates)
-    for q in _bar(left, label):
-        start = time.perf_counter()
-        ranking = _rank(reranker, q, dataset, candidates)
-        record = _record(q, ranking, candidates, time.perf_counter() - start, known=isinstance(reranker, Reranker))
-        journal.append(label, record)
-        records.append(record)
-    return records
-
-
-def _cold(label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, options: argparse.Namespace) -> dict[str, Any]:
-    """Cost with every document new, over the first few queries; kept beside the vectors, since only a change can change it."""
-    queries = list(candidates.run)[: options.cold_queries]
-    cold: dict[str, Any] = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": "not measured"}
-    if isinstance(reranker, Endpoint):
-        return cold | {"measured": "unknown: what a server has seen before, it alone knows"}
-    if not reranker.caches:
-        return cold | {"measured": "no vectors are cached for this method: each run is new"}
-    if not queries:
-        return cold
-    depends = [label, reranker.method.settings(), reranker.fuse_first_stage, reranker.token_limit, reranker.fingerprints()]
-    key = results.digest([*depends, dataset.hash, candidates.about["hash"], queries, describe(reranker.device)])
-    store = None if options.no_cache else (options.cache or default_folder()) / "timings" / f"{key}.json"
-    try:
-        if store is not None and store.is_file():
-            kept: dict[str, Any] = json.loads(store.read_text(encoding="utf-8"))
-            if kept.keys() == cold.keys() and len(kept["seconds"]) == len(kept["phases"]) == len(queries):
-                return kept
-            raise ValueError
-    except (OSError, ValueError, AttributeError, TypeError):
-        log.warning("timings: %s does not read back; measured again", store)
-    reset_peak_memory()
-    for q in _bar(queries, f"{label}, documents new"):
-        start = time.perf_counter()
-        ranking = _rank(reranker.without_cache(), q, dataset, candidates)
-        cold["seconds"].append(time.perf_counter() - start)
-        cold["phases"].append(ranking.seconds)
-        cold["documents"] += len(candidates.run[q].documents)
-    cold |= {"peak_rss_mb": peak_memory_mb(), "measured": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
-    if store is not None:
-        try:
-            write_atomically(store, json.dumps(cold))
-        except OSError as error:
-            log.warning("timings: %s cannot be written (%s)", store, error.strerror)
-    return cold
-
-
-def _rank(reranker: Reranker | Endpoint, q: str, dataset: Dataset, candidates: Candidates) -> Ranking:
-    ranked = candidates.run[q]
-    return reranker.score(dataset.queries[q], [dataset.corpus[d] for d in ranked.documents], first_stage=ranked.scores.tolist())
-
-
-def _record(q: str, ranking: Ranking, candidates: Candidates, seconds: float, *, known: bool) -> dict[str, Any]:
-    """One line of the journal; what a method cost besides time is null where it is not known."""
-    documents = candidates.run[q].documents
-    cost = {
-        "phases": ranking.seconds,
-        "flops": ranking.flops.seen,
-        "flops_new": ranking.flops.new,
-        "truncated": ranking.truncated,
-        "peak_rss_mb": peak_memory_mb(),
-    }
-    return {
-        "query": q,
-        "documents": [documents[i] for i in ranking.order],
-        "scores": ranking.scores.tolist(),
-        "relevance": ranking.relevance.tolist(),
-        "candidates": len(documents),
-        "seconds": seconds,
-    } | (cost if known else dict.fromkeys(cost))
 
 
 def _limited(dataset: Dataset, count: int) -> Dataset:
@@ -339,28 +259,6 @@ def _limited(dataset: Dataset, count: int) -> Dataset:
         [*dataset.notes, *([f"only the first {count} of {len(dataset.qrels)} judged queries (--limit-queries)"] if count < len(dataset.qrels) else [])],
         dataset.facts | {"queries": len(kept), "judgements": sum(len(dataset.qrels[q]) for q in kept)},
     )  # fmt: skip
-
-
-def _bar(items: Iterable[Any], title: str) -> Iterable[Any]:
-    shown: Iterable[Any] = tqdm(items, desc=title, disable=None)
-    return shown
-
-
-@contextmanager
-def _counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that learns its total from the first call, and never shows where there is nothing to do."""
-    bar: list[tqdm[Any]] = []
-
-    def progress(done: int, total: int) -> None:
-        if not bar:
-            bar.append(tqdm(total=total, desc=title, unit="doc", disable=None))
-        bar[0].update(done)
-
-    try:
-        yield progress
-    finally:
-        for shown in bar:
-            shown.close()
 
 
 def _listing() -> str:

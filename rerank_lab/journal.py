@@ -59,13 +59,15 @@ class Journal:
             state = "holds results" if done else "holds an interrupted run"
             raise UserError(f"{out} {state}: --resume to go on, --overwrite to replace, or another --out")
 
-    def results(self, config: dict[str, Any]) -> dict[str, Any]:
+    def results(self, config: dict[str, Any], schema: int) -> dict[str, Any]:
         """The finished results, if this configuration made them.
 
         Raises:
-            UserError: they do not read back, or another configuration made them.
+            UserError: they do not read back, or another version or configuration made them.
         """
         result = _load(self.out / RESULTS)
+        if result.get("schema") != schema:
+            raise UserError(f"{self.out}: results of schema {result.get('schema')}, and this version's is {schema}; start again with --overwrite")
         self._compare(result.get("config", {}), config, "the finished run")
         return result
 

@@ -6,12 +6,15 @@ import argparse
 import math
 import re
 import sys
+import typing
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rerank_kernels import BACKENDS
 from rerank_lab.errors import UserError
+from rerank_lab.methods import METHODS
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 
 if sys.version_info >= (3, 11):
@@ -30,6 +33,9 @@ examples:
       over BM25's top 100, the cross-encoder from the hub
   python -m rerank_lab.eval --methods fast,best,best:tau=0.05:lexical=0.25
       one method twice, under other settings
+  python -m rerank_lab.eval --sweep stage1_top_k=10,20,50,100,200 \\
+      --sweep max_tokens_per_doc=64,128,256
+      how deep the candidates must go, and how long the documents must be
   python -m rerank_lab.eval --methods fast,best,endpoint:http://host:8000:best
       a server that speaks v3, and how far it agrees with best here; its key
       from $RERANK_LAB_ENDPOINT_KEY
@@ -39,6 +45,7 @@ exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 """
 
 
+COMMON = ("max_tokens_per_doc", "top_k")  # what --sweep varies of every method, beside the methods' own settings
 SUBSPACE = "token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none"
 
 
@@ -95,6 +102,14 @@ def parser() -> argparse.ArgumentParser:
         help="any of ir-measures; the first is tested and plotted (default: nDCG@10,RR@10,AP@100,R@100,P@1,Judged@10)",
     )
     measure.add_argument("--baseline", metavar="METHOD", help="what the others are tested against (default: the first method)")
+    measure.add_argument(
+        "--sweep",
+        type=_sweep,
+        action="append",
+        metavar="NAME=V,V…",
+        help="every method that has the setting NAME under these values too (stage1_top_k, tau …), or all under max_tokens_per_doc or top_k; may be repeated",
+    )
+    measure.add_argument("--no-kernel-check", action="store_true", help="do not rank with the kernels' definition and in other types of number beside them")
     measure.add_argument("--cold-queries", type=_natural, default=3, metavar="N", help="queries timed with every document new, 0 for none (default: 3)")
     measure.add_argument("--seed", type=_seed, default=0, help="of resampling (default: 0)")
     out = p.add_argument_group("output")
@@ -139,6 +154,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options = p.parse_args([*_toml_flags(options.config, p), *argv])
     if options.resume and options.overwrite:
         p.error("--resume goes on with a run, --overwrite throws it away: give one of them")
+    options.sweep = _together(options.sweep)
     return options
 
 
@@ -166,11 +182,17 @@ def _toml_flags(path: Path, p: argparse.ArgumentParser) -> list[str]:
             if not isinstance(value, bool):
                 raise UserError(f"{path}: {key} must be true or false, not {value!r}")
             flags += [action.option_strings[0]] if value else []
+        elif key == "sweep" and isinstance(value, dict):
+            flags += [f"--sweep={name}={_listed(values)}" for name, values in value.items()]
         elif isinstance(value, (dict, bool)):
             raise UserError(f"{path}: {key} must be a number, a string or a list, not {value!r}")
         else:
-            flags += [f"{action.option_strings[0]}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+            flags += [f"{action.option_strings[0]}={_listed(value)}"]
     return flags
+
+
+def _listed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _names(value: str) -> list[str]:
@@ -181,6 +203,36 @@ def _names(value: str) -> list[str]:
     if repeated:
         raise argparse.ArgumentTypeError(f"{', '.join(repeated)} stands there twice")
     return names
+
+
+def _sweep(text: str) -> tuple[str, list[float]]:
+    """NAME=V,V,… a setting of some method, max_tokens_per_doc or top_k."""
+    name, equals, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    types = {field.name: typing.get_type_hints(kind)[field.name] for kind in METHODS.values() for field in fields(kind)} | dict.fromkeys(COMMON, int)
+    if not equals or name not in types:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE,VALUE… with NAME one of {', '.join(sorted(types))}")
+    try:
+        numbers = [types[name](value) for value in values.split(",") if value.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{name} takes {types[name].__name__} values, not {values!r}") from None
+    if len(set(numbers)) < max(len(numbers), 1):
+        raise argparse.ArgumentTypeError(f"{name} needs one value or more, each once, not {values!r}")
+    if types[name] is int and min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{name} must be at least 1, not {min(numbers)}")
+    return name, sorted(numbers)
+
+
+def _together(given: Sequence[tuple[str, list[float]]] | None) -> dict[str, list[float]]:
+    """What several --sweep make together.
+
+    Raises:
+        UserError: one setting twice.
+    """
+    names = [name for name, _ in given or ()]
+    if len(set(names)) < len(names):
+        raise UserError(f"--sweep {max(names, key=names.count)} stands there twice; give all its values at once")
+    return dict(given or ())
 
 
 def count(value: str) -> int:

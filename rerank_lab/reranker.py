@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -151,7 +151,7 @@ class Reranker:
                 cache.trim()
         return ranking
 
-    def pool(self, kind: type[AnyPool], query: str, texts: Sequence[str]) -> AnyPool:
+    def pool(self, kind: Callable[..., AnyPool], query: str, texts: Sequence[str]) -> AnyPool:
         """The query and its documents, with these models to look at them.
 
         Raises:
@@ -194,6 +194,12 @@ class Reranker:
         other.method = make_method(method) if isinstance(method, str) else method
         other.cross = self.cross if cross else None
         _check_roles(other.method, self.encoder, other.cross)
+        return other
+
+    def reading(self, max_tokens_per_doc: int) -> Reranker:
+        """The same with another bound on a document's tokens."""
+        other = copy.copy(self)
+        other.max_tokens = max_tokens_per_doc
         return other
 
     def without_cache(self) -> Reranker:

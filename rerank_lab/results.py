@@ -1,13 +1,12 @@
-"""From ranked queries to what an evaluation leaves behind: results.json, per_query.csv, scores.parquet, runs, report.md."""
+"""From ranked queries to what an evaluation leaves behind: results.json, per_query.csv, scores.parquet and runs."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
-import shlex
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,33 +14,33 @@ import pandas as pd
 
 from rerank_lab import stats
 from rerank_lab.candidates import Candidates, oracle
-from rerank_lab.datasets import Dataset
+from rerank_lab.datasets import Dataset, Qrels
 from rerank_lab.endpoint import sent_settings, split_label
 from rerank_lab.journal import RESULTS, file_name
+from rerank_lab.kernel_check import DEFINITION, DTYPES
 from rerank_lab.measures import coverage, evaluate, unjudged_share
 from rerank_lab.methods import Method, runs_cross
 from rerank_lab.run import Ranked, Run, tie_rate, trec_lines
+from rerank_lab.sweep import Point
+from rerank_lab.timing import PHASES
 
-SCHEMA = 1
+SCHEMA = 2
 ALPHA = 0.05
 AGREEMENT = ["kendall_tau", "overlap@10", "max_score_diff"]
 
 
-def digest(value: Any) -> str:
-    """A short hash of any JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
 def summarize(
-    about: dict[str, Any], dataset: Dataset, candidates: Candidates, methods: dict[str, Method], collected: dict[str, dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, str | bytes]]:
+    about: dict[str, Any], dataset: Dataset, candidates: Candidates, methods: dict[str, Method], collected: dict[str, dict[str, Any]],
+    points: Sequence[Point] = (),
+) -> tuple[dict[str, Any], dict[str, str | bytes]]:  # fmt: skip
     """Measures, tests and costs of all methods.
 
     Args:
         about: environment, config, dataset and models, as results.json keeps them.
         dataset, candidates: what was ranked.
         methods: label → method, in the order asked for.
-        collected: label → {"records": one a query, "token_limit", "cold"}.
+        collected: label → {"records": one a query, "token_limit", "cold"}, and where there are any "exact" and "kernels".
+        points: of --sweep.
 
     Returns:
         results.json as a dictionary, and every file of the folder by name.
@@ -69,6 +68,7 @@ def summarize(
             "notes": candidates.notes,
         },
         "rows": rows,
+        "sweeps": [_point(point, dataset, names, seed) for point in points],
     }
     none = _agreement([], []) if agreed else None  # columns for every row where one has them
     per_query = pd.concat([_per_query(label, frames[label], collected[label]["records"], agreed.get(label, none)) for label in methods], ignore_index=True)
@@ -76,8 +76,7 @@ def summarize(
     files |= {
         RESULTS: json.dumps(result, indent=1, allow_nan=False) + "\n",
         "per_query.csv": per_query.to_csv(index=False),
-        "scores.parquet": _scores(collected, candidates),
-        "report.md": report(result),
+        "scores.parquet": _scores(collected, candidates, dataset.qrels),
     }
     return result, files
 
@@ -134,7 +133,8 @@ def _row(
         "ci95": {n: stats.bootstrap_interval(frame[n].to_numpy(), seed) for n in frame},
         "vs": vs,
         "agreement": _mean_agreement(_ours(label), agreed),
-        "vs_fp32": _vs_fp32(part, dataset, seed),
+        "vs_fp32": _change(part["records"], part["exact"], "torch, fp32", dataset, seed) if "exact" in part else None,
+        "vs_definition": _vs_definition(part["kernels"], dataset, seed) if "kernels" in part else None,
         "settings": sent_settings(method, config["max_tokens_per_doc"]) if remote else method.settings(),
         "latency_ms": _latency(seconds),
         "cold_latency_ms": _latency(np.array(cold["seconds"])),
@@ -163,18 +163,39 @@ def _mean_agreement(ours: str, agreed: pd.DataFrame | None) -> dict[str, Any] | 
     return {"with": ours, "queries": len(agreed)} | {name: None if np.isnan(value) else float(value) for name, value in values.items()}
 
 
-def _vs_fp32(part: dict[str, Any], dataset: Dataset, seed: int) -> dict[str, Any] | None:
-    """What the runtime and precision change against torch in fp32 on the same candidates; None where those are what ran."""
-    if "exact" not in part:
-        return None
-    own, exact = (evaluate(_run(part[name]), dataset.qrels, ["nDCG@10"])["nDCG@10"].to_numpy() for name in ("records", "exact"))
-    agreed = _mean_agreement("torch, fp32", _agreement(part["records"], part["exact"])) or {}
-    return {"delta_ndcg@10": float((own - exact).mean()), "ci95": stats.bootstrap_interval(own - exact, seed), **agreed}
+def _change(own: list[dict[str, Any]], other: list[dict[str, Any]], name: str, dataset: Dataset, seed: int) -> dict[str, Any]:
+    """What nDCG@10 and scores differ in between two ways to compute the same rankings."""
+    a, b = (evaluate(_run(records), dataset.qrels, ["nDCG@10"])["nDCG@10"].to_numpy() for records in (own, other))
+    agreed = _mean_agreement(name, _agreement(own, other)) or {}
+    return {"delta_ndcg@10": float((a - b).mean()), "ci95": stats.bootstrap_interval(a - b, seed), **agreed}
+
+
+def _vs_definition(ways: dict[str, list[dict[str, Any]]], dataset: Dataset, seed: int) -> dict[str, Any]:
+    """Type of number → what the kernels change in it against their definition in fp32, on the same vectors."""
+    return {name: _change(records, ways[DEFINITION], "definition, fp32", dataset, seed) for name, records in ways.items() if name != DEFINITION}
+
+
+def _point(point: Point, dataset: Dataset, names: list[str], seed: int) -> dict[str, Any]:
+    """One point of a sweep; recall and the oracle's nDCG@10 are of the documents that the method ranked."""
+    run = _run(point.records)
+    frame = evaluate(run, dataset.qrels, names)
+    depth = max((len(r.documents) for r in run.values()), default=1)
+    ranked = sum(r["candidates"] for r in point.records)
+    return {
+        "setting": point.setting, "value": point.value, "method": point.method, "queries": len(frame),
+        "measures": {n: float(frame[n].mean()) for n in frame},
+        "ci95": {names[0]: stats.bootstrap_interval(frame[names[0]].to_numpy(), seed)},
+        "recall": float(evaluate(run, dataset.qrels, [f"R@{depth}"]).iloc[:, 0].mean()),
+        "oracle_ndcg@10": float(evaluate(oracle(run, dataset), dataset.qrels, ["nDCG@10"])["nDCG@10"].mean()),
+        "latency_ms": _latency(np.array([r["seconds"] for r in point.records])),
+        "flops_per_query": float(np.mean([r["flops"] for r in point.records])) if point.records else None,
+        "truncated_share": sum(r["truncated"] for r in point.records) / max(1, ranked),
+    }  # fmt: skip
 
 
 def _phases(phases: list[dict[str, float]]) -> dict[str, float] | None:
     """Medians over queries."""
-    return {p: 1000 * float(np.median([seconds.get(p, 0.0) for seconds in phases])) for p in ("encode", "score", "rank")} if phases else None
+    return {p: 1000 * float(np.median([seconds.get(p, 0.0) for seconds in phases])) for p in PHASES} if phases else None
 
 
 def _latency(seconds: np.ndarray) -> dict[str, float] | None:
@@ -190,7 +211,7 @@ def _per_query(label: str, frame: pd.DataFrame, records: list[dict[str, Any]], a
             | {f"{p}_ms": 1000 * s for p, s in (r["phases"] or {}).items()}
             for r in records
         ],
-        columns=["query", "candidates", "latency_ms", "encode_ms", "score_ms", "rank_ms"],
+        columns=["query", "candidates", "latency_ms", *(f"{p}_ms" for p in PHASES)],
     ).set_index("query")
     joined = frame.join(cost) if agreed is None else frame.join(cost).join(agreed)
     joined["candidates"] = joined["candidates"].fillna(0).astype(int)
@@ -198,7 +219,7 @@ def _per_query(label: str, frame: pd.DataFrame, records: list[dict[str, Any]], a
     return joined.reset_index()
 
 
-def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates) -> bytes:
+def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates, qrels: Qrels) -> bytes:
     parts = []
     for label, part in collected.items():
         for r in part["records"]:
@@ -212,6 +233,7 @@ def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates) -> byt
                 "score": np.array(r["scores"], dtype=np.float32),
                 "relevance": np.array(r["relevance"], dtype=np.float64),
                 "first_stage": np.array([first[d] for d in r["documents"]], dtype=np.float32),
+                "grade": pd.array([qrels[r["query"]].get(d) for d in r["documents"]], dtype="Int32"),  # null: not judged
             }
             parts.append(pd.DataFrame(columns))
     buffer = io.BytesIO()
@@ -264,65 +286,16 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         values = [f"{row['measures'][n]:.4f}" for n in result["config"]["measures"][1:]]
         others.append([row["method"], *values, _whole(row["docs_per_s"]), _whole(row["peak_rss_mb"]), _whole(row["flops_per_query"], 1e6)])
+    kernels = [["method", "kernels and definition", *DTYPES]]
+    for row in result["rows"]:
+        if changes := row["vs_definition"]:
+            shown = [changes.get(name) for name in DTYPES]
+            kernels.append([row["method"], "nDCG@10", *("-" if c is None else f"{c['delta_ndcg@10']:+.4f}" for c in shown)])
+            kernels.append(["", "largest difference", *("-" if c is None or c.get("max_score_diff") is None else f"{c['max_score_diff']:.0e}" for c in shown)])
     said = [line for sentence in findings(result) for line in textwrap.wrap(sentence, 80)]
-    return "\n".join([*_head(result), "", *_columns(cells), "", *_columns(others), "", *said, *([""] if said else [])])
-
-
-def report(result: dict[str, Any]) -> str:
-    """The same as Markdown, with notes, settings and environment."""
-    names, rows, env = result["config"]["measures"], result["rows"], result["environment"]
-    remote = any(_remote(row["method"]) for row in rows)
-    lines = [f"# {result['dataset']['name']} ({result['dataset']['split']})", "", *(f"- {s}" for s in findings(result)), *(f"- {s}" for s in _head(result)), ""]
-    lines += _markdown(
-        ["method", *(f"{n} [95% CI]" for n in names), "Δ [95% CI]", "p (t)", "p (randomisation)", "p (Holm)", "wins/ties/losses"],
-        [[r["method"], *(_interval(r["measures"][n], r["ci95"][n]) for n in names), *_versus(r["vs"])] for r in rows],
+    return "\n".join(
+        [*_head(result), "", *_columns(cells), "", *_columns(others), "", *(([*_columns(kernels), ""]) if kernels[1:] else []), *said, *([""] if said else [])]
     )
-    lines += [
-        "",
-        f"Cost a query. *Seen*: the documents' vectors are cached ({env['vector_cache']}), the query is new. *New*: every document is encoded too.",
-        "An endpoint is timed over HTTP, waiting after 429 and 503 included; what its server had seen before is not known." if remote else "",
-        *([""] if remote else []),
-    ]
-    lines += _markdown(
-        ["method", "documents", "queries timed", "p50 ms", "p95 ms", "encode ms", "score ms", "rank ms", "docs/s", "peak MB", "MFLOP"],
-        [_cost(row, state, prefix) for row in rows for state, prefix in (("seen", ""), ("new", "cold_")) if row[f"{prefix}latency_ms"]],
-    )
-    lines += ["", "Trust.", ""]
-    lines += _markdown(
-        ["method", "settings", "queries covered", "unjudged in the top 10", "truncated documents", "tied neighbours", "token limit"],
-        [
-            [
-                r["method"],
-                ", ".join(f"{k}={v:g}" for k, v in r["settings"].items()) or "none",
-                *("-" if r[k] is None else f"{r[k]:.1%}" for k in ("coverage", "unjudged_share", "truncated_share", "tie_rate")),
-                "-" if r["token_limit"] is None else str(r["token_limit"]),
-            ]
-            for r in rows
-        ],
-    )
-    notes = [*result["dataset"]["notes"], *result["candidates"]["notes"]]
-    lines += ["", *(f"- {note}" for note in notes), "" if notes else "- no notes on the collection", ""]
-    flags = {k: v for k, v in result["config"].items() if v is not None and v is not False}
-    command = "python -m rerank_lab.eval " + " ".join(
-        f"--{k.replace('_', '-')}" + ("" if v is True else f" {shlex.quote(','.join(v) if isinstance(v, list) else str(v))}") for k, v in flags.items()
-    )
-    versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items())
-    lines += [
-        "Made by",
-        "",
-        f"    {command}",
-        "",
-        f"at commit {env['commit'] or 'unknown'} on {env['cpu']}, {env['cpus']} CPUs, {env['threads']} threads, device {env['device']}, kernels {env['kernels']}, Python {env['python']}, {versions}.",
-    ]
-    lines += [f"Collection {result['dataset']['hash'][:16]}, candidates {result['candidates']['hash'][:16]}."]
-    return "\n".join(lines) + "\n"
-
-
-def _cost(row: dict[str, Any], state: str, prefix: str) -> list[str]:
-    latency, phases, timed = row[f"{prefix}latency_ms"], row[f"{prefix}phases_ms"], row["cold_sample"]["queries"] if prefix else row["timed_queries"]
-    times = [latency["p50"], latency["p95"], *(phases or dict.fromkeys(("encode", "score", "rank"))).values()]
-    sizes = [_whole(row[f"{prefix}docs_per_s"]), _whole(row[f"{prefix}peak_rss_mb"]), _whole(row[f"{prefix}flops_per_query"], 1e6)]
-    return [row["method"], "-" if _remote(row["method"]) else state, str(timed), *("-" if t is None else f"{t:,.1f}" for t in times), *sizes]
 
 
 def _head(result: dict[str, Any]) -> list[str]:
@@ -333,13 +306,6 @@ def _head(result: dict[str, Any]) -> list[str]:
         f"first stage {first['source']}, top {first['top_k']}: {primary} {first['measures'][primary]:.4f}, {recall} {first[recall]:.4f}",
         f"best order of these candidates (oracle): nDCG@10 {first['oracle_ndcg@10']:.4f}",
     ]
-
-
-def _versus(vs: dict[str, Any] | None) -> list[str]:
-    if vs is None:
-        return ["baseline", "", "", "", ""]
-    delta = _interval(vs["delta"], vs["ci95"], "+.4f", "+.3f")
-    return [delta, _p(vs["p_t"]), _p(vs["p_randomization"]), _p(vs["p_holm"]), f"{vs['wins']}/{vs['ties']}/{vs['losses']}"]
 
 
 def _interval(value: float, ci: list[float] | None, form: str = ".4f", ends: str = ".3f") -> str:
@@ -359,10 +325,6 @@ def _whole(value: float | None, unit: float = 1.0) -> str:
 
 def _ms(latency: dict[str, float] | None) -> str:
     return f"{latency['p50']:,.1f}" if latency else "-"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

@@ -12,23 +12,34 @@ from pathlib import Path
 
 import torch
 
+PHASES = ("tokenise", "encode", "score", "rank")
+
 
 class Clock:
-    """Seconds by phase (encode, score, rank). On a GPU each end of a phase waits for the device."""
+    """Seconds by phase (tokenise, encode, score, rank); a phase within another stops that one. On a GPU each end of a phase waits for the device."""
 
     def __init__(self, device: torch.device | None = None):
         self.seconds: dict[str, float] = defaultdict(float)
         self.device = device
+        self._running: list[str] = []
+        self._since = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._synchronize()
-        start = time.perf_counter()
+        self._book()
+        self._running.append(name)
         try:
             yield
         finally:
-            self._synchronize()
-            self.seconds[name] += time.perf_counter() - start
+            self._book()
+            self._running.pop()
+
+    def _book(self) -> None:
+        self._synchronize()
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
 
     def _synchronize(self) -> None:
         if self.device is not None and self.device.type == "cuda":

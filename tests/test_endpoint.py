@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rerank_lab import results
 from rerank_lab.endpoint import KEY, V3, Endpoint, NoAnswer, check_address, key_from, retry_after, split_label
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval import main
@@ -361,14 +360,6 @@ def test_without_httpx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(UserError, match=r"pip install 'rerank_lab\[server\]'"):
         Endpoint("http://127.0.0.1:8000", make_method("fast"), model="m")
-
-
-def test_results_of_an_older_run_are_shown_without_agreement(arguments: list[str], tmp_path: Path) -> None:
-    assert main([*arguments, "fast,best"]) == 0
-    old = load(tmp_path / "out")
-    for row in old["rows"]:
-        del row["agreement"]
-    assert "best" in results.table(old) and "Kendall" not in results.report(old)
 
 
 def test_list_and_help_tell_of_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def test_a_whole_evaluation(folder: str, tmp_path: Path, small_cross: Path) -> N
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith("Written to")) and "Written to" in done.stdout, done.stdout
     result = load(out)
     labels = ["fast", "standard", "optimal", "best", "best+cross"]
-    assert result["schema"] == 1 and [r["method"] for r in result["rows"]] == labels
+    assert result["schema"] == 2 and [r["method"] for r in result["rows"]] == labels
     assert {"packages", "cpu", "threads", "device", "python", "commit"} <= result["environment"].keys()
     assert {"hash", "recall@4", "oracle_ndcg@10", "source"} <= result["candidates"].keys()
     for row in result["rows"]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rerank_kernels import similarity_topk
+from rerank_kernels import similarity_topk, subspace_attention
 from rerank_lab.lexical import BM25
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Read, Vectors
 from rerank_lab.models.cache import VectorCache, ensure
@@ -131,11 +131,13 @@ class Pool:
 
     def read(self, encoder: BiEncoder, detail: Detail, hidden: bool) -> Read:
         """Runs the bi-encoder over the query."""
-        return encoder.read(encoder.tokenize([self.query], "query", encoder.limit), detail=detail, hidden=hidden)[0]
+        with self.clock.phase("tokenise"):
+            tokens = encoder.tokenize([self.query], "query", encoder.limit)
+        return encoder.read(tokens, detail=detail, hidden=hidden)[0]
 
     def ensure(self, encoder: BiEncoder, cache: VectorCache, texts: Sequence[str], detail: Detail) -> list[bytes]:
         """Puts what the cache lacks of the texts there; their keys."""
-        return ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=detail)
+        return ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=detail, clock=self.clock)
 
     def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
         """Stage 1: cosine with the query.
@@ -144,11 +146,25 @@ class Pool:
             cosine of all n documents (fp32) and the positions of the k largest, equal ones in input order.
         """
         with self.clock.phase("score"):
-            values, index = similarity_topk(query.pooled, documents.pooled, len(self))
+            values, index = self.similarity(query.pooled, documents.pooled)
             cosine = self.unify(torch.empty_like(values[0]).index_copy_(0, index[0], values[0]))
             kept = cosine.sort(descending=True, stable=True).indices[:k]
         self.flops.seen += 2 * documents.pooled.numel()
         return cosine, kept.cpu()
+
+    def similarity(self, query: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine of the query (1 × d) with all n documents (n × d), largest first, and their positions; 1 × n each."""
+        return similarity_topk(query, documents, len(self))
+
+    def attention(self, query: Vectors, documents: Vectors, tau: float) -> Tensor:
+        """What each of the query's Lq tokens finds in each of K documents: A of `best`, K · Lq, document by document."""
+        places = torch.arange(len(documents.lengths), device=documents.offsets.device)
+        self.flops.seen += 2 * len(query.tokens) * documents.tokens.numel()
+        return self.attend(query, documents, torch.stack([torch.zeros_like(places), places], 1), tau)
+
+    def attend(self, query: Vectors, documents: Vectors, pairs: Tensor, tau: float) -> Tensor:
+        """subspace_attention over these pairs (P × 2, int64)."""
+        return subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, pairs, tau)
 
     def logits(self, positions: Tensor) -> Tensor:
         """The cross-encoder's logits of the documents at these positions, each distinct text once."""
@@ -175,7 +191,9 @@ class Pool:
 
     def pairs(self, cross: CrossEncoder, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Runs a cross-encoder over the query with each document: logits, tokens of the pairs, what was cut."""
-        return cross.score(self.query, [self.documents[i] for i in positions], max_tokens=self.max_tokens)
+        with self.clock.phase("tokenise"):
+            pairs = cross.tokenize(self.query, [self.documents[i] for i in positions], self.max_tokens)
+        return cross.logits(pairs), *cross.lengths(pairs)
 
     def lexical(self, positions: Tensor) -> Tensor:
         """BM25 with these documents as the whole collection: their own document frequencies and mean length."""

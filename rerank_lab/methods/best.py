@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerank_kernels import MIN_TAU, contrast_score, subspace_attention
+from rerank_kernels import MIN_TAU, contrast_score
 from rerank_lab.methods.base import Method, Pool
 from rerank_lab.models.bi_encoder import Detail
 
@@ -51,10 +51,8 @@ class Best(Method):
         with pool.clock.phase("score"):
             count, length = len(kept), len(query.tokens)
             places = torch.arange(count + 1, device=cosine.device)
-            pairs = torch.stack([torch.zeros_like(places[1:]), places[:-1]], 1)
-            A = subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, pairs, self.tau)
             scores = contrast_score(
-                A,
+                pool.attention(query, documents, self.tau),
                 places * length,
                 places[[0, -1]],
                 cosine[kept],
@@ -63,5 +61,4 @@ class Best(Method):
                 gamma=self.gamma,
                 embeddings=documents.pooled,
             )
-        pool.flops.seen += 2 * length * documents.tokens.numel()
         return pool.scatter(kept, scores)

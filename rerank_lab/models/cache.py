@@ -30,6 +30,7 @@ from rerank_lab.models import shards
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.forward import in_advance
 from rerank_lab.run import write_atomically
+from rerank_lab.timing import Clock
 
 log = logging.getLogger(__name__)
 CHUNK = {Detail.POOLED: 512, Detail.TOKENS: 512, Detail.STATES: 64}  # texts a shard, tens of megabytes at most
@@ -298,6 +299,7 @@ def ensure(
     kind: str = "document",
     progress: Progress = lambda done, total: None,
     keep: bool = True,
+    clock: Clock | None = None,
 ) -> list[bytes]:
     """Encodes those of N texts that the cache lacks, each distinct one once, and gives every text's key.
 
@@ -310,13 +312,17 @@ def ensure(
         progress: called as texts are encoded, with how many just were and how many are to be; what was encoded before an
             interruption stays in the folder.
         keep: False where nothing is gathered next, so that the cache may be kept to its bounds meanwhile.
+        clock: where the time that tokenising takes is booked; after the first chunk it is what the encoder waits for.
     """
     keys = [text_key(text, min(max_tokens, encoder.limit), kind) for text in texts]
     missing = {key: text for key, text in zip(keys, texts) if not cache.has(key, detail)}
     new = list(missing)
     chunks = [new[start : start + CHUNK[detail]] for start in range(0, len(new), CHUNK[detail])]
     tokenised = in_advance(partial(encoder.tokenize, [missing[key] for key in chunk], kind, max_tokens) for chunk in chunks)
-    for chunk, tokens in zip(chunks, tokenised):
+    clock = clock or Clock()
+    for chunk in chunks:
+        with clock.phase("tokenise"):
+            tokens = next(tokenised)
         cache.add(chunk, encoder.encode_tokens(tokens, detail=detail, progress=lambda done: progress(done, len(new))), detail)
         if not keep:
             cache.trim()

@@ -69,8 +69,12 @@ class CrossEncoder:
             ModelError: the model gave a NaN or an infinite logit.
         """
         pairs = self.tokenize(query, documents, max_tokens)
+        return self.logits(pairs), *self.lengths(pairs)
+
+    def lengths(self, pairs: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+        """The tokens that each of N pairs takes, and whether something of it was cut off."""
         lengths = torch.tensor([len(p) for p in pairs], dtype=torch.int64)
-        return self.logits(pairs), lengths, lengths < torch.tensor([p.wanted + self.specials for p in pairs], dtype=torch.int64)
+        return lengths, lengths < torch.tensor([p.wanted + self.specials for p in pairs], dtype=torch.int64)
 
     def tokenize(self, query: str, documents: Sequence[str], max_tokens: int) -> list[Tokens]:
         """The query with each of N documents, as the model reads them."""
