@@ -41,7 +41,7 @@ lint: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[offline,report,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[offline,dev]'
 	touch $@
 
 clean:

@@ -49,7 +49,7 @@ def summarize(
     names, seed = config["measures"], config["seed"]
     runs = {label: _run(part["records"]) for label, part in collected.items()}
     frames = {label: evaluate(run, dataset.qrels, names) for label, run in runs.items()}
-    agreed = {label: _agreement(part["records"], collected.get(_ours(label), {}).get("records", [])) for label, part in collected.items() if _remote(label)}
+    agreed = {label: _agreement(part["records"], collected.get(_ours(label), {}).get("records", [])) for label, part in collected.items() if is_remote(label)}
     rows = [_row(label, methods[label], dataset, about, frames, runs[label], collected[label], agreed.get(label), seed) for label in methods]
     tested = [row for row in rows if row["vs"] is not None]
     for row, p in zip(tested, stats.holm([row["vs"]["p_randomization"] for row in tested])):
@@ -81,7 +81,8 @@ def summarize(
     return result, files
 
 
-def _remote(label: str) -> bool:
+def is_remote(label: str) -> bool:
+    """Whether a row is a server\'s."""
     return split_label(label)[0] is not None
 
 
@@ -105,7 +106,7 @@ def _row(
     agreed: pd.DataFrame | None, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     frame, records, config = frames[label], part["records"], about["config"]
-    remote = _remote(label)
+    remote = is_remote(label)
     known = [] if remote else records  # what a server's method cost, besides time, it does not tell
     # A server is asked for the names that were given; here they stand for models that are loaded.
     names = config if remote else about["models"]
@@ -255,14 +256,14 @@ def findings(result: dict[str, Any]) -> list[str]:
         verb = "cannot be told from" if vs["p_holm"] >= ALPHA else "beats" if vs["delta"] > 0 else "is worse than"
         times = ""
         if row["latency_ms"] and base["latency_ms"]:
-            what = "over HTTP" if _remote(label) or _remote(base["method"]) else "documents seen before"
+            what = "over HTTP" if is_remote(label) or is_remote(base["method"]) else "documents seen before"
             times = f", at {row['latency_ms']['p50'] / base['latency_ms']['p50']:.1f} x its median latency ({what})"
         sentences.append(
-            f"{label} {verb} {vs['baseline']}: {_interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {vs['measure']}, Holm p {_p(vs['p_holm'])}{times}."
+            f"{label} {verb} {vs['baseline']}: {interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {vs['measure']}, Holm p {p_text(vs['p_holm'])}{times}."
         )
     for label, row in rows.items():
         if lost := row.get("vs_fp32"):
-            change, gap = _interval(lost["delta_ndcg@10"], lost["ci95"], "+.4f", "+.4f"), lost.get("max_score_diff")
+            change, gap = interval(lost["delta_ndcg@10"], lost["ci95"], "+.4f", "+.4f"), lost.get("max_score_diff")
             scores = "" if gap is None else f", largest score difference {gap:.2g}"
             sentences.append(f"{label} under {result['models']['arithmetic']}: {change} nDCG@10 against torch, fp32 on the same candidates{scores}.")
     for label, row in rows.items():
@@ -279,13 +280,13 @@ def table(result: dict[str, Any]) -> str:
     cells = [["method", f"{primary} [95% CI]", "delta [95% CI]", "Holm p", "p50 ms", "new docs"]]
     for row in result["rows"]:
         vs = row["vs"]
-        delta = _interval(vs["delta"], vs["ci95"], "+.3f", "+.3f") if vs else "baseline"
+        delta = interval(vs["delta"], vs["ci95"], "+.3f", "+.3f") if vs else "baseline"
         cost = [_ms(row["latency_ms"]), _ms(row["cold_latency_ms"])]
-        cells.append([row["method"], _interval(row["measures"][primary], row["ci95"][primary]), delta, _p(vs["p_holm"]) if vs else "", *cost])
+        cells.append([row["method"], interval(row["measures"][primary], row["ci95"][primary]), delta, p_text(vs["p_holm"]) if vs else "", *cost])
     others = [["method", *result["config"]["measures"][1:], "docs/s", "MB", "MFLOP"]]
     for row in result["rows"]:
         values = [f"{row['measures'][n]:.4f}" for n in result["config"]["measures"][1:]]
-        others.append([row["method"], *values, _whole(row["docs_per_s"]), _whole(row["peak_rss_mb"]), _whole(row["flops_per_query"], 1e6)])
+        others.append([row["method"], *values, whole(row["docs_per_s"]), whole(row["peak_rss_mb"]), whole(row["flops_per_query"], 1e6)])
     kernels = [["method", "kernels and definition", *DTYPES]]
     for row in result["rows"]:
         if changes := row["vs_definition"]:
@@ -308,18 +309,21 @@ def _head(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _interval(value: float, ci: list[float] | None, form: str = ".4f", ends: str = ".3f") -> str:
+def interval(value: float, ci: list[float] | None, form: str = ".4f", ends: str = ".3f") -> str:
+    """A value with its 95% interval as people write it."""
     if ci is None:
         return f"{value:{form}} [one query]"
     low, high = (re.sub(r"^([+-]?)0\.", r"\1.", f"{end:{ends}}") for end in ci)
     return f"{value:{form}} [{low}, {high}]"
 
 
-def _p(p: float | None) -> str:
+def p_text(p: float | None) -> str:
+    """A p-value, never 0."""
     return "undefined" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
-def _whole(value: float | None, unit: float = 1.0) -> str:
+def whole(value: float | None, unit: float = 1.0) -> str:
+    """A count of some unit."""
     return "-" if value is None else f"{value / unit:,.0f}"
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -25,6 +27,9 @@ from rerank_lab import Reranker
 from rerank_lab.models import load_bi_encoder
 from rerank_lab.models.bi_encoder import BiEncoder
 from tests.serving import ALIASES, Server, serving
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
@@ -48,6 +53,26 @@ def unit(rows: int, columns: int, seed: int = 0) -> Tensor:
 def offsets(*lengths: int) -> Tensor:
     """Where packed texts of these lengths begin and end."""
     return torch.tensor([0, *lengths], dtype=torch.int64, device=DEVICE).cumsum(0)
+
+
+def report_of(results: Path) -> str:
+    """The report of a results folder as Markdown, without examples."""
+    from rerank_lab.report.__main__ import main
+
+    assert main([str(results), "--examples", "0"]) == 0
+    return (results / "report.md").read_text()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[dev]'")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+    if found is None:
+        pytest.skip("no Chromium on the path: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(autouse=True)

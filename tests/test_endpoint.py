@@ -22,7 +22,7 @@ from rerank_lab.eval import main
 from rerank_lab.journal import file_name
 from rerank_lab.methods import make_method
 from rerank_lab.options import parser
-from tests.conftest import DOCUMENTS, QUERIES
+from tests.conftest import DOCUMENTS, QUERIES, report_of
 from tests.serving import KEY as SERVER_KEY
 from tests.serving import Server
 from tests.standin import Reply, StandIn, error, models, ok, standing_in
@@ -127,12 +127,12 @@ def test_what_is_sent_and_what_a_row_holds(stand_in: StandIn, arguments: list[st
         unknown += [f"cold_{name}" for name in ("latency_ms", "phases_ms", "docs_per_s", "peak_rss_mb", "flops_per_query")]
         assert {name: b[name] for name in unknown} == dict.fromkeys(unknown), "a server does not tell, and 0 would be a claim"
         assert a["flops_per_query"] > 0 and a["truncated_share"] > 0
-        assert f"{theirs} beside {ours} here, 3 queries: Kendall's tau 1.0000" in (tmp_path / "out" / "report.md").read_text()
+        assert f"{theirs} beside {ours} here, 3 queries: Kendall's tau 1.0000" in report_of(tmp_path / "out")
         assert f"{theirs} beside {ours} here, 3 queries" in " ".join(said.out.split())
     assert rows[remote[2]]["settings"] == {"stage1_top_k": 2, "max_tokens_per_doc": 9} and rows[remote[0]]["settings"] == {"max_tokens_per_doc": 9}
-    assert all(len(line) <= 80 for line in said.out.splitlines() if not line.startswith("Written to")), said.out
+    assert all(len(line) <= 80 for line in said.out.splitlines() if not line.startswith(("Written to", "As a page"))), said.out
     assert re.search(rf"^{remote[0]}\n +0\.\d{{4}} .* -$", said.out, re.MULTILINE), "no figure of its FLOPs, memory or new documents"
-    assert f"| {remote[0]} | - | 3 |" in (tmp_path / "out" / "report.md").read_text()
+    assert f"| {remote[0]} | - | 3 |" in report_of(tmp_path / "out")
 
     per_query = pd.read_csv(tmp_path / "out" / "per_query.csv")
     columns = ["kendall_tau", "overlap@10", "max_score_diff"]
@@ -166,12 +166,12 @@ def test_how_far_a_server_that_ranks_otherwise_agrees(stand_in: StandIn, argumen
 def test_without_the_same_method_here_nothing_is_said_of_agreement(stand_in: StandIn, arguments: list[str], tmp_path: Path, methods: str) -> None:
     assert main([*arguments, methods.replace("URL", stand_in.url), "--limit-queries", "2"]) == 0
     assert [row["agreement"] for row in load(tmp_path / "out")["rows"]] == [None] * len(methods.split(","))
-    assert "Kendall" not in (tmp_path / "out" / "report.md").read_text()
+    assert " beside " not in report_of(tmp_path / "out").partition("## Trust")[2]
 
 
 def test_a_run_without_an_endpoint_has_none_of_its_columns_and_one_of_endpoints_alone_runs(stand_in: StandIn, arguments: list[str], tmp_path: Path) -> None:
     assert main([*arguments, "fast"]) == 0
-    assert "kendall_tau" not in (tmp_path / "out" / "per_query.csv").read_text() and "HTTP" not in (tmp_path / "out" / "report.md").read_text()
+    assert "kendall_tau" not in (tmp_path / "out" / "per_query.csv").read_text() and "HTTP" not in report_of(tmp_path / "out")
     assert main([*arguments, f"endpoint:{stand_in.url}:standard,endpoint:{stand_in.url}", "--candidates", "bm25", "--overwrite"]) == 0
     row = load(tmp_path / "out")["rows"][1]
     assert row["vs"]["baseline"] == f"endpoint:{stand_in.url}:standard" and row["model"] == "all-MiniLM-L6-v2"

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 SOURCES = sorted(p for folder in ("rerank_lab", "kernels", "experiments", "tests") for p in (ROOT / folder).rglob("*.py"))
 LAYERS = [
     "errors", "timing", "datasets", "remote_datasets", "run", "lexical", "models", "methods", "reranker", "endpoint", "fleet", "steps", "candidates", "measures",
-    "stats", "answers", "environment", "journal", "options", "rows", "kernel_check", "sweep", "results", "cache", "eval", "replay", "server",
+    "stats", "answers", "environment", "journal", "options", "rows", "kernel_check", "sweep", "results", "cache", "eval", "replay", "report", "server",
 ]  # fmt: skip
 
 

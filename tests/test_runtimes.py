@@ -30,7 +30,7 @@ from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.forward import places
 from rerank_lab.models.runtimes import RUNTIMES, Outputs, _inner, choose
 from rerank_lab.models.transformer import Packed
-from tests.conftest import DOCUMENTS, QUERIES
+from tests.conftest import DOCUMENTS, QUERIES, report_of
 
 TEXTS = [*(text for _, text in DOCUMENTS.values()), "", "merge two tables on a key " * 40]
 PAIRS = [(runtime, precision) for runtime, precisions in RUNTIMES.items() for precision in precisions if (runtime, precision) != ("torch", "fp32")]
@@ -126,7 +126,7 @@ def test_eval_says_what_a_precision_changes(beir: Callable[..., Path], tmp_path:
         assert row["vs_fp32"]["queries"] == len(QUERIES) and 0 < row["vs_fp32"]["max_score_diff"] < 0.02
         assert row["vs_fp32"]["delta_ndcg@10"] == 0.0
     assert "fast under torch, bf16: +0.0000" in " ".join(capsys.readouterr().out.split())
-    assert (out / "report.md").read_text().count("against torch, fp32") == 2
+    assert report_of(out).count("against torch, fp32") == 2
 
 
 def test_another_runtime_is_compared_with_torch_and_not_with_its_own_vectors(beir: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""python -m rerank_lab.report: results folders → report.md and report.html, with every figure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import jinja2  # noqa: F401
+    import matplotlib  # noqa: F401
+except ImportError as error:
+    sys.exit(f"rerank_lab: error: reports need {error.name}: pip install 'rerank_lab[report]'")
+
+from tqdm import tqdm
+
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.shards import default_folder
+from rerank_lab.options import _natural as natural
+from rerank_lab.report import content, render
+from rerank_lab.report.blocks import Block, Section, Text, plots
+from rerank_lab.report.compare import comparison
+from rerank_lab.report.examples import Source, examples, failure, loaded_model
+from rerank_lab.report.figures import saved
+from rerank_lab.report.load import Loaded, collection, load, newest
+from rerank_lab.report.verdict import sentence, verdict
+from rerank_lab.run import write_atomically
+
+EPILOG = """\
+examples:
+  python -m rerank_lab.report
+      the newest results, beside them: report.md, report.html, figures/
+  python -m rerank_lab.report results/a results/b --out reports/ab
+      several evaluations on one page
+  python -m rerank_lab.report --compare results/fp32 results/bf16 --out cmp
+      the same candidates twice: what changed, and whether it mattered
+  python -m rerank_lab.report results/a --latex
+      and report.tex, the table for a paper (needs booktabs)
+
+exit codes: 0 done, 1 failed while running, 2 wrong input
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option with its default."""
+    p = argparse.ArgumentParser(
+        "python -m rerank_lab.report",
+        description="Turns results of rerank_lab.eval into report.md and one page, report.html.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="results folders (default: the newest in results/)")
+    p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results of the same candidates instead: B against A")
+    p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the results folder, where there is one alone)")
+    p.add_argument("--latex", action="store_true", help="write report.tex too: the table of each evaluation")
+    p.add_argument("--bench", type=Path, metavar="FILE", help="what python -m rerank_kernels.bench --json printed: shares of the machine's limits")
+    p.add_argument(
+        "--quote",
+        default="all",
+        metavar="all|none|NAME,…",
+        help="collections whose texts may stand in the report; the others give figures alone (default: all)",
+    )
+    p.add_argument("--dataset", action="append", default=[], metavar="NAME=PATH", help="where a collection lies now, if no longer where the evaluation had it")
+    p.add_argument("--examples", type=natural, default=10, metavar="N", help="queries shown that gained and that lost most, 0 for none (default: 10)")
+    p.add_argument("--cache", type=Path, metavar="DIR", help="vector cache, for token alignments (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        print(make(options))
+        return 0
+    except UserError as error:
+        print(f"rerank_lab: error: {error}", file=sys.stderr)
+        return 2
+    except (ModelError, OSError, MemoryError) as error:
+        print(f"rerank_lab: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrerank_lab: interrupted; nothing of the report is half written", file=sys.stderr)
+        return 130
+
+
+def make(options: argparse.Namespace) -> str:
+    """Writes what the options describe; what to say of it."""
+    if options.compare:
+        if options.results or options.latex or options.bench:
+            raise UserError("--compare takes its two folders alone: no RESULTS, --latex or --bench beside it")
+        if options.out is None:
+            raise UserError("--compare needs --out DIR")
+        a, b = (load([folder])[0] for folder in options.compare)
+        return _write(options.out, "comparison", comparison(a, b), {})
+    given = {name: path for name, _, path in (text.partition("=") for text in options.dataset)}
+    if wrong := [text for text in options.dataset if "=" not in text]:
+        raise UserError(f"--dataset {wrong[0]!r}: write NAME=PATH")
+    every = load(options.results or [newest(Path("results"))])
+    if len(every) > 1 and options.out is None:
+        raise UserError(f"{len(every)} results need --out DIR for the report of them all")
+    bench = None if options.bench is None else _bench(options.bench)
+    quoted = {one.result["dataset"]["name"] for one in every} if options.quote == "all" else {*options.quote.split(",")} - {"none"}
+    if unknown := quoted - {one.result["dataset"]["name"] for one in every}:
+        raise UserError(f"--quote {', '.join(sorted(unknown))}: not among the collections {', '.join(one.result['dataset']['name'] for one in every)}")
+    out = options.out or every[0].folder
+    report = Section(content.title(every), 1, content.overview(every))
+    for one in every:
+        errors = _examples(one, options, given, one.result["dataset"]["name"] in quoted)
+        if len(every) == 1:
+            report.blocks += content.sections(one, 2, errors)
+        else:
+            report.blocks.append(Section(one.name, 2, list(content.sections(one, 3, errors))))
+    if bench is not None:
+        report.blocks.append(content.roofline(bench, options.bench.name))
+    extra = {}
+    if options.latex:
+        tables = [render.latex(content.main_table(one), f"{one.primary} on {one.name}.", f"tab:{render.anchor(one.name)}") for one in every]
+        extra["report.tex"] = "\n".join(tables)
+    said = ["".join(sentence(one)) for one in every]
+    return "\n".join([*said, _write(out, "report", report, extra)])
+
+
+def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], quote: bool) -> list[Block]:
+    """The queries that gained and lost, as far as collection and model are to be had; what is not is said."""
+    if not options.examples:
+        return [Text(["Left out (--examples 0)."])]
+    said: list[Block] = [] if quote else [Text(["This collection's texts are not quoted here: ids alone."])]
+    dataset = reranker = None
+    try:
+        dataset = collection(one, given)
+        if quote:
+            reranker = loaded_model(one, str(options.cache or default_folder()))
+    except (UserError, ModelError) as error:
+        said.append(failure(error))
+        print(f"rerank_lab: {one.name}: {'no texts' if dataset is None else 'no token alignments'}: {error}", file=sys.stderr)
+    return said + examples(one, Source(dataset, reranker, quote, options.examples), verdict(one).use, lambda items, name: tqdm(items, desc=name, disable=None))
+
+
+def _bench(path: Path) -> dict[str, Any]:
+    try:
+        bench = json.loads(path.read_text(encoding="utf-8"))
+        for task in bench["tasks"]:
+            _ = task["task"], task["rows"]
+        return dict(bench)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--bench {path}: not what python -m rerank_kernels.bench --json prints ({type(error).__name__}: {error})") from None
+
+
+def _write(out: Path, name: str, report: Section, extra: dict[str, str]) -> str:
+    """Figures first, the page last, each whole or not there."""
+    for plot in plots(report):
+        write_atomically(out / "figures" / f"{plot.name}.png", saved(plot.figure, "png"))
+    for file, text in {**extra, f"{name}.md": render.markdown(report), f"{name}.html": render.html(report)}.items():
+        write_atomically(out / file, text)
+    return f"Written to {out / name}.html and {name}.md"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Two evaluations of the same candidates: what changed between them, and whether it changed the ranking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rerank_lab import stats
+from rerank_lab.errors import UserError
+from rerank_lab.report import figures
+from rerank_lab.report.blocks import Block, Cell, Plot, Row, Section, Strong, Table, Text
+from rerank_lab.report.content import command, number
+from rerank_lab.report.load import Loaded
+from rerank_lab.results import ALPHA, interval, p_text
+
+LEFT_OUT = {"cold_queries", "seed"}  # of the configuration: they change no ranking
+
+
+def compared(a: Loaded, b: Loaded) -> dict[str, dict[str, Any]]:
+    """Label → paired tests of b against a on a's first measure, for the methods that both ran.
+
+    Raises:
+        UserError: other collections or candidates, no measure or no method in common.
+    """
+    for what, one, other in (
+        ("collection", a.result["dataset"]["hash"], b.result["dataset"]["hash"]),
+        ("candidates", a.result["candidates"]["hash"], b.result["candidates"]["hash"]),
+    ):
+        if one != other:
+            raise UserError(
+                f"{a.folder} and {b.folder} are no pair: the hash of their {what} differs ({one[:16]}, {other[:16]}), and paired tests need the same"
+            )
+    labels, primary = [label for label in a.rows if label in b.rows], a.primary
+    if not labels:
+        raise UserError(f"no method is in both: {a.folder} has {', '.join(a.rows)}, {b.folder} has {', '.join(b.rows)}")
+    if primary not in b.result["config"]["measures"]:
+        raise UserError(f"{b.folder} has no {primary}, which {a.folder} tests; its measures are {', '.join(b.result['config']['measures'])}")
+    found: dict[str, dict[str, Any]] = {}
+    for label in labels:
+        before = a.measure(label).to_numpy()
+        after = b.measure(label, primary).reindex(a.measure(label).index).to_numpy()
+        found[label] = {
+            "before": float(before.mean()), "after": float(after.mean()), "delta": float((after - before).mean()),
+            "ci95": stats.bootstrap_interval(after - before, a.seed), "p_t": stats.paired_t(after, before),
+            "p_randomization": stats.paired_randomization(after, before, a.seed),
+            "wins": int((after > before).sum()), "ties": int((after == before).sum()), "losses": int((after < before).sum()),
+            "latency": _ratio(a.rows[label], b.rows[label]),
+        }  # fmt: skip
+    for vs, p in zip(found.values(), stats.holm([vs["p_randomization"] for vs in found.values()])):
+        vs["p_holm"] = p
+    return found
+
+
+def comparison(a: Loaded, b: Loaded) -> Section:
+    """The report of two evaluations, b against a."""
+    tests, measure = compared(a, b), a.primary
+    names = str(a.folder), str(b.folder)
+    title = f"{a.result['dataset']['name']}: {a.folder.resolve().name} against {b.folder.resolve().name}"
+    rows = [
+        [
+            Cell(label), number(vs["before"], ".4f"), number(vs["after"], ".4f"), Cell(interval(vs["delta"], vs["ci95"], "+.4f", "+.4f"), vs["delta"]),
+            number(vs["p_t"], ".3g"), Cell(p_text(vs["p_holm"]), vs["p_holm"]), Cell(f"{vs['wins']}/{vs['ties']}/{vs['losses']}", vs["wins"]), number(vs["latency"], ".2f"),
+        ]
+        for label, vs in tests.items()
+    ]  # fmt: skip
+    head = ["method", f"{measure}, A", f"{measure}, B", "B − A [95% CI]", "p, t-test", "p, Holm", "won/tied/lost", "latency, B over A"]
+    alone = [f"{label} ran in {side} alone" for side, one, other in (("A", a, b), ("B", b, a)) for label in one.rows if label not in other.rows]
+    forest = figures.forest(tests, measure, a.result["dataset"]["name"], "A")
+    said = "; ".join(f"{label} {interval(vs['delta'], vs['ci95'], '+.4f', '+.4f')}" for label, vs in tests.items())
+    blocks: list[Block] = [
+        *(Text(_sentence(label, vs, measure), item=len(tests) > 1) for label, vs in tests.items()),
+        Text(
+            [
+                f"A is {names[0]}, B is {names[1]}. Same collection ({a.result['dataset']['hash'][:16]}) and candidates ({a.result['candidates']['hash'][:16]}), by their hashes."
+            ]
+        ),
+        Table(head, rows),
+        Row([Plot("comparison", forest, f"differences of B from A: {said}")]),
+        *(Text([line], item=True) for line in alone),
+        Section("What changed", 2, [_changes(a, b)]),
+        Section("Made by", 2, [Text([f"A: {command(a.result['config'])}"]), Text([f"B: {command(b.result['config'])}"])]),
+    ]
+    return Section(title, 1, blocks)
+
+
+def _sentence(label: str, vs: Mapping[str, Any], measure: str) -> list[str]:
+    if vs["wins"] == vs["losses"] == 0:
+        verb = f" is the same in both: no query's {measure} differs"
+    else:
+        way = "is better in B" if vs["delta"] > 0 else "is worse in B"
+        verb = f" {'cannot be told apart' if vs['p_holm'] >= ALPHA else way}: {interval(vs['delta'], vs['ci95'], '+.4f', '+.4f')} {measure}, Holm p {p_text(vs['p_holm'])}"
+    return [Strong(label), verb, "" if vs["latency"] is None else f", at {vs['latency']:.2f} × A's median latency", "."]
+
+
+def _ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
+    return b["latency_ms"]["p50"] / a["latency_ms"]["p50"] if a["latency_ms"] and b["latency_ms"] else None
+
+
+def _changes(a: Loaded, b: Loaded) -> Block:
+    """Everything of configuration, models and environment that differs."""
+    rows: list[list[Cell | str]] = []
+    for part in ("config", "models", "environment"):
+        one, other = (_flat(x.result[part]) for x in (a, b))
+        rows += [
+            [f"{part}: {key}", Cell(one.get(key, "absent"), quoted=True), Cell(other.get(key, "absent"), quoted=True)]
+            for key in sorted({*one, *other} - LEFT_OUT)
+            if one.get(key) != other.get(key)
+        ]
+    return Table(["what", "A", "B"], rows, kind="wide") if rows else Text(["Nothing of configuration, models and environment."])
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            found |= _flat(inner, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = inner if isinstance(inner, str) else json.dumps(inner)
+    return found

@@ -1,0 +1,263 @@
+"""The report's parts in order: the finding first, then what a reader needs to doubt it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rerank_lab.kernel_check import DTYPES
+from rerank_lab.report import figures
+from rerank_lab.report.blocks import Block, Cell, Code, Plot, Row, Section, Table, Text
+from rerank_lab.report.load import Loaded
+from rerank_lab.report.render import anchor
+from rerank_lab.report.verdict import sentence, verdict
+from rerank_lab.results import findings, interval, is_remote, p_text
+from rerank_lab.timing import PHASES
+
+SEEN = "documents seen before"
+DOUBT = (
+    "How to read it: an interval is the 95% bootstrap interval of a mean over queries; Δ is paired by query, its p from a randomisation test, "
+    "Holm-corrected over the methods. The method in bold is the cheapest of those that cannot be told from the highest mean. Latency is the median "
+    "of one query at a time, its documents' vectors cached; compare times within one table alone. Grey marks in the plot are dominated: "
+    "another method is at least as good and no slower."
+)
+
+
+def overview(every: Sequence[Loaded]) -> list[Block]:
+    """The first screen: a sentence a collection, the table, the Pareto plots."""
+    blocks: list[Block] = [Text(sentence(one), item=len(every) > 1) for one in every]
+    blocks.append(main_table(every[0]) if len(every) == 1 else _across(every))
+    blocks.append(Row([Plot(f"pareto-{anchor(one.name)}", figures.pareto(one), figures.described(one)) for one in every if _timed(one)]))
+    blocks.append(Text([DOUBT]))
+    return blocks
+
+
+def main_table(one: Loaded) -> Table:
+    """One row a method: quality, difference, cost."""
+    primary, base = one.primary, one.rows[one.baseline]["latency_ms"]
+    head = ["method", f"{primary} [95% CI]", "Δ [95% CI]", "Holm p", "p50 ms", "× latency", "new documents, ms", "docs/s", "peak MB", "MFLOP"]
+    rows = []
+    for label, row in one.rows.items():
+        vs, seen, new = row["vs"], row["latency_ms"], row["cold_latency_ms"]
+        delta = (
+            [Cell("baseline", 0.0), Cell("")]
+            if vs is None
+            else [Cell(interval(vs["delta"], vs["ci95"], "+.4f", "+.3f"), vs["delta"]), Cell(p_text(vs["p_holm"]), vs["p_holm"])]
+        )
+        ratio = seen["p50"] / base["p50"] if seen and base else None
+        rows.append([
+            Cell(label), Cell(interval(row["measures"][primary], row["ci95"][primary]), row["measures"][primary]), *delta,
+            number(seen and seen["p50"], ",.1f"), number(ratio, ".1f"), number(new and new["p50"], ",.1f"), number(row["docs_per_s"], ",.0f"),
+            number(row["peak_rss_mb"], ",.0f"), number(row["flops_per_query"] and row["flops_per_query"] / 1e6, ",.0f"),
+        ])  # fmt: skip
+    return Table(head, rows)
+
+
+def number(value: float | None, form: str) -> Cell:
+    """A number that sorts as one; a dash where there is none."""
+    return Cell("-") if value is None else Cell(f"{value:{form}}", float(value))
+
+
+def _across(every: Sequence[Loaded]) -> Table:
+    """Methods down, collections across: quality, and latency as a multiple of the baseline's."""
+    labels = list(dict.fromkeys(label for one in every for label in one.rows))
+    head = ["method", *(f"{one.name}, {one.primary}" for one in every), *(f"{one.name}, × latency" for one in every)]
+    rows = []
+    for label in labels:
+        cells: list[Cell] = [Cell(label)]
+        for one in every:
+            row = one.rows.get(label)
+            cells.append(Cell("-") if row is None else Cell(interval(row["measures"][one.primary], row["ci95"][one.primary]), row["measures"][one.primary]))
+        for one in every:
+            own, base = one.rows.get(label), one.rows[one.baseline]["latency_ms"]
+            cells.append(number(own["latency_ms"]["p50"] / base["p50"] if own and own["latency_ms"] and base else None, ".1f"))
+        rows.append(cells)
+    return Table(head, rows)
+
+
+def sections(one: Loaded, level: int, errors: Sequence[Block]) -> Iterator[Section]:
+    """All that stands below the first screen."""
+    if level > 2:
+        yield Section("The table", level, [main_table(one)])
+    yield Section("Quality", level, [_measures(one), *(Text([line], item=True) for line in _first_stage(one))])
+    if any(row["vs"] for row in one.result["rows"]):
+        yield Section("Differences", level, _differences(one))
+    yield Section("Cost", level, _cost(one))
+    yield Section("Depth and length", level, _swept(one))
+    if any(row["vs_definition"] for row in one.result["rows"]):
+        yield Section("Kernels and their definition", level, _kernels(one))
+    yield Section("Queries that gained and lost", level, list(errors))
+    yield Section("Trust", level, _trust(one))
+    yield Section("Made by", level, _made(one))
+
+
+def _first_stage(one: Loaded) -> list[str]:
+    first, data = one.result["candidates"], one.result["dataset"]
+    recall = next(key for key in first if key.startswith("recall@"))
+    stage = f"first stage {first['source']}, top {first['top_k']}: {one.primary} {first['measures'][one.primary]:.4f}, {recall} {first[recall]:.4f}"
+    return [
+        f"{one.result['rows'][0]['queries']} judged queries, {data['documents']:,} documents; {stage}.",
+        f"The best order of these candidates (oracle) has nDCG@10 {first['oracle_ndcg@10']:.4f}: no reranker can do better on them.",
+    ]
+
+
+def _measures(one: Loaded) -> Table:
+    names = one.result["config"]["measures"]
+    rows = [[Cell(label), *(Cell(interval(row["measures"][n], row["ci95"][n]), row["measures"][n]) for n in names)] for label, row in one.rows.items()]
+    return Table(["method", *(f"{n} [95% CI]" for n in names)], rows)
+
+
+def _differences(one: Loaded) -> list[Block]:
+    tested = {label: row["vs"] for label, row in one.rows.items() if row["vs"]}
+    said = "; ".join(f"{label} {interval(vs['delta'], vs['ci95'], '+.4f', '+.3f')}, Holm p {p_text(vs['p_holm'])}" for label, vs in tested.items())
+    counted = "; ".join(f"{label} {vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost" for label, vs in tested.items())
+    plots = [
+        Plot(f"differences-{anchor(one.name)}", figures.forest(tested, one.primary, one.name, one.baseline), f"differences from {one.baseline}: {said}"),
+        Plot(f"queries-{anchor(one.name)}", figures.strips(one), f"sorted differences by query from {one.baseline}: {counted}"),
+    ]
+    rows = [
+        [
+            Cell(label), Cell(interval(vs["delta"], vs["ci95"], "+.4f", "+.4f"), vs["delta"]), number(vs["p_t"], ".3g"), number(vs["p_randomization"], ".3g"),
+            Cell(p_text(vs["p_holm"]), vs["p_holm"]), *(number(vs[key], ",d") for key in ("wins", "ties", "losses")),
+        ]
+        for label, vs in tested.items()
+    ]  # fmt: skip
+    table = Table(["method", f"Δ {one.primary} [95% CI]", "p, t-test", "p, randomisation", "p, Holm", "won", "tied", "lost"], rows, f"Against {one.baseline}")
+    found = verdict(one)
+    highest = Table(
+        ["method", f"below {found.highest} [95% CI]", "Holm p"],
+        [[Cell(label), Cell(interval(vs.delta, vs.ci95, "+.4f", "+.4f"), vs.delta), Cell(p_text(vs.p), vs.p)] for label, vs in found.below.items()],
+        f"Against {found.highest}, the highest mean",
+    )
+    return [Row(plots), table, highest] if found.below else [Row(plots), table]
+
+
+def _cost(one: Loaded) -> list[Block]:
+    env, blocks = one.result["environment"], list[Block]()
+    if any(row["phases_ms"] for row in one.result["rows"]):
+        alt = "; ".join(f"{label}: " + ", ".join(f"{p} {row['phases_ms'][p]:.1f} ms" for p in PHASES) for label, row in one.rows.items() if row["phases_ms"])
+        blocks.append(Row([Plot(f"cost-{anchor(one.name)}", figures.phases(one), f"time by phase on {one.name}, {SEEN}. {alt}")]))
+    head = ["method", "documents", "queries timed", "p50 ms", "p95 ms", *(f"{p} ms" for p in PHASES), "docs/s", "peak MB", "MFLOP"]
+    rows = [_cost_row(row, state, prefix) for row in one.result["rows"] for state, prefix in (("seen", ""), ("new", "cold_")) if row[f"{prefix}latency_ms"]]
+    blocks.append(Table(head, rows))
+    text = f"Seen: the documents' vectors are cached ({env['vector_cache']}) and the query is new. New: every document is encoded too. Phases are medians. "
+    text += "FLOPs are matrix products by formula, a query of these candidates. Peak memory is the process's, with what it maps of the cache."
+    if any(map(is_remote, one.rows)):
+        text += " A server is timed over HTTP, waiting after 429 and 503 included; what it had seen before is not known."
+    return [*blocks, Text([text])]
+
+
+def _cost_row(row: dict[str, Any], state: str, prefix: str) -> list[Cell]:
+    latency, phases, flops = row[f"{prefix}latency_ms"], row[f"{prefix}phases_ms"], row[f"{prefix}flops_per_query"]
+    timed = row["cold_sample"]["queries"] if prefix else row["timed_queries"]
+    times = [latency["p50"], latency["p95"], *(phases[p] if phases else None for p in PHASES)]
+    sizes = [(row[f"{prefix}docs_per_s"], ",.0f"), (row[f"{prefix}peak_rss_mb"], ",.0f"), (flops and flops / 1e6, ",.0f")]
+    state = "-" if is_remote(row["method"]) else state
+    return [Cell(row["method"]), Cell(state), number(timed, ",d"), *(number(t, ",.1f") for t in times), *(number(*size) for size in sizes)]
+
+
+def _swept(one: Loaded) -> list[Block]:
+    points = one.result["sweeps"]
+    settings = list(dict.fromkeys(point["setting"] for point in points))
+    if not settings:
+        return [Text(["Not measured. The evaluation's --sweep does: "]), Code("--sweep stage1_top_k=10,20,50,100,200 --sweep max_tokens_per_doc=64,128,256")]
+    blocks: list[Block] = [
+        Row(
+            [
+                Plot(f"{anchor(setting)}-{anchor(one.name)}", figures.swept(one, setting), f"{one.primary} by {setting}, as in the table below")
+                for setting in settings
+            ]
+        )
+    ]
+    for setting in settings:
+        own = [point for point in points if point["setting"] == setting]
+        labels = list(dict.fromkeys(point["method"] for point in own))
+        rows = []
+        for value in sorted({point["value"] for point in own}):
+            at = {point["method"]: point for point in own if point["value"] == value}
+            cells = [number(at[label]["measures"][one.primary] if label in at else None, ".4f") for label in labels]
+            limits = [number(max(point[key] for point in at.values()), ".4f") for key in ("recall", "oracle_ndcg@10")]
+            cut = number(100 * max(point["truncated_share"] for point in at.values()), ".1f")
+            rows.append([Cell(f"{value:,g}", value), *cells, *limits, cut])
+        head = [setting, *labels, "recall of what is ranked", "oracle's nDCG@10", "documents cut, %"]
+        blocks.append(Table(head, rows, f"{one.primary} by {setting}"))
+    return blocks
+
+
+def _kernels(one: Loaded) -> list[Block]:
+    rows = []
+    for label, row in one.rows.items():
+        for name in DTYPES:
+            if (row["vs_definition"] or {}).get(name) is None:
+                continue
+            change = row["vs_definition"][name]
+            rows.append([
+                Cell(label), Cell(name), Cell(interval(change["delta_ndcg@10"], change["ci95"], "+.4f", "+.4f"), change["delta_ndcg@10"]),
+                number(change.get("max_score_diff"), ".1e"), number(change.get("kendall_tau"), ".4f"), number(change.get("overlap@10"), ".4f"),
+            ])  # fmt: skip
+    text = f"The kernels that ran ({one.result['environment']['kernels']}) read the documents' vectors in each type of number; the definition, plain torch in fp32, "
+    text += "reads the same vectors. Scores are compared as they are shown. Rows that run a cross-encoder are left out."
+    return [Table(["method", "type", "Δ nDCG@10 [95% CI]", "largest score difference", "Kendall's τ", "overlap at 10"], rows), Text([text])]
+
+
+def roofline(bench: dict[str, Any], name: str) -> Section:
+    """What share of the machine's rates the operators reach, by rerank_kernels.bench."""
+    rows = []
+    for task in bench["tasks"]:
+        gpu = "bandwidth_gbs" in task
+        for row in task["rows"]:
+            if row["status"] == "ok":
+                shares = [row["of_roofline"], None, None] if gpu else [None, row["of_gemm"], row["of_read"]]
+                rows.append([Cell(task["task"]), Cell(row["name"]), number(row["slower"], ".2f"), *(number(share, ".2f") for share in shares)])
+    head = ["work", "by", "time over ours", "of roofline", "of GEMM rate", "of reading rate"]
+    where = bench.get("gpu") or f"{bench['machine']}, {bench['implementation']}, {bench['threads']} threads"
+    text = f"From {name}: {bench['command']}, on {where}. Ours is the first of each work. GEMM and reading rates are those of torch on the same machine in the same run."
+    return Section("Kernels and the machine's limits", 2, [Table(head, rows), Text([text])])
+
+
+def _trust(one: Loaded) -> list[Block]:
+    keys = ("coverage", "unjudged_share", "truncated_share", "tie_rate")
+    rows = [
+        [
+            Cell(label), Cell(", ".join(f"{k}={v:g}" for k, v in row["settings"].items()) or "none"),
+            *(Cell("-") if row[k] is None else Cell(f"{row[k]:.1%}", row[k]) for k in keys), number(row["token_limit"], "d"),
+        ]
+        for label, row in one.rows.items()
+    ]  # fmt: skip
+    head = ["method", "settings", "queries covered", "unjudged in the top 10", "documents truncated", "tied neighbours", "token limit"]
+    notes = [*one.result["dataset"]["notes"], *one.result["candidates"]["notes"]]
+    more = [line for line in findings(one.result) if " under " in line or " beside " in line]
+    return [Table(head, rows), *(Text([note], item=True) for note in [*notes, *more] or ["No notes on the collection."])]
+
+
+def _made(one: Loaded) -> list[Block]:
+    env, data, first = one.result["environment"], one.result["dataset"], one.result["candidates"]
+    versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items())
+    machine = f"{env['cpu']}, {env['cpus']} CPUs, {env['threads']} threads, device {env['device']}, kernels {env['kernels']}"
+    made = f"at commit {env['commit'] or 'unknown'} on {machine}, Python {env['python']}, {versions}. "
+    return [Code(command(one.result["config"])), Text([f"{made}Collection {data['hash'][:16]}, candidates {first['hash'][:16]}."])]
+
+
+def command(config: dict[str, Any]) -> str:
+    """What makes these results again."""
+    words = ["python -m rerank_lab.eval"]
+    for key, value in config.items():
+        flag = f"--{key.replace('_', '-')}"
+        if key == "sweep":
+            words += [f"{flag} {name}={','.join(f'{v:g}' for v in values)}" for name, values in value.items()]
+        elif value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words.append(f"{flag} {shlex.quote(','.join(value) if isinstance(value, list) else str(value))}")
+    return " ".join(words)
+
+
+def title(every: Sequence[Loaded]) -> str:
+    """The report's heading."""
+    names = [one.name for one in every]
+    return "Reranking on " + (names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}")
+
+
+def _timed(one: Loaded) -> bool:
+    return any(row["latency_ms"] for row in one.result["rows"])

@@ -1,0 +1,253 @@
+"""Every figure of the report, drawn by matplotlib under one style file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from rerank_lab.methods import BEST_CROSS, METHODS
+from rerank_lab.report.load import Loaded
+from rerank_lab.report.verdict import frontier
+from rerank_lab.results import interval, is_remote, p_text
+from rerank_lab.timing import PHASES
+
+STYLE = Path(__file__).with_name("style.mplstyle")
+DOMINATED = "#9a9a9a"
+INK = "#333333"
+PHASE_LOOKS = [("#d9d9d9", ""), ("#56B4E9", "////"), ("#0072B2", ""), ("#333333", "")]
+CORNERS = [(dx, dy, side) for dy in (5, -12, 16, -23, 27, -34) for dx, side in ((6, "left"), (-6, "right"))]
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """A figure under the style file, whatever the user's own settings."""
+
+    def drawn(*args: P.args, **options: P.kwargs) -> Figure:
+        with style.context(["default", STYLE]):
+            return draw(*args, **options)
+
+    return drawn
+
+
+def saved(figure: Figure, kind: str) -> bytes:
+    """A figure as "svg" or "png", the same bytes each time."""
+    buffer = io.BytesIO()
+    with style.context(["default", STYLE]):
+        figure.savefig(buffer, format=kind, metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None})
+    return buffer.getvalue()
+
+
+def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Label → colour and mark: those of the known methods, then what is left of the cycle, over and over."""
+    known = [*METHODS, BEST_CROSS]
+    styles = list(matplotlib.rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"])
+    fixed = dict(zip(known, styles))
+    spare = cycle(styles[len(known) :] + styles[: len(known)])
+    others = [label for label in labels if label not in fixed]
+    return {label: dict(look) for label, look in {**fixed, **dict(zip(others, islice(spare, len(others))))}.items()}
+
+
+@styled
+def pareto(one: Loaded) -> Figure:
+    """Quality with its 95% interval against median latency; what is dominated stands grey."""
+    figure = Figure()
+    axes = figure.subplots()
+    best, look = frontier(one), looks(list(one.rows))
+    timed = {label: row for label, row in one.rows.items() if row["latency_ms"]}
+    at = {label: (row["latency_ms"]["p50"], row["measures"][one.primary]) for label, row in timed.items()}
+    axes.set_xscale("log")
+    axes.grid(True)
+    x, y = zip(*(at[label] for label in best))
+    axes.step([*x, max(p[0] for p in at.values()) * 1.6], [*y, y[-1]], where="post", color=INK, lw=1, ls=(0, (4, 2)), marker="", zorder=1)
+    for label, row in timed.items():
+        colour = look[label]["color"] if label in best else DOMINATED
+        ci, value = row["ci95"][one.primary], row["measures"][one.primary]
+        error = None if ci is None else [[max(0, value - ci[0])], [max(0, ci[1] - value)]]
+        axes.errorbar(at[label][0], value, yerror(error), color=colour, marker=look[label]["marker"], markersize=8, elinewidth=1.2, capsize=3, zorder=3)
+    _log_ticks(axes, [p[0] for p in at.values()])
+    remote = " (servers over HTTP)" if any(map(is_remote, timed)) else ""
+    axes.set_xlabel(f"median latency of a query, ms, documents seen before{remote}")
+    axes.set_ylabel(f"{one.primary}, 95% interval")
+    axes.set_title(one.name)
+    bars = {label: row["ci95"][one.primary] or [at[label][1]] * 2 for label, row in timed.items()}
+    _name_points(figure, axes, at, bars, {label: INK if label in best else "#6b6b6b" for label in at})
+    return figure
+
+
+def yerror(error: list[list[float]] | None) -> Any:
+    """What errorbar takes; mypy knows no nested lists there."""
+    return error
+
+
+def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    axes.set_xlim(low / 1.6, high * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_points(figure: Figure, axes: Axes, at: Mapping[str, tuple[float, float]], bars: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> None:
+    """Each mark's name at the corner where it hides least of other names, marks and intervals (`bars`, low and high)."""
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    place = axes.transData.transform
+    marks = [Bbox([place(point), place(point)]).padded(8) for point in at.values()]
+    lines = [Bbox([place((at[label][0], bar[0])), place((at[label][0], bar[1]))]) for label, bar in bars.items()]
+    frame, taken = axes.get_window_extent(renderer), list[Any]()
+    for label, point in sorted(at.items(), key=lambda item: item[1]):
+        short = label if len(label) <= 24 else label[:23] + "…"
+        tried: list[tuple[float, Annotation]] = []
+        for far, (dx, dy, side) in enumerate(CORNERS):
+            note = axes.annotate(short, point, (dx, dy), textcoords="offset points", ha=side, fontsize=8.5, color=colours[label])
+            box = note.get_window_extent(renderer)
+            hidden = 0.1 * far + sum(box.overlaps(line) for line in lines) + 3 * sum(box.overlaps(mark) for mark in marks)
+            hidden += 9 * sum(box.overlaps(other) for other in taken) + 9 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0)
+            tried.append((hidden, note))
+        _, kept = min(tried, key=lambda pair: pair[0])
+        for _, note in tried:
+            if note is not kept:
+                note.remove()
+        taken.append(kept.get_window_extent(renderer).padded(1))
+
+
+@styled
+def forest(deltas: Mapping[str, Mapping[str, Any]], measure: str, title: str, against: str) -> Figure:
+    """Differences with their 95% intervals; the corrected p beside each.
+
+    Args:
+        deltas: label → {"delta", "ci95", "p_holm"}.
+        measure, title: what is compared, and where.
+        against: what each is compared with.
+    """
+    figure = Figure(figsize=(4.8, 1.1 + 0.34 * len(deltas)))
+    axes = figure.subplots()
+    look, names = looks(list(deltas)), list(deltas)[::-1]
+    axes.axvline(0, color=INK, lw=1)
+    axes.grid(True, axis="x")
+    for place, label in enumerate(names):
+        vs = deltas[label]
+        ci = vs["ci95"] or [vs["delta"]] * 2
+        axes.plot(ci, [place] * 2, color=look[label]["color"], lw=2, marker="|", markersize=7)
+        axes.plot(vs["delta"], place, color=look[label]["color"], marker=look[label]["marker"], markersize=8)
+    axes.set_yticks(range(len(names)), [name if len(name) <= 24 else name[:23] + "…" for name in names])
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(range(len(names)), [p_text(deltas[name]["p_holm"]) for name in names])
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
+    axes.annotate("Holm p", (1, 1), (4, 2), xycoords="axes fraction", textcoords="offset points", fontsize=8.5, color=INK)
+    axes.set_xlabel(f"difference in {measure} from {against}, 95% interval")
+    axes.set_title(title)
+    return figure
+
+
+@styled
+def strips(one: Loaded) -> Figure:
+    """Each query's difference from the baseline, sorted, a strip a method, with wins, ties and losses."""
+    labels = [label for label, row in one.rows.items() if row["vs"]]
+    figure = Figure(figsize=(4.8, 0.9 + 0.75 * len(labels)))
+    panels = np.atleast_1d(figure.subplots(len(labels), sharex=True, sharey=True))
+    base = one.measure(one.baseline)
+    for axes, label in zip(panels, labels):
+        change = np.sort((one.measure(label) - base[one.measure(label).index]).to_numpy())[::-1]
+        edges = np.arange(len(change) + 1)
+        axes.stairs(np.clip(change, 0, None), edges, fill=True, color="#0072B2", lw=0)
+        axes.stairs(np.clip(change, None, 0), edges, fill=True, color="#D55E00", lw=0, hatch="////", edgecolor="#7a2f00")
+        axes.axhline(0, color=INK, lw=0.8)
+        vs = one.rows[label]["vs"]
+        axes.set_title(f"{label if len(label) <= 30 else label[:29] + '…'}", fontweight="normal", fontsize=8.5, pad=2)
+        axes.set_title(f"{vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost", loc="right", fontweight="normal", fontsize=8.5, pad=2)
+        axes.set_xlim(0, len(change))
+    panels[-1].set_xlabel(f"queries of {one.name}, sorted by difference")
+    figure.supylabel(f"{one.primary} less {one.baseline}'s", fontsize=9)
+    return figure
+
+
+@styled
+def phases(one: Loaded) -> Figure:
+    """Where a query's time goes: bars of the phases' medians, documents seen before and every document new."""
+    states = [("documents seen before", "phases_ms"), ("every document new", "cold_phases_ms")]
+    shown = [(title, [row for row in one.result["rows"] if row[key]], key) for title, key in states]
+    shown = [(title, rows, key) for title, rows, key in shown if rows]
+    count = sum(len(rows) for _, rows, _ in shown)
+    figure = Figure(figsize=(4.8, 0.9 + 0.55 * len(shown) + 0.26 * count))
+    panels = np.atleast_1d(figure.subplots(len(shown), height_ratios=[len(rows) + 0.8 for _, rows, _ in shown]))
+    for axes, (title, rows, key) in zip(panels, shown):
+        names, start = [row["method"] for row in rows][::-1], np.zeros(len(rows))
+        for phase, (colour, hatch) in zip(PHASES, PHASE_LOOKS):
+            width = np.array([row[key][phase] for row in rows][::-1])
+            axes.barh(range(len(names)), width, left=start, height=0.66, color=colour, hatch=hatch, edgecolor="white" if hatch else colour, lw=0, label=phase)
+            start += width
+        for place, total in enumerate(start):
+            axes.annotate(f"{total:,.1f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
+        axes.set_yticks(range(len(names)), [name if len(name) <= 24 else name[:23] + "…" for name in names])
+        axes.set_xlim(0, start.max() * 1.16)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.set_title(f"{one.name}, {title}" if one.name else title)
+        axes.grid(True, axis="x")
+    panels[-1].set_xlabel("ms a query, sum of the phases' medians")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES), handlelength=1.2, columnspacing=1.2)
+    return figure
+
+
+@styled
+def swept(one: Loaded, setting: str) -> Figure:
+    """Quality over one setting; above, what the candidates allow: their recall and the oracle's ceiling."""
+    points = [point for point in one.result["sweeps"] if point["setting"] == setting]
+    values, labels = sorted({point["value"] for point in points}), list(dict.fromkeys(point["method"] for point in points))
+    look = looks(list(one.rows))
+    figure = Figure(figsize=(4.8, 4.4))
+    above, axes = figure.subplots(2, sharex=True, height_ratios=[1, 2.2])
+    for key, name, dashes in (("recall", "recall of what is ranked", "-"), ("oracle_ndcg@10", "its best order's nDCG@10", (0, (4, 2)))):
+        top = [max(p[key] for p in points if p["value"] == value) for value in values]
+        above.plot(values, top, color=INK, ls=dashes, lw=1.2, marker="", label=name)
+    low, high = above.get_ylim()
+    above.set_ylim(min(low, high - 0.05), high)  # where nothing changes, the line is level
+    above.legend(loc="lower right")
+    for label in labels:
+        own = sorted((p["value"], p["measures"][one.primary]) for p in points if p["method"] == label)
+        axes.plot(*zip(*own), **look[label], label=label)
+    for label, row in one.rows.items():
+        if label not in labels and not is_remote(label):
+            axes.axhline(row["measures"][one.primary], color=look[label]["color"], ls=(0, (1, 1.5)), lw=1.3, label=f"{label} (has no such setting)")
+    if min(values) > 0 and max(values) / min(values) >= 4:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+    axes.set_xticks(values, [f"{value:,g}" for value in values])
+    axes.set_xlabel(f"{setting}{UNITS.get(setting, '')}")
+    axes.set_ylabel(one.primary)
+    above.set_ylabel("ceiling")
+    for panel in (above, axes):
+        panel.grid(True)
+    above.set_title(one.name)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+UNITS = {"stage1_top_k": ", documents that stage 1 keeps", "max_tokens_per_doc": ", tokens kept of a document", "top_k": ", candidates a query"}
+
+
+def described(one: Loaded) -> str:
+    """The Pareto plot in words."""
+    points = [
+        f"{label} {interval(row['measures'][one.primary], row['ci95'][one.primary])} at {row['latency_ms']['p50']:,.1f} ms"
+        for label, row in one.rows.items()
+        if row["latency_ms"]
+    ]
+    return f"{one.primary} against median latency on {one.name}: {'; '.join(points)}; not dominated: {', '.join(frontier(one))}"

@@ -1,0 +1,113 @@
+"""Which method to use, what it gains, what it costs, and how sure that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rerank_lab import stats
+from rerank_lab.report.blocks import Strong
+from rerank_lab.report.load import Loaded
+from rerank_lab.results import ALPHA, interval, is_remote, p_text
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A method that is not the highest, beside the one that is.
+
+    Attributes:
+        delta, ci95: how far below (at most 0 where the other is the highest), and the 95% interval of that.
+        p: randomisation test, Holm-corrected over the methods.
+    """
+
+    delta: float
+    ci95: list[float] | None
+    p: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Attributes:
+    highest: the label of highest mean.
+    use: the cheapest of those that cannot be told from it.
+    below: label → how it stands beside the highest.
+    """
+
+    highest: str
+    use: str
+    below: dict[str, Versus]
+
+
+def verdict(one: Loaded) -> Verdict:
+    """By paired tests over the queries; servers are left out where methods ran here, since their time is another machine's."""
+    rows = [row for row in one.result["rows"] if row["latency_ms"]] or one.result["rows"]
+    rows = [row for row in rows if not is_remote(row["method"])] or rows
+    labels = [row["method"] for row in rows]
+    highest = max(labels, key=lambda label: one.rows[label]["measures"][one.primary])
+    top, others = one.measure(highest).to_numpy(), [label for label in labels if label != highest]
+    values = {label: one.measure(label).to_numpy() for label in others}
+    corrected = stats.holm([stats.paired_randomization(top, values[label], one.seed) for label in others])
+    below = {
+        label: Versus(float((values[label] - top).mean()), stats.bootstrap_interval(values[label] - top, one.seed), p) for label, p in zip(others, corrected)
+    }
+    level = [label for label in labels if label == highest or below[label].p >= ALPHA]
+    cost = {row["method"]: row["latency_ms"]["p50"] if row["latency_ms"] else 0.0 for row in rows}
+    return Verdict(highest, min(level, key=lambda label: cost[label]), below)
+
+
+def frontier(one: Loaded) -> list[str]:
+    """Labels that no other row beats in both quality and median latency, fastest first."""
+    timed = [row for row in one.result["rows"] if row["latency_ms"]]
+    kept: list[str] = []
+    best = float("-inf")
+    for row in sorted(timed, key=lambda row: (row["latency_ms"]["p50"], -row["measures"][one.primary])):
+        if row["measures"][one.primary] > best:
+            best = row["measures"][one.primary]
+            kept.append(row["method"])
+    return kept
+
+
+def sentence(one: Loaded) -> list[str]:
+    """The finding of one collection, as parts of a paragraph."""
+    found, rows = verdict(one), one.rows
+    use, vs, measure = rows[found.use], rows[found.use]["vs"], one.primary
+    level = found.highest != found.use
+    if vs is None:
+        own = interval(use["measures"][measure], use["ci95"][measure], ".3f").removeprefix("0")
+        start = f", the baseline, has {measure} {own}"
+    elif vs["p_holm"] < ALPHA and vs["delta"] > 0:
+        start = f" beats {vs['baseline']} by {interval(vs['delta'], vs['ci95'], '.3f').removeprefix('0')} {measure}{times(one, found.use, vs['baseline'])}"
+    else:
+        verb = "is worse than" if vs["p_holm"] < ALPHA else "cannot be told from"
+        start = f" {verb} {vs['baseline']}: {interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {measure}{times(one, found.use, vs['baseline'])}"
+    if level:
+        other = found.below[found.use]
+        gap = interval(-other.delta, other.ci95 and [-other.ci95[1], -other.ci95[0]], ".3f", "+.3f").removeprefix("0")
+        end = f". The highest mean is {found.highest}'s, {gap} above{times(one, found.highest, found.use)}: "
+        end += f"{_queries(use['queries'])} not tell that from chance (Holm p {p_text(other.p)})."
+    else:
+        end = f", the highest mean of {len(rows)} methods." if len(rows) > 1 else "."
+    return [Strong(one.name), ": ", Strong(found.use), start + end, *_cheaper(one, found)]
+
+
+def _cheaper(one: Loaded, found: Verdict) -> list[str]:
+    """The best of what costs less than the chosen method and beats the baseline too."""
+    gains = [label for label in frontier(one) if label != found.use and (vs := one.rows[label]["vs"]) and vs["p_holm"] < ALPHA and vs["delta"] > 0]
+    cost = {label: one.rows[label]["latency_ms"]["p50"] for label in gains if not is_remote(label)}
+    own = one.rows[found.use]["latency_ms"]
+    cheaper = [label for label in cost if own and cost[label] < own["p50"]]
+    if not cheaper:
+        return []
+    label = cheaper[-1]
+    vs = one.rows[label]["vs"]
+    by = interval(vs["delta"], vs["ci95"], ".3f").removeprefix("0")
+    return [" Cheaper: ", Strong(label), f" beats {vs['baseline']} by {by}{times(one, label, vs['baseline'])}."]
+
+
+def times(one: Loaded, label: str, other: str) -> str:
+    """How many times as long a method takes as another."""
+    a, b = one.rows[label]["latency_ms"], one.rows[other]["latency_ms"]
+    return f" at {a['p50'] / b['p50']:.1f} × its latency" if a and b else ""
+
+
+def _queries(count: int) -> str:
+    return "one query does" if count == 1 else f"{count} queries do"

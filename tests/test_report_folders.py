@@ -1,0 +1,143 @@
+"""What a report accepts as results, and two of them side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rerank_lab import stats
+from rerank_lab.eval import main as evaluation
+from rerank_lab.report.__main__ import main
+from rerank_lab.report.load import load
+from rerank_lab.results import SCHEMA
+from tests.conftest import DOCUMENTS, QRELS, QUERIES
+from tests.test_report import failing
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Evaluations of one small collection: a, b of cut documents under another baseline, c of other candidates, d of no common method."""
+    root = tmp_path_factory.mktemp("folders")
+    folder = root / "small"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, (t, x) in DOCUMENTS.items()))
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": x}) + "\n" for i, x in QUERIES.items()))
+    judged = "".join(f"{q}\t{d}\t{grade}\n" for q, grades in QRELS.items() for d, grade in grades.items())
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    arguments = ["--dataset", str(folder), "--cold-queries", "0", "--no-cache", "--no-kernel-check", "--candidates", "bm25", "--measures"]
+    for name, rest in {
+        "a": ["nDCG@10,P@1", "--methods", "fast,best"],
+        "b": ["P@1,nDCG@10", "--methods", "best,fast,standard", "--max-tokens-per-doc", "2", "--seed", "3"],
+        "c": ["nDCG@10", "--methods", "fast,best", "--top-k", "1"],
+        "d": ["nDCG@10", "--methods", "optimal"],
+        "e": ["P@1", "--methods", "best"],
+    }.items():
+        assert evaluation([*arguments, *rest, "--out", str(root / name)]) == 0
+    return root
+
+
+def damaged(made: Path, tmp_path: Path, name: str, change: Callable[[str], str]) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(made / "a", copy)
+    (copy / name).write_text(change((copy / name).read_text()))
+    return copy
+
+
+def with_key(key: str, value: Any) -> Callable[[str], str]:
+    return lambda text: json.dumps({k: v for k, v in ({**json.loads(text), key: value}).items() if v is not ...}, default=str)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("results.json", lambda text: text[: len(text) // 2], "does not read back"),
+        ("results.json", lambda text: "[]", "schema None"),
+        ("results.json", with_key("schema", SCHEMA - 1), f"schema {SCHEMA - 1}, and this version reads schema {SCHEMA}; run the evaluation again"),
+        ("results.json", with_key("schema", SCHEMA + 1), "a newer rerank_lab made it: upgrade"),
+        ("results.json", with_key("candidates", ...), "lacks candidates"),
+        ("results.json", with_key("rows", []), "lacks rows"),
+        ("per_query.csv", lambda text: "".join(text.splitlines(keepends=True)[:-1]), "has 3 of 4 queries of best"),
+        ("per_query.csv", lambda text: text.replace("P@1", "P@2"), "lacks the columns P@1"),
+        ("per_query.csv", lambda text: text.replace("fast,1.0,", "fast,0.5,"), "are of two runs"),
+        ("per_query.csv", lambda text: "", "does not read back"),
+    ],
+)
+def test_damaged_results_are_refused_by_name_and_nothing_is_written(
+    made: Path, tmp_path: Path, name: str, change: Callable[[str], str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = damaged(made, tmp_path, name, change)
+    said = failing(capsys, made / "a", copy, "--out", tmp_path / "out")
+    assert message in said and str(copy) in said and not (tmp_path / "out").exists()
+
+
+def test_missing_and_partial_results_are_named(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no finished results in results" in failing(capsys)
+    assert "no such folder" in failing(capsys, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "has no results.json" in failing(capsys, tmp_path / "empty")
+    assert "a file, not a results folder" in failing(capsys, made / "a" / "results.json")
+    shutil.copytree(made / "a", tmp_path / "half")
+    (tmp_path / "half" / "per_query.csv").unlink()
+    assert "per_query.csv is missing" in failing(capsys, tmp_path / "half")
+    (tmp_path / "half" / "partial").mkdir()
+    (tmp_path / "half" / "partial" / "best.jsonl").write_text('{"query": "q1"}\n{"query": "q2"}\n')
+    assert "an interrupted run (best: 2 queries): finish it by the same command with --resume" in failing(capsys, tmp_path / "half")
+
+
+def test_without_results_the_newest_is_taken(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "d"):
+        shutil.copytree(made / name, tmp_path / "results" / name)
+    (tmp_path / "results" / "a" / "results.json").touch()
+    assert main(["--examples", "0"]) == 0 and "results/a/report.html" in capsys.readouterr().out
+
+
+def test_ids_that_look_like_numbers_stay_text(made: Path, tmp_path: Path) -> None:
+    ids = dict(zip(QUERIES, ("007", "1e3", "NA", "12")))
+    copy = damaged(made, tmp_path, "per_query.csv", lambda text: re.sub(r"\bq[1-4]\b", lambda found: ids[found[0]], text))
+    assert [*load([copy])[0].measure("fast").index] == [*ids.values()]
+
+
+def test_two_results_of_the_same_candidates_are_compared(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--compare", str(made / "a"), str(made / "b"), "--out", str(tmp_path)]) == 0
+    assert "comparison.html" in capsys.readouterr().out
+    text = (tmp_path / "comparison.md").read_text()
+    frames = {name: pd.read_csv(made / name / "per_query.csv").pivot(index="query", columns="method", values="nDCG@10") for name in "ab"}
+    corrected = stats.holm([stats.paired_randomization(frames["b"][m].to_numpy(), frames["a"][m].to_numpy(), 0) for m in ("fast", "best")])
+    for method, p in zip(("fast", "best"), corrected):
+        before, after = frames["a"][method], frames["b"][method]
+        assert f"| {method} | {before.mean():.4f} | {after.mean():.4f} | {(after - before).mean():+.4f} [" in text
+        row = next(line for line in text.splitlines() if line.startswith(f"| {method} |"))
+        assert f"| {p:.3f} |".replace(" 0.", " .") in row and f"| {(after > before).sum()}/{(after == before).sum()}/{(after < before).sum()} |" in row
+    assert "standard ran in B alone" in text and "| config: max\\_tokens\\_per\\_doc | 512 | 2 |".replace("\\_", "_") in text.replace("\\_", "_")
+    assert "config: seed" not in text and "config: baseline" in text
+    assert (tmp_path / "figures" / "comparison.png").is_file() and "<img" in (tmp_path / "comparison.html").read_text()
+    assert main(["--compare", str(made / "a"), str(made / "a"), "--out", str(tmp_path / "same")]) == 0
+    text = (tmp_path / "same" / "comparison.md").read_text()
+    assert "**best** is the same in both: no query's nDCG@10 differs" in text and "Nothing of configuration, models and environment." in text
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [("c", "the hash of their candidates differs"), ("d", "no method is in both: "), ("e", "has no nDCG@10, which")],
+)
+def test_what_is_no_pair_is_refused(made: Path, tmp_path: Path, other: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in failing(capsys, "--compare", made / "a", made / other, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_says_what_does_not_go_together(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs --out" in failing(capsys, "--compare", made / "a", made / "b")
+    assert "no RESULTS" in failing(capsys, made / "a", "--compare", made / "a", made / "b", "--out", tmp_path)
+    assert "NAME=PATH" in failing(capsys, made / "a", "--dataset", "small")
+    (tmp_path / "file").write_text("")
+    assert main([str(made / "a"), "--examples", "0", "--out", str(tmp_path / "file")]) == 1
+    assert "failed" in capsys.readouterr().err
