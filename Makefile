@@ -12,15 +12,17 @@ eval: $(VENV)/.installed
 report: $(VENV)/.installed
 	$(BIN)/python -m rerank_lab.report $(ARGS)
 
-# reports/baseline: numpydoc, SciFact and Cranfield, the last two as BEIR folders in DATA; goes on where it was interrupted.
+# reports/baseline: numpydoc, SciFact and Cranfield, the last two as BEIR folders in DATA; goes on where it
+# was interrupted, and takes finished results as they are (rm -r results/baseline to measure anew).
 reports: $(VENV)/.installed
 	@test -d "$(DATA)/scifact" -a -d "$(DATA)/cranfield" || { echo "make reports DATA=folder, which holds scifact and cranfield in BEIR's layout" >&2; exit 2; }
-	set -e; for collection in numpydoc $(DATA)/scifact $(DATA)/cranfield; do \
-	    $(BIN)/python -m rerank_lab.eval --config experiments/baseline.toml --dataset $$collection --out results/baseline/$$(basename $$collection) --resume; \
+	set -e; for collection in numpydoc "$(DATA)/scifact" "$(DATA)/cranfield"; do \
+	    $(BIN)/python -m rerank_lab.eval --config experiments/baseline.toml --dataset "$$collection" --out "results/baseline/$$(basename "$$collection")" --resume; \
 	done
 	test -f results/baseline/bench.json || { $(BIN)/python -m rerank_kernels.bench --device cpu --json >results/baseline/bench.tmp && mv results/baseline/bench.tmp results/baseline/bench.json; }
 	$(BIN)/python -m rerank_lab.report results/baseline/numpydoc results/baseline/scifact results/baseline/cranfield \
-	    --bench results/baseline/bench.json --quote numpydoc --out reports/baseline
+	    --bench results/baseline/bench.json --quote numpydoc --out reports/baseline \
+	    --command 'make reports DATA=folder'
 
 # The v3 API on http://127.0.0.1:8000; ARGS="--port 9000" for another port, and so on.
 serve: $(VENV)/.installed

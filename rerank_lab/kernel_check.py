@@ -66,9 +66,12 @@ class Cast:
             pool = self.reranker.pool(partial(CastPool, dtype=self.dtype), query, texts)
             if query in self.reads:
                 pool.has_read(encoder, self.reads[query], detail)
-            else:
-                self.reads[query] = pool.query_read(encoder, detail)
-            return self.reranker.finish(pool, first_stage)
+            else:  # in the one way, whichever type of number comes first
+                with use_backend("reference"):
+                    self.reads[query] = pool.query_read(encoder, detail)
+            ranking = self.reranker.finish(pool, first_stage)
+        self.reranker.trim()
+        return ranking
 
 
 def check(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, journal: Journal) -> dict[str, list[dict[str, Any]]]:
@@ -84,5 +87,7 @@ def _runs(dtype: torch.dtype, device: torch.device) -> bool:
         rows, scales = cast(torch.eye(2, 16, device=device), dtype)
         similarity_topk(torch.eye(1, 16, device=device), rows, 1, scales=scales)
         return True
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, TypeError, RuntimeError):  # what rerank_kernels, Python and torch say of a type that a device does not have
         return False

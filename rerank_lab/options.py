@@ -150,11 +150,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     p = parser()
     options = p.parse_args(argv)
+    _check_once(options.sweep)
     if options.config is not None:
         options = p.parse_args([*_toml_flags(options.config, p), *argv])
     if options.resume and options.overwrite:
         p.error("--resume goes on with a run, --overwrite throws it away: give one of them")
-    options.sweep = _together(options.sweep)
+    options.sweep = dict(options.sweep or ())
     return options
 
 
@@ -223,16 +224,10 @@ def _sweep(text: str) -> tuple[str, list[float]]:
     return name, sorted(numbers)
 
 
-def _together(given: Sequence[tuple[str, list[float]]] | None) -> dict[str, list[float]]:
-    """What several --sweep make together.
-
-    Raises:
-        UserError: one setting twice.
-    """
-    names = [name for name, _ in given or ()]
+def _check_once(sweeps: Sequence[tuple[str, list[float]]] | None) -> None:
+    names = [name for name, _ in sweeps or ()]
     if len(set(names)) < len(names):
         raise UserError(f"--sweep {max(names, key=names.count)} stands there twice; give all its values at once")
-    return dict(given or ())
 
 
 def count(value: str) -> int:

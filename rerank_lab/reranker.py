@@ -146,10 +146,14 @@ class Reranker:
         if first_stage is not None and len(first_stage) != len(texts):
             raise UserError(f"first_stage has {len(first_stage)} scores for {len(texts)} documents")
         ranking = self.finish(self.pool(Pool, query, texts), first_stage)
+        self.trim()
+        return ranking
+
+    def trim(self) -> None:
+        """Keeps the caches to their bounds; called when nothing is about to be gathered."""
         for cache in (self.cache, self.cross_cache):
             if cache is not None:
                 cache.trim()
-        return ranking
 
     def pool(self, kind: Callable[..., AnyPool], query: str, texts: Sequence[str]) -> AnyPool:
         """The query and its documents, with these models to look at them.
@@ -241,9 +245,14 @@ class Reranker:
     @property
     def token_limit(self) -> int:
         """Own tokens of a document that the method's models can read; a cross-encoder shares them with the query."""
+        return min(self.token_limits, default=self.max_tokens)
+
+    @property
+    def token_limits(self) -> list[int]:
+        """The same, model by model."""
         cross = self.cross if self.method.uses_cross else None
         models = [model for model in (self.encoder if "bi-encoder" in self.method.roles else None, cross) if model is not None]
-        return min([self.max_tokens, *(model.limit for model in models)])
+        return [min(self.max_tokens, model.limit) for model in models]
 
     def fingerprints(self) -> dict[str, str | None]:
         """What identifies models and their settings in results: name and hash of each."""

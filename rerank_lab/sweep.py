@@ -45,7 +45,7 @@ def problems(sweeps: Sweeps, methods: Mapping[str, Method]) -> list[str]:
                 for method in varied.values():
                     replace(method, **{name: value})
             except ValueError as error:
-                found.append(f"--sweep {name}={value:g}: {error}")
+                found.append(f"--sweep {name}={value}: {error}")
     return found
 
 
@@ -80,13 +80,13 @@ def run(
                     row = row.reading(int(value))
                 elif name != "top_k":
                     row = row.using(replace(method, **{name: value}), cross=runs_cross(label, method))
-                if row.token_limit == rows[label].token_limit and row.method == method and pool.about["hash"] == candidates.about["hash"]:
+                if row.token_limits == rows[label].token_limits and row.method == method and pool.about["hash"] == candidates.about["hash"]:
                     yield Point(name, value, label, done[label])
                     continue
                 if name == "max_tokens_per_doc" and not encoded:
                     encode(int(value))
                     encoded = True
-                yield Point(name, value, label, records(f"{label} at {name}={value:g}", row, dataset, pool, journal))
+                yield Point(name, value, label, records(f"{label} at {name}={value}", row, dataset, pool, journal))
 
 
 def _having(name: str, methods: Mapping[str, Method]) -> dict[str, Method]:

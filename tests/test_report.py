@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     arguments = ["--dataset", str(folder), "--top-k", "5", "--cold-queries", "1", "--no-cache"]
     sweeps = ["--sweep", "stage1_top_k=1,3,6", "--sweep", "max_tokens_per_doc=3,50"]
-    assert evaluation([*arguments, "--methods", "fast,standard,best,best:tau=0.3,best+cross", *sweeps, "--out", str(root / "a")]) == 0
+    assert evaluation([*arguments, "--methods", "fast,standard,best,best:tau=0.3,best+cross,best:stage1_top_k=2", *sweeps, "--out", str(root / "a")]) == 0
     assert evaluation([*arguments, "--methods", "fast,best,optimal", "--max-tokens-per-doc", "2", "--out", str(root / "b"), "--no-kernel-check"]) == 0
     return root
 
@@ -78,7 +78,7 @@ def made_up(rows: dict[str, tuple[np.ndarray, float]]) -> Loaded:
         own = {"method": label, "queries": len(values), "measures": {"nDCG@10": values.mean()}, "ci95": {"nDCG@10": stats.bootstrap_interval(values, 0)}}
         found.append(own | {"latency_ms": {"p50": latency}, "vs": None if label == base else vs})
     frame = pd.concat([pd.DataFrame({"query": [f"q{i}" for i in range(len(v))], "method": label, "nDCG@10": v}) for label, (v, _) in rows.items()])
-    return Loaded(Path("x"), "made up", {"config": {"measures": ["nDCG@10"], "baseline": base, "seed": 0}, "rows": found}, frame, None)
+    return Loaded(Path("x"), "made up", "made-up", {"config": {"measures": ["nDCG@10"], "baseline": base, "seed": 0}, "rows": found}, frame, None)
 
 
 def test_a_report_holds_every_part_and_every_figure(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,9 +92,11 @@ def test_a_report_holds_every_part_and_every_figure(made: Path, tmp_path: Path, 
     assert headings == ["Reranking on small", *parts]
     for row in result["rows"]:
         assert re.search(rf"^\| {re.escape(row['method'])} \| {row['measures']['nDCG@10']:.4f} \[", text, re.MULTILINE)
-        assert f"{row['latency_ms']['p50']:,.1f}" in text and f"{row['phases_ms']['tokenise']:,.1f}" in text
+        cost = [row["latency_ms"]["p50"], row["latency_ms"]["p95"], *(row["phases_ms"][p] for p in ("tokenise", "encode", "score", "rank"))]
+        assert f"| {row['method']} | seen | 6 | {' | '.join(f'{ms:,.1f}' for ms in cost)} |" in text
     for point in result["sweeps"]:
-        assert f"{point['measures']['nDCG@10']:.4f}" in text and f"{point['oracle_ndcg@10']:.4f}" in text
+        assert f"{point['measures']['nDCG@10']:.4f}" in text
+        assert f"{point['oracle_ndcg@10']:.4f}" in text or point["method"] == "best:stage1_top_k=2", "the most of any method"
     change = result["rows"][2]["vs_definition"]["fp8"]
     assert f"| best | fp8 | {change['delta_ndcg@10']:+.4f}" in text and f"{change['max_score_diff']:.1e}" in text
     pictures = re.findall(r"^!\[.+\]\((figures/.+\.png)\)$", text, re.MULTILINE)
@@ -105,12 +107,13 @@ def test_a_report_holds_every_part_and_every_figure(made: Path, tmp_path: Path, 
     assert not re.search(r"""(?:src|href)=(?!["']?(?:data:|#))""", page), "a page that stands alone loads nothing"
     tex = (tmp_path / "report.tex").read_text()
     assert r"\toprule" in tex and r"best:tau=0.3 &" in tex and "Δ" not in tex and tex.count(r"\\") >= len(result["rows"]) + 1
+    assert re.sub(r"\\.|\$[^$]*\$", "", tex).count("%") == 0 and r"best:stage1\_top\_k=2 &" in tex
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures", "report.html", "report.md", "report.tex"]
 
 
 def test_the_same_results_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
     for name in ("x", "y"):
-        assert main([str(made / "a"), "--out", str(tmp_path / name), "--examples", "2"]) == 0
+        assert main([str(made / "a"), "--out", str(tmp_path / name), "--examples", "2", "--command", "z"]) == 0
     for path in sorted((tmp_path / "x").rglob("*.*")):
         assert path.read_bytes() == (tmp_path / "y" / path.relative_to(tmp_path / "x")).read_bytes(), path.name
 
@@ -122,7 +125,13 @@ def test_several_results_stand_on_one_page_under_names_of_their_own(made: Path, 
     assert text.startswith("# Reranking on small (a) and small (b)\n") and "\n## small (a)\n" in text and "\n## small (b)\n" in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.split("\n\n")[2].splitlines()}
     assert rows["optimal"].split(" | ")[1] == "-", "it ran in b alone"
-    assert text.count("figures/pareto-") == 2
+    assert len({*re.findall(r"figures/[^)]+", text)}) == len([*(tmp_path / "figures").iterdir()]) == text.count("](figures/")
+    twin = tmp_path / "twin" / "a"
+    shutil.copytree(made / "a", twin)
+    assert main([str(made / "a"), str(twin), "--out", str(tmp_path / "out"), "--examples", "0"]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert len({*re.findall(r"^## (.*)$", text, re.MULTILINE)}) == 2 and len({*re.findall(r"figures/pareto[^)]+", text)}) == 2
+    assert "named twice" in failing(capsys, twin, twin.parent / "." / "a", "--out", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +169,20 @@ def test_the_frontier_is_what_nothing_dominates() -> None:
             assert (points[label] in [points[k] for k in kept]) == (not beaten)
 
 
+def test_servers_are_shown_and_not_weighed_against_what_ran_here() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.2, 0.6, 100)
+    server = "endpoint:http://127.0.0.1:8000:best"
+    one = made_up({"fast": (base, 1.0), "best": (base + 0.1 + rng.normal(0, 0.05, 100), 2.0), server: (base + 0.3, 0.5)})
+    assert (verdict(one).use, verdict(one).highest, frontier(one)) == ("best", "best", ["fast", "best"])
+    assert "the highest mean of 2 methods" in "".join(sentence(one))
+    hollow = [line for line in figures.pareto(one).axes[0].lines if line.get_markerfacecolor() == "white"]
+    assert [tuple(np.ravel(line.get_xydata())) for line in hollow] == [(0.5, (base + 0.3).mean())]  # type: ignore[arg-type]
+    alone = made_up({server: (base, 1.0), f"{server}+cross": (base + 0.1, 2.0)})
+    assert verdict(alone).use == f"{server}+cross"
+    assert len({figures.short(f"endpoint:http://127.0.0.1:8000:{name}") for name in ("fast", "best", "best+cross", "optimal")}) == 4
+
+
 def test_the_pareto_plot_shows_what_the_results_say(one: Loaded) -> None:
     axes = figures.pareto(one).axes[0]
     marks = {tuple(np.ravel(line.get_xydata())): line.get_color() for line in axes.lines if len(line.get_xdata()) == 1}  # type: ignore[arg-type]
@@ -170,10 +193,10 @@ def test_the_pareto_plot_shows_what_the_results_say(one: Loaded) -> None:
 
 
 def test_other_figures_show_what_the_results_say(one: Loaded) -> None:
-    forest = figures.forest({label: row["vs"] for label, row in one.rows.items() if row["vs"]}, "nDCG@10", "small", "fast").axes[0]
+    forest = figures.forest({label: row["vs"] for label, row in one.rows.items() if row["vs"]}, "nDCG@10", "small", "fast", list(one.rows)).axes[0]
     drawn = {tuple(np.ravel(line.get_xdata())) for line in forest.lines}
     strips = figures.strips(one).axes
-    for axes, (label, row) in zip(strips, [item for item in one.rows.items() if item[1]["vs"]]):
+    for axes, (label, row) in zip(strips, [item for item in one.rows.items() if item[1]["vs"]], strict=True):
         assert {(row["vs"]["delta"],), tuple(row["vs"]["ci95"])} <= drawn
         change = np.sort(one.measure(label).to_numpy() - one.measure("fast").to_numpy())[::-1]
         up, down = (patch.get_data().values for patch in axes.patches)  # type: ignore[attr-defined]
@@ -315,8 +338,7 @@ def test_the_page_reads_on_a_phone_and_without_scripts(page: Callable[..., Page]
     before = part.get_attribute("open")
     summary.click()
     assert part.get_attribute("open") != before, "opens without a script"
-    box = tab.locator("body").bounding_box()
-    assert box is not None and box["width"] <= 360
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     for image in tab.locator("img").all():
         shape = image.bounding_box()
         assert shape is not None and shape["x"] >= 0 and shape["x"] + shape["width"] <= 360

@@ -40,6 +40,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "e": ["P@1", "--methods", "best"],
     }.items():
         assert evaluation([*arguments, *rest, "--out", str(root / name)]) == 0
+    shutil.copytree(root / "a", root / "f")  # as a query without candidates makes it, whose hash is the same
+    rows = (root / "f" / "per_query.csv").read_text()
+    (root / "f" / "per_query.csv").write_text(re.sub(r"\bq4\b", "q5", rows))
     return root
 
 
@@ -63,6 +66,7 @@ def with_key(key: str, value: Any) -> Callable[[str], str]:
         ("results.json", with_key("schema", SCHEMA + 1), "a newer rerank_lab made it: upgrade"),
         ("results.json", with_key("candidates", ...), "lacks candidates"),
         ("results.json", with_key("rows", []), "lacks rows"),
+        ("results.json", with_key("rows", [{"method": "fast"}]), "lacks ci95, cold_latency_ms, "),
         ("per_query.csv", lambda text: "".join(text.splitlines(keepends=True)[:-1]), "has 3 of 4 queries of best"),
         ("per_query.csv", lambda text: text.replace("P@1", "P@2"), "lacks the columns P@1"),
         ("per_query.csv", lambda text: text.replace("fast,1.0,", "fast,0.5,"), "are of two runs"),
@@ -88,7 +92,7 @@ def test_missing_and_partial_results_are_named(made: Path, tmp_path: Path, monke
     (tmp_path / "half" / "per_query.csv").unlink()
     assert "per_query.csv is missing" in failing(capsys, tmp_path / "half")
     (tmp_path / "half" / "partial").mkdir()
-    (tmp_path / "half" / "partial" / "best.jsonl").write_text('{"query": "q1"}\n{"query": "q2"}\n')
+    (tmp_path / "half" / "partial" / "best.jsonl").write_text('{"query": "q1", "phases": {}}\n{"query": "q2", "phases": {}}\n')
     assert "an interrupted run (best: 2 queries): finish it by the same command with --resume" in failing(capsys, tmp_path / "half")
 
 
@@ -127,7 +131,12 @@ def test_two_results_of_the_same_candidates_are_compared(made: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [("c", "the hash of their candidates differs"), ("d", "no method is in both: "), ("e", "has no nDCG@10, which")],
+    [
+        ("c", "the hash of their candidates differs"),
+        ("d", "no method is in both: "),
+        ("e", "has no nDCG@10, which"),
+        ("f", "2 judged queries are in one of them alone"),
+    ],
 )
 def test_what_is_no_pair_is_refused(made: Path, tmp_path: Path, other: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in failing(capsys, "--compare", made / "a", made / other, "--out", tmp_path / "out")
@@ -138,6 +147,7 @@ def test_the_command_line_says_what_does_not_go_together(made: Path, tmp_path: P
     assert "needs --out" in failing(capsys, "--compare", made / "a", made / "b")
     assert "no RESULTS" in failing(capsys, made / "a", "--compare", made / "a", made / "b", "--out", tmp_path)
     assert "NAME=PATH" in failing(capsys, made / "a", "--dataset", "small")
+    assert "NAME one of small" in failing(capsys, made / "a", "--dataset", "smal=x")
     (tmp_path / "file").write_text("")
     assert main([str(made / "a"), "--examples", "0", "--out", str(tmp_path / "file")]) == 1
     assert "failed" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_an_interrupted_sweep_goes_on(command: list[str], tmp_path: Path, monkey
     assert len(kept) == 2
     assert main([*arguments, "--resume"]) == 0
     told = {p["value"]: p["latency_ms"]["p50"] for p in load(tmp_path / "out")["sweeps"]}
-    for name, value in (("best-at-tau=0.jsonl", 0), ("best-at-tau=0.05.jsonl", 0.05)):
+    for name, value in (("best-at-tau=0.0.jsonl", 0), ("best-at-tau=0.05.jsonl", 0.05)):
         seconds = sorted(json.loads(line)["seconds"] for line in kept[name].splitlines())
         assert told[value] == pytest.approx(500 * (seconds[1] + seconds[2])), "timed anew, so done anew"
 
@@ -88,6 +88,24 @@ def test_a_toml_file_sweeps_too(command: list[str], tmp_path: Path) -> None:
     assert main([*command, "best", "--config", str(tmp_path / "x.toml")]) == 0
     assert load(tmp_path / "out")["config"]["sweep"] == {"stage1_top_k": [1, 2], "tau": [0.0]}
     assert len(load(tmp_path / "out")["sweeps"]) == 3
+    assert main([*command, "best", "--config", str(tmp_path / "x.toml"), "--sweep", "tau=0.2", "--overwrite"]) == 0
+    assert load(tmp_path / "out")["config"]["sweep"] == {"stage1_top_k": [1, 2], "tau": [0.2]}, "flags win"
+
+
+def test_only_what_a_value_changes_is_ranked_again(command: list[str], small_cross: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = rows.records, []
+
+    def watched(label: str, *rest: Any) -> list[dict[str, Any]]:
+        seen.append(label)
+        return real(label, *rest)
+
+    monkeypatch.setattr("rerank_lab.sweep.records", watched)
+    sweeps = ["--sweep", "tau=0.1,0.2", "--sweep", "max_tokens_per_doc=254,300,512", "--sweep", "top_k=2,3"]
+    assert main([*command, "fast,best,best+cross", "--no-kernel-check", "--model-cross", str(small_cross), *sweeps]) == 0
+    assert seen == [  # the bi-encoder reads 254 tokens, this cross-encoder 512 of a pair
+        "best at tau=0.2", "best+cross at tau=0.2", "best+cross at max_tokens_per_doc=254", "best+cross at max_tokens_per_doc=300",
+        "fast at top_k=2", "best at top_k=2", "best+cross at top_k=2",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

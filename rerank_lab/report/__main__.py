@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from rerank_lab.options import _natural as natural
 from rerank_lab.report import content, render
 from rerank_lab.report.blocks import Block, Section, Text, plots
 from rerank_lab.report.compare import comparison
-from rerank_lab.report.examples import Source, examples, failure, loaded_model
+from rerank_lab.report.examples import Source, aligned, examples, failure, loaded_model
 from rerank_lab.report.figures import saved
 from rerank_lab.report.load import Loaded, collection, load, newest
 from rerank_lab.report.verdict import sentence, verdict
@@ -65,13 +66,16 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dataset", action="append", default=[], metavar="NAME=PATH", help="where a collection lies now, if no longer where the evaluation had it")
     p.add_argument("--examples", type=natural, default=10, metavar="N", help="queries shown that gained and that lost most, 0 for none (default: 10)")
+    p.add_argument("--command", metavar="TEXT", help="what the report names as the command that made it (default: this one)")
     p.add_argument("--cache", type=Path, metavar="DIR", help="vector cache, for token alignments (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    options = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args(given)
+    options.command = options.command or shlex.join(["python", "-m", "rerank_lab.report", *given])
     try:
         print(make(options))
         return 0
@@ -96,17 +100,18 @@ def make(options: argparse.Namespace) -> str:
         a, b = (load([folder])[0] for folder in options.compare)
         return _write(options.out, "comparison", comparison(a, b), {})
     given = {name: path for name, _, path in (text.partition("=") for text in options.dataset)}
-    if wrong := [text for text in options.dataset if "=" not in text]:
-        raise UserError(f"--dataset {wrong[0]!r}: write NAME=PATH")
     every = load(options.results or [newest(Path("results"))])
+    names = [one.result["dataset"]["name"] for one in every]
+    if wrong := [text for text in options.dataset if "=" not in text or text.partition("=")[0] not in names]:
+        raise UserError(f"--dataset {wrong[0]!r}: write NAME=PATH, NAME one of {', '.join(names)}")
     if len(every) > 1 and options.out is None:
         raise UserError(f"{len(every)} results need --out DIR for the report of them all")
     bench = None if options.bench is None else _bench(options.bench)
-    quoted = {one.result["dataset"]["name"] for one in every} if options.quote == "all" else {*options.quote.split(",")} - {"none"}
-    if unknown := quoted - {one.result["dataset"]["name"] for one in every}:
-        raise UserError(f"--quote {', '.join(sorted(unknown))}: not among the collections {', '.join(one.result['dataset']['name'] for one in every)}")
+    quoted = {*names} if options.quote == "all" else {*options.quote.split(",")} - {"none"}
+    if unknown := quoted - {*names}:
+        raise UserError(f"--quote {', '.join(sorted(unknown))}: not among the collections {', '.join(names)}")
     out = options.out or every[0].folder
-    report = Section(content.title(every), 1, content.overview(every))
+    report = Section(content.title(every), 1, content.overview(every, options.command))
     for one in every:
         errors = _examples(one, options, given, one.result["dataset"]["name"] in quoted)
         if len(every) == 1:
@@ -117,7 +122,7 @@ def make(options: argparse.Namespace) -> str:
         report.blocks.append(content.roofline(bench, options.bench.name))
     extra = {}
     if options.latex:
-        tables = [render.latex(content.main_table(one), f"{one.primary} on {one.name}.", f"tab:{render.anchor(one.name)}") for one in every]
+        tables = [render.latex(content.main_table(one), f"{one.primary} on {one.name}.", f"tab:{one.stem}") for one in every]
         extra["report.tex"] = "\n".join(tables)
     said = ["".join(sentence(one)) for one in every]
     return "\n".join([*said, _write(out, "report", report, extra)])
@@ -131,7 +136,7 @@ def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], q
     dataset = reranker = None
     try:
         dataset = collection(one, given)
-        if quote:
+        if quote and any(map(aligned, one.rows)):
             reranker = loaded_model(one, str(options.cache or default_folder()))
     except (UserError, ModelError) as error:
         said.append(failure(error))
@@ -142,8 +147,7 @@ def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], q
 def _bench(path: Path) -> dict[str, Any]:
     try:
         bench = json.loads(path.read_text(encoding="utf-8"))
-        for task in bench["tasks"]:
-            _ = task["task"], task["rows"]
+        content.roofline(bench, path.name)
         return dict(bench)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--bench {path}: not what python -m rerank_kernels.bench --json prints ({type(error).__name__}: {error})") from None

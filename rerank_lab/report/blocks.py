@@ -12,6 +12,10 @@ class Strong(str):
     """Words that stand out."""
 
 
+class Quoted(str):
+    """Words of somebody else: ids and texts of a collection."""
+
+
 @dataclass(frozen=True)
 class Text:
     """A paragraph, or with `item` a line of a list; parts in turn."""

@@ -23,13 +23,11 @@ def compared(a: Loaded, b: Loaded) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: other collections or candidates, no measure or no method in common.
     """
-    for what, one, other in (
-        ("collection", a.result["dataset"]["hash"], b.result["dataset"]["hash"]),
-        ("candidates", a.result["candidates"]["hash"], b.result["candidates"]["hash"]),
-    ):
-        if one != other:
+    for what, key in (("collection", "dataset"), ("candidates", "candidates")):
+        own, others = a.result[key]["hash"], b.result[key]["hash"]
+        if own != others:
             raise UserError(
-                f"{a.folder} and {b.folder} are no pair: the hash of their {what} differs ({one[:16]}, {other[:16]}), and paired tests need the same"
+                f"{a.folder} and {b.folder} are no pair: the hash of their {what} differs ({own[:16]}, {others[:16]}), and paired tests need the same"
             )
     labels, primary = [label for label in a.rows if label in b.rows], a.primary
     if not labels:
@@ -38,8 +36,10 @@ def compared(a: Loaded, b: Loaded) -> dict[str, dict[str, Any]]:
         raise UserError(f"{b.folder} has no {primary}, which {a.folder} tests; its measures are {', '.join(b.result['config']['measures'])}")
     found: dict[str, dict[str, Any]] = {}
     for label in labels:
-        before = a.measure(label).to_numpy()
-        after = b.measure(label, primary).reindex(a.measure(label).index).to_numpy()
+        one, other = a.measure(label), b.measure(label, primary)
+        if {*one.index} != {*other.index}:
+            raise UserError(f"{a.folder} and {b.folder} are no pair: {len({*one.index} ^ {*other.index})} judged queries are in one of them alone")
+        before, after = one.to_numpy(), other[one.index].to_numpy()
         found[label] = {
             "before": float(before.mean()), "after": float(after.mean()), "delta": float((after - before).mean()),
             "ci95": stats.bootstrap_interval(after - before, a.seed), "p_t": stats.paired_t(after, before),
@@ -66,7 +66,7 @@ def comparison(a: Loaded, b: Loaded) -> Section:
     ]  # fmt: skip
     head = ["method", f"{measure}, A", f"{measure}, B", "B − A [95% CI]", "p, t-test", "p, Holm", "won/tied/lost", "latency, B over A"]
     alone = [f"{label} ran in {side} alone" for side, one, other in (("A", a, b), ("B", b, a)) for label in one.rows if label not in other.rows]
-    forest = figures.forest(tests, measure, a.result["dataset"]["name"], "A")
+    forest = figures.forest(tests, measure, a.result["dataset"]["name"], "A", list(a.rows))
     said = "; ".join(f"{label} {interval(vs['delta'], vs['ci95'], '+.4f', '+.4f')}" for label, vs in tests.items())
     blocks: list[Block] = [
         *(Text(_sentence(label, vs, measure), item=len(tests) > 1) for label, vs in tests.items()),

@@ -8,9 +8,8 @@ from typing import Any
 
 from rerank_lab.kernel_check import DTYPES
 from rerank_lab.report import figures
-from rerank_lab.report.blocks import Block, Cell, Code, Plot, Row, Section, Table, Text
-from rerank_lab.report.load import Loaded
-from rerank_lab.report.render import anchor
+from rerank_lab.report.blocks import Block, Cell, Code, Plot, Quoted, Row, Section, Table, Text
+from rerank_lab.report.load import Loaded, anchor
 from rerank_lab.report.verdict import sentence, verdict
 from rerank_lab.results import findings, interval, is_remote, p_text
 from rerank_lab.timing import PHASES
@@ -18,18 +17,22 @@ from rerank_lab.timing import PHASES
 SEEN = "documents seen before"
 DOUBT = (
     "How to read it: an interval is the 95% bootstrap interval of a mean over queries; Δ is paired by query, its p from a randomisation test, "
-    "Holm-corrected over the methods. The method in bold is the cheapest of those that cannot be told from the highest mean. Latency is the median "
-    "of one query at a time, its documents' vectors cached; compare times within one table alone. Grey marks in the plot are dominated: "
-    "another method is at least as good and no slower."
+    "Holm-corrected over the methods (intervals are not corrected). The method in bold is the cheapest of those that cannot be told from the highest "
+    "mean, by tests corrected over all pairs; that is no proof of being equal. Latency is the median of one query at a time, its documents' vectors "
+    "cached; compare times within one table alone. Grey marks in the plot are dominated: another method is at least as good and no slower."
 )
 
 
-def overview(every: Sequence[Loaded]) -> list[Block]:
-    """The first screen: a sentence a collection, the table, the Pareto plots."""
+def overview(every: Sequence[Loaded], made_by: str) -> list[Block]:
+    """The first screen: a sentence a collection, the table, the Pareto plots; what made it."""
     blocks: list[Block] = [Text(sentence(one), item=len(every) > 1) for one in every]
     blocks.append(main_table(every[0]) if len(every) == 1 else _across(every))
-    blocks.append(Row([Plot(f"pareto-{anchor(one.name)}", figures.pareto(one), figures.described(one)) for one in every if _timed(one)]))
-    blocks.append(Text([DOUBT]))
+    blocks.append(Row([Plot(f"pareto-{one.stem}", figures.pareto(one), figures.described(one)) for one in every if _timed(one)]))
+    servers = any(is_remote(label) for one in every for label in one.rows)
+    blocks.append(Text([DOUBT + (" Hollow marks are servers, timed over HTTP; they are not weighed against methods that ran here." if servers else "")]))
+    environments = (one.result["environment"] for one in every)
+    where = dict.fromkeys(f"commit {env['commit'] or 'unknown'} on {env['cpu']}, {env['cpus']} CPUs, device {env['device']}" for env in environments)
+    blocks.append(Text([f"Made by {made_by}; evaluated at {' and at '.join(where)}."]))
     return blocks
 
 
@@ -113,8 +116,10 @@ def _differences(one: Loaded) -> list[Block]:
     said = "; ".join(f"{label} {interval(vs['delta'], vs['ci95'], '+.4f', '+.3f')}, Holm p {p_text(vs['p_holm'])}" for label, vs in tested.items())
     counted = "; ".join(f"{label} {vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost" for label, vs in tested.items())
     plots = [
-        Plot(f"differences-{anchor(one.name)}", figures.forest(tested, one.primary, one.name, one.baseline), f"differences from {one.baseline}: {said}"),
-        Plot(f"queries-{anchor(one.name)}", figures.strips(one), f"sorted differences by query from {one.baseline}: {counted}"),
+        Plot(
+            f"differences-{one.stem}", figures.forest(tested, one.primary, one.name, one.baseline, list(one.rows)), f"differences from {one.baseline}: {said}"
+        ),
+        Plot(f"queries-{one.stem}", figures.strips(one), f"sorted differences by query from {one.baseline}: {counted}"),
     ]
     rows = [
         [
@@ -128,7 +133,7 @@ def _differences(one: Loaded) -> list[Block]:
     highest = Table(
         ["method", f"below {found.highest} [95% CI]", "Holm p"],
         [[Cell(label), Cell(interval(vs.delta, vs.ci95, "+.4f", "+.4f"), vs.delta), Cell(p_text(vs.p), vs.p)] for label, vs in found.below.items()],
-        f"Against {found.highest}, the highest mean",
+        f"Against {found.highest}, the highest mean (p corrected over all pairs of methods)",
     )
     return [Row(plots), table, highest] if found.below else [Row(plots), table]
 
@@ -137,7 +142,7 @@ def _cost(one: Loaded) -> list[Block]:
     env, blocks = one.result["environment"], list[Block]()
     if any(row["phases_ms"] for row in one.result["rows"]):
         alt = "; ".join(f"{label}: " + ", ".join(f"{p} {row['phases_ms'][p]:.1f} ms" for p in PHASES) for label, row in one.rows.items() if row["phases_ms"])
-        blocks.append(Row([Plot(f"cost-{anchor(one.name)}", figures.phases(one), f"time by phase on {one.name}, {SEEN}. {alt}")]))
+        blocks.append(Row([Plot(f"cost-{one.stem}", figures.phases(one), f"time by phase on {one.name}, {SEEN}. {alt}")]))
     head = ["method", "documents", "queries timed", "p50 ms", "p95 ms", *(f"{p} ms" for p in PHASES), "docs/s", "peak MB", "MFLOP"]
     rows = [_cost_row(row, state, prefix) for row in one.result["rows"] for state, prefix in (("seen", ""), ("new", "cold_")) if row[f"{prefix}latency_ms"]]
     blocks.append(Table(head, rows))
@@ -163,12 +168,7 @@ def _swept(one: Loaded) -> list[Block]:
     if not settings:
         return [Text(["Not measured. The evaluation's --sweep does: "]), Code("--sweep stage1_top_k=10,20,50,100,200 --sweep max_tokens_per_doc=64,128,256")]
     blocks: list[Block] = [
-        Row(
-            [
-                Plot(f"{anchor(setting)}-{anchor(one.name)}", figures.swept(one, setting), f"{one.primary} by {setting}, as in the table below")
-                for setting in settings
-            ]
-        )
+        Row([Plot(f"{anchor(setting)}-{one.stem}", figures.swept(one, setting), f"{one.primary} by {setting}, as in the table below") for setting in settings])
     ]
     for setting in settings:
         own = [point for point in points if point["setting"] == setting]
@@ -180,7 +180,7 @@ def _swept(one: Loaded) -> list[Block]:
             limits = [number(max(point[key] for point in at.values()), ".4f") for key in ("recall", "oracle_ndcg@10")]
             cut = number(100 * max(point["truncated_share"] for point in at.values()), ".1f")
             rows.append([Cell(f"{value:,g}", value), *cells, *limits, cut])
-        head = [setting, *labels, "recall of what is ranked", "oracle's nDCG@10", "documents cut, %"]
+        head = [setting, *labels, "recall of what is ranked, at most", "oracle's nDCG@10, at most", "documents cut, %, at most"]
         blocks.append(Table(head, rows, f"{one.primary} by {setting}"))
     return blocks
 
@@ -228,7 +228,7 @@ def _trust(one: Loaded) -> list[Block]:
     head = ["method", "settings", "queries covered", "unjudged in the top 10", "documents truncated", "tied neighbours", "token limit"]
     notes = [*one.result["dataset"]["notes"], *one.result["candidates"]["notes"]]
     more = [line for line in findings(one.result) if " under " in line or " beside " in line]
-    return [Table(head, rows), *(Text([note], item=True) for note in [*notes, *more] or ["No notes on the collection."])]
+    return [Table(head, rows), *(Text([Quoted(note)], item=True) for note in [*notes, *more] or ["No notes on the collection."])]
 
 
 def _made(one: Loaded) -> list[Block]:
@@ -245,7 +245,7 @@ def command(config: dict[str, Any]) -> str:
     for key, value in config.items():
         flag = f"--{key.replace('_', '-')}"
         if key == "sweep":
-            words += [f"{flag} {name}={','.join(f'{v:g}' for v in values)}" for name, values in value.items()]
+            words += [f"{flag} {name}={','.join(map(str, values))}" for name, values in value.items()]
         elif value is True:
             words.append(flag)
         elif value is not None and value is not False:

@@ -14,7 +14,7 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.methods import BEST_CROSS, Pool, make_method
 from rerank_lab.methods.best import Best
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
-from rerank_lab.report.blocks import Block, Cell, Details, Table, Text
+from rerank_lab.report.blocks import Block, Cell, Details, Quoted, Table, Text
 from rerank_lab.report.load import Loaded
 from rerank_lab.reranker import Reranker
 from rerank_lab.results import is_remote
@@ -51,7 +51,7 @@ def loaded_model(one: Loaded, cache: str | None) -> Reranker:
         raise UserError("no bi-encoder ran")
     reranker = Reranker(
         config["model"], "best", max_tokens_per_doc=config["max_tokens_per_doc"], subspace=config["subspace"], cache_dir=cache,
-        runtime=config["runtime"], precision=config["precision"],
+        runtime=config["runtime"], precision=config["precision"], device=config["device"],
     )  # fmt: skip
     if reranker.fingerprints()["model_vectors"] != models["model_vectors"]:
         raise UserError(f"the {config['model']} of today gives other vectors than the one that ranked")
@@ -79,13 +79,13 @@ def _method(one: Loaded, source: Source, label: str, progress: Callable[[Sequenc
     assert one.scores is not None
     ranks = {name: _ranks(one.scores, name, [*gained, *lost]) for name in (one.baseline, label)}
     blocks: list[Block] = []
-    aligned = _aligns(label, one, source)
+    shows = source.quote and source.dataset is not None and source.reranker is not None and aligned(label)
     for title, queries in (("gained", gained), ("lost", lost)):
         if queries:
             blocks.append(_table(one, source, label, queries, ranks, f"The {len(queries)} that {title} most"))
         else:
             blocks.append(Text([f"No query {title}."]))
-        if aligned:
+        if shows:
             blocks += [_alignment(one, source, label, q, ranks, f"{title}, {one.primary} {change[q]:+.3f}") for q in progress(queries, f"align {label}")]
     return Details(f"{label} against {one.baseline}", blocks, open=shown)
 
@@ -102,7 +102,7 @@ def _table(one: Loaded, source: Source, label: str, queries: Sequence[str], rank
         relevant, more = _relevant(source, q, ranks, one.baseline, label)
         moved = "; ".join(f"{d}: {_place(ranks[one.baseline], q, d)} → {_place(ranks[label], q, d)}" for d in relevant)
         moved += f"; and {more} more" if more > 0 else ""
-        cells = [Cell(q), Cell(f"{before[q]:.3f} → {after[q]:.3f}", float(after[q] - before[q])), Cell(moved)]
+        cells = [Cell(q, quoted=True), Cell(f"{before[q]:.3f} → {after[q]:.3f}", float(after[q] - before[q])), Cell(moved, quoted=True)]
         if source.dataset is not None and source.quote:
             cells[0] = Cell(source.dataset.queries.get(q, ""), quoted=True)
             cells.append(Cell(_cut(source.dataset.corpus.get(relevant[0], "")) if relevant else "", quoted=True))
@@ -134,9 +134,9 @@ def _cut(text: str) -> str:
     return text if len(text) <= LENGTH else text[: LENGTH - 1].rsplit(" ", 1)[0] + " …"
 
 
-def _aligns(label: str, one: Loaded, source: Source) -> bool:
-    name = label.partition(":")[0]
-    return source.quote and source.dataset is not None and source.reranker is not None and not is_remote(label) and name in (Best.name, BEST_CROSS)
+def aligned(label: str) -> bool:
+    """Whether a row ranks by what the query's tokens find, here."""
+    return not is_remote(label) and label.partition(":")[0] in (Best.name, BEST_CROSS)
 
 
 def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str, pd.DataFrame], what: str) -> Block:
@@ -144,21 +144,25 @@ def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str,
     assert source.dataset is not None and source.reranker is not None and source.reranker.encoder is not None
     method = make_method(Best.name + label[len(label.partition(":")[0]) :])
     assert isinstance(method, Best)
-    pool_ids = [d for d, _ in sorted(ranks[one.baseline].loc[q]["rank"].items(), key=lambda item: item[1])]
+    assert one.scores is not None
+    seen = one.scores[one.scores["query"] == q].drop_duplicates("document").sort_values("first_stage", ascending=False, kind="stable")
+    pool_ids = [*seen["document"]]
     relevant = [d for d in _relevant(source, q, ranks, one.baseline, label)[0] if d in pool_ids]
-    first = pool_ids[0]
+    first = ranks[one.baseline].loc[q]["rank"].idxmin() if q in ranks[one.baseline].index else pool_ids[0]
     shown = list(dict.fromkeys([*relevant[:1], first, *relevant[1:2]]))[:2]
     query = source.dataset.queries[q]
     with torch.inference_mode():
         pool = source.reranker.pool(Pool, query, [source.dataset.corpus[d] for d in pool_ids])
         read = pool.query_vectors(detail=Detail.TOKENS)
         kept = pool.nearest(read, pool.vectors(detail=Detail.POOLED), method.stage1_top_k)[1]
-        A = pool.attention(read, pool.vectors(kept, detail=Detail.TOKENS), method.tau).view(len(kept), -1).cpu()
+        if not len(read.tokens):
+            return Text([Quoted(q), " has no tokens."])
+        A = pool.attention(read, pool.vectors(kept, detail=Detail.TOKENS), method.tau).view(len(kept), len(read.tokens)).cpu()
         weight = A.amax(0) - A.mean(0)
         weight = weight / weight.sum() if float(weight.sum()) else torch.full_like(weight, 1 / len(weight))
         places = torch.tensor([pool_ids.index(d) for d in shown])
         documents = pool.vectors(places, detail=Detail.TOKENS)
-        found = pool.attention(read, documents, method.tau).view(len(shown), -1).cpu()
+        found = pool.attention(read, documents, method.tau).view(len(shown), len(read.tokens)).cpu()
     encoder, columns = source.reranker.encoder, []
     for n, d in enumerate(shown):
         vectors = documents.row(n)
@@ -174,11 +178,8 @@ def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str,
             value = float(found[n, i])
             cells.append(Cell(f"{column[i] if column else 'no tokens'} {value:.2f}", value, (value - low) / max(high - low, 1e-9), quoted=True))
         rows.append(cells)
-    head = [
-        "query token",
-        "weight",
-        *(f"{d}{' (relevant)' if d in relevant else ''}, {_place(ranks[one.baseline], q, d)} → {_place(ranks[label], q, d)}" for d in shown),
-    ]
+    moved = (f"{d}{' (relevant)' if d in relevant else ''}, {_place(ranks[one.baseline], q, d)} → {_place(ranks[label], q, d)}" for d in shown)
+    head = ["query token", "weight", *map(Quoted, moved)]
     return Details(f"{_cut(query)} ({what})", [Table(head, rows, kind="alignment")], quoted=True)
 
 

@@ -20,7 +20,7 @@ from matplotlib.transforms import Bbox
 
 from rerank_lab.methods import BEST_CROSS, METHODS
 from rerank_lab.report.load import Loaded
-from rerank_lab.report.verdict import frontier
+from rerank_lab.report.verdict import compared, frontier
 from rerank_lab.results import interval, is_remote, p_text
 from rerank_lab.timing import PHASES
 
@@ -65,7 +65,7 @@ def pareto(one: Loaded) -> Figure:
     """Quality with its 95% interval against median latency; what is dominated stands grey."""
     figure = Figure()
     axes = figure.subplots()
-    best, look = frontier(one), looks(list(one.rows))
+    best, weighed, look = frontier(one), {row["method"] for row in compared(one)}, looks(list(one.rows))
     timed = {label: row for label, row in one.rows.items() if row["latency_ms"]}
     at = {label: (row["latency_ms"]["p50"], row["measures"][one.primary]) for label, row in timed.items()}
     axes.set_xscale("log")
@@ -73,10 +73,22 @@ def pareto(one: Loaded) -> Figure:
     x, y = zip(*(at[label] for label in best))
     axes.step([*x, max(p[0] for p in at.values()) * 1.6], [*y, y[-1]], where="post", color=INK, lw=1, ls=(0, (4, 2)), marker="", zorder=1)
     for label, row in timed.items():
-        colour = look[label]["color"] if label in best else DOMINATED
+        colour = look[label]["color"] if label in best or label not in weighed else DOMINATED
+        face = "white" if is_remote(label) else colour
         ci, value = row["ci95"][one.primary], row["measures"][one.primary]
         error = None if ci is None else [[max(0, value - ci[0])], [max(0, ci[1] - value)]]
-        axes.errorbar(at[label][0], value, yerror(error), color=colour, marker=look[label]["marker"], markersize=8, elinewidth=1.2, capsize=3, zorder=3)
+        axes.errorbar(
+            at[label][0],
+            value,
+            yerror(error),
+            color=colour,
+            marker=look[label]["marker"],
+            markersize=8,
+            markerfacecolor=face,
+            elinewidth=1.2,
+            capsize=3,
+            zorder=3,
+        )
     _log_ticks(axes, [p[0] for p in at.values()])
     remote = " (servers over HTTP)" if any(map(is_remote, timed)) else ""
     axes.set_xlabel(f"median latency of a query, ms, documents seen before{remote}")
@@ -110,10 +122,9 @@ def _name_points(figure: Figure, axes: Axes, at: Mapping[str, tuple[float, float
     lines = [Bbox([place((at[label][0], bar[0])), place((at[label][0], bar[1]))]) for label, bar in bars.items()]
     frame, taken = axes.get_window_extent(renderer), list[Any]()
     for label, point in sorted(at.items(), key=lambda item: item[1]):
-        short = label if len(label) <= 24 else label[:23] + "…"
         tried: list[tuple[float, Annotation]] = []
         for far, (dx, dy, side) in enumerate(CORNERS):
-            note = axes.annotate(short, point, (dx, dy), textcoords="offset points", ha=side, fontsize=8.5, color=colours[label])
+            note = axes.annotate(short(label), point, (dx, dy), textcoords="offset points", ha=side, fontsize=8.5, color=colours[label])
             box = note.get_window_extent(renderer)
             hidden = 0.1 * far + sum(box.overlaps(line) for line in lines) + 3 * sum(box.overlaps(mark) for mark in marks)
             hidden += 9 * sum(box.overlaps(other) for other in taken) + 9 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0)
@@ -126,17 +137,18 @@ def _name_points(figure: Figure, axes: Axes, at: Mapping[str, tuple[float, float
 
 
 @styled
-def forest(deltas: Mapping[str, Mapping[str, Any]], measure: str, title: str, against: str) -> Figure:
+def forest(deltas: Mapping[str, Mapping[str, Any]], measure: str, title: str, against: str, labels: Sequence[str]) -> Figure:
     """Differences with their 95% intervals; the corrected p beside each.
 
     Args:
         deltas: label → {"delta", "ci95", "p_holm"}.
         measure, title: what is compared, and where.
         against: what each is compared with.
+        labels: all methods of the report, whose looks are the same in every figure.
     """
     figure = Figure(figsize=(4.8, 1.1 + 0.34 * len(deltas)))
     axes = figure.subplots()
-    look, names = looks(list(deltas)), list(deltas)[::-1]
+    look, names = looks(labels), list(deltas)[::-1]
     axes.axvline(0, color=INK, lw=1)
     axes.grid(True, axis="x")
     for place, label in enumerate(names):
@@ -144,7 +156,7 @@ def forest(deltas: Mapping[str, Mapping[str, Any]], measure: str, title: str, ag
         ci = vs["ci95"] or [vs["delta"]] * 2
         axes.plot(ci, [place] * 2, color=look[label]["color"], lw=2, marker="|", markersize=7)
         axes.plot(vs["delta"], place, color=look[label]["color"], marker=look[label]["marker"], markersize=8)
-    axes.set_yticks(range(len(names)), [name if len(name) <= 24 else name[:23] + "…" for name in names])
+    axes.set_yticks(range(len(names)), [*map(short, names)])
     axes.set_ylim(-0.6, len(names) - 0.4)
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(names)), [p_text(deltas[name]["p_holm"]) for name in names])
@@ -170,7 +182,7 @@ def strips(one: Loaded) -> Figure:
         axes.stairs(np.clip(change, None, 0), edges, fill=True, color="#D55E00", lw=0, hatch="////", edgecolor="#7a2f00")
         axes.axhline(0, color=INK, lw=0.8)
         vs = one.rows[label]["vs"]
-        axes.set_title(f"{label if len(label) <= 30 else label[:29] + '…'}", fontweight="normal", fontsize=8.5, pad=2)
+        axes.set_title(short(label), fontweight="normal", fontsize=8.5, pad=2)
         axes.set_title(f"{vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost", loc="right", fontweight="normal", fontsize=8.5, pad=2)
         axes.set_xlim(0, len(change))
     panels[-1].set_xlabel(f"queries of {one.name}, sorted by difference")
@@ -195,7 +207,7 @@ def phases(one: Loaded) -> Figure:
             start += width
         for place, total in enumerate(start):
             axes.annotate(f"{total:,.1f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
-        axes.set_yticks(range(len(names)), [name if len(name) <= 24 else name[:23] + "…" for name in names])
+        axes.set_yticks(range(len(names)), [*map(short, names)])
         axes.set_xlim(0, start.max() * 1.16)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_title(f"{one.name}, {title}" if one.name else title)
@@ -238,6 +250,11 @@ def swept(one: Loaded, setting: str) -> Figure:
     above.set_title(one.name)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def short(label: str) -> str:
+    """A label that fits beside an axis; what tells long ones apart stands at both ends."""
+    return label if len(label) <= 26 else f"{label[:11]}…{label[-14:]}"
 
 
 UNITS = {"stage1_top_k": ", documents that stage 1 keeps", "max_tokens_per_doc": ", tokens kept of a document", "top_k": ", candidates a query"}

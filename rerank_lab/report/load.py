@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,21 @@ from rerank_lab.journal import RESULTS
 from rerank_lab.results import SCHEMA
 
 KEYS = ("environment", "config", "dataset", "models", "candidates", "rows", "sweeps")
+ROW = (
+    "method", "queries", "measures", "ci95", "vs", "vs_definition", "settings", "latency_ms", "cold_latency_ms", "cold_sample", "timed_queries", "phases_ms",
+    "cold_phases_ms", "docs_per_s", "peak_rss_mb", "flops_per_query", "coverage", "unjudged_share", "truncated_share", "tie_rate", "token_limit",
+)  # fmt: skip
 SAME = 1e-9  # means of measures over queries, summed in another order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loaded:
     """One evaluation.
 
     Attributes:
         folder: where it lies.
         name: as the report calls it, unlike the others'.
+        stem: the same in names of files and links.
         result: results.json.
         per_query: per_query.csv, ids as text.
         scores: scores.parquet; None where it is gone.
@@ -34,6 +40,7 @@ class Loaded:
 
     folder: Path
     name: str
+    stem: str
     result: dict[str, Any]
     per_query: pd.DataFrame
     scores: pd.DataFrame | None
@@ -70,12 +77,20 @@ def load(folders: Sequence[Path]) -> list[Loaded]:
     Raises:
         UserError: no folder, an interrupted run, a file missing, damaged, or of another version; which, and what to do.
     """
+    if twice := [str(folder) for folder in folders if [*map(Path.resolve, folders)].count(folder.resolve()) > 1]:
+        raise UserError(f"{twice[0]} is named twice")
     found = [_load(folder) for folder in folders]
     names = [_name(one) for one in found]
-    return [
-        Loaded(one.folder, name if names.count(name) == 1 else f"{name} ({one.folder.resolve().name})", one.result, one.per_query, one.scores)
-        for one, name in zip(found, names)
-    ]
+    for tell in (lambda one: one.folder.resolve().name, lambda one: str(one.folder)):  # apart by as little as that takes
+        names = [name if names.count(name) == 1 else f"{_name(one)} ({tell(one)})" for one, name in zip(found, names)]
+    stems = [anchor(name) for name in names]
+    stems = [stem if stems.count(stem) == 1 else f"{stem}-{n}" for n, stem in enumerate(stems, 1)]
+    return [replace(one, name=name, stem=stem) for one, name, stem in zip(found, names, stems)]
+
+
+def anchor(title: str) -> str:
+    """A title in names of files and links."""
+    return re.sub(r"[^\w]+", "-", title.lower()).strip("-")
 
 
 def newest(root: Path) -> Path:
@@ -116,11 +131,11 @@ def _load(folder: Path) -> Loaded:
         raise UserError(f"{folder} holds an interrupted run ({_done(folder / 'partial')}): finish it by the same command with --resume")
     result = _result(folder / RESULTS)
     frame = _per_query(folder / "per_query.csv", result)
-    return Loaded(folder, "", result, frame, _scores(folder / "scores.parquet"))
+    return Loaded(folder, "", "", result, frame, _scores(folder / "scores.parquet"))
 
 
 def _done(partial: Path) -> str:
-    counts = [f"{path.stem}: {path.read_bytes().count(b'{')} queries" for path in sorted(partial.glob("*.jsonl"))]
+    counts = [f"{path.stem}: {path.read_bytes().count(bytes([10]))} queries" for path in sorted(partial.glob("*.jsonl"))]
     return ", ".join(counts[:5]) + (f" and {len(counts) - 5} more" if len(counts) > 5 else "") or "nothing ranked yet"
 
 
@@ -137,6 +152,7 @@ def _result(path: Path) -> dict[str, Any]:
         remedy = "a newer rerank_lab made it: upgrade" if newer else "run the evaluation again with --overwrite"
         raise UserError(f"{path}: schema {schema}, and this version reads schema {SCHEMA}; {remedy}")
     missing = [key for key in KEYS if key not in result]
+    missing += sorted({key for row in result.get("rows", []) for key in ROW if key not in row})
     if missing or not result["rows"]:
         raise UserError(f"{path} lacks {', '.join(missing) or 'rows'}; run the evaluation again with --overwrite")
     return dict(result)
@@ -145,7 +161,7 @@ def _result(path: Path) -> dict[str, Any]:
 def _per_query(path: Path, result: dict[str, Any]) -> pd.DataFrame:
     names = result["config"]["measures"]
     try:
-        frame = pd.read_csv(path, converters={"query": str, "method": str})
+        frame = pd.read_csv(path, dtype={"query": str, "method": str}, keep_default_na=False, na_values=[""])
     except FileNotFoundError:
         raise UserError(f"{path} is missing: without it there are no differences by query; copy it back, or run the evaluation again") from None
     except (OSError, ValueError) as error:

@@ -10,12 +10,15 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Row, Section, Strong, Table, Text
+from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Quoted, Row, Section, Strong, Table, Text
 from rerank_lab.report.figures import saved
+from rerank_lab.report.load import anchor
 
 MEANT = re.compile(r"([\\`*|<>])")
 FOREIGN = re.compile(r"([\\`*_\[\]!|<>~$&])")
-LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"<": "$<$", ">": "$>$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"} | {"<": "$<$", ">": "$>$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+)
 
 
 def markdown(block: Block, figures: str = "figures") -> str:
@@ -33,11 +36,6 @@ def html(report: Section, folder: Path = Path(__file__).parent) -> str:
 
 
 KINDS = {"text": Text, "code": Code, "table": Table, "plots": Row, "details": Details, "section": Section, "cell": Cell, "strong": Strong}
-
-
-def anchor(title: str) -> str:
-    """A heading's id."""
-    return re.sub(r"[^\w]+", "-", title.lower()).strip("-")
 
 
 def latex(table: Table, caption: str, label: str) -> str:
@@ -86,7 +84,7 @@ def _lines(block: Block, figures: str) -> Iterator[str]:
 
 def _spaced(part: str) -> str:
     """As `escaped`, with the spaces at its ends."""
-    inner = escaped(part)
+    inner = escaped(part, isinstance(part, Quoted))
     return f"{' ' * (part[:1] == ' ')}{inner}{' ' * (part[-1:] == ' ' and bool(inner))}" if inner else part
 
 
@@ -100,6 +98,6 @@ def _image(plot: Plot, figures: str) -> str:
 
 def _table(table: Table) -> Sequence[str]:
     rows = [[escaped(cell.text, cell.quoted) if isinstance(cell, Cell) else escaped(cell) for cell in row] for row in table.rows]
-    head = [escaped(name) for name in table.head]
+    head = [escaped(name, isinstance(name, Quoted)) for name in table.head]
     caption = ["", f"{escaped(table.caption)}:", ""] if table.caption else [""]
     return [*caption, *(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]), ""]

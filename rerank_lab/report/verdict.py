@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any
 
 from rerank_lab import stats
 from rerank_lab.report.blocks import Strong
@@ -16,7 +19,7 @@ class Versus:
 
     Attributes:
         delta, ci95: how far below (at most 0 where the other is the highest), and the 95% interval of that.
-        p: randomisation test, Holm-corrected over the methods.
+        p: randomisation test, Holm-corrected over all pairs of methods: which is highest, the same queries chose.
     """
 
     delta: float
@@ -37,26 +40,33 @@ class Verdict:
     below: dict[str, Versus]
 
 
+@cache
 def verdict(one: Loaded) -> Verdict:
     """By paired tests over the queries; servers are left out where methods ran here, since their time is another machine's."""
-    rows = [row for row in one.result["rows"] if row["latency_ms"]] or one.result["rows"]
-    rows = [row for row in rows if not is_remote(row["method"])] or rows
+    rows = compared(one)
     labels = [row["method"] for row in rows]
     highest = max(labels, key=lambda label: one.rows[label]["measures"][one.primary])
-    top, others = one.measure(highest).to_numpy(), [label for label in labels if label != highest]
-    values = {label: one.measure(label).to_numpy() for label in others}
-    corrected = stats.holm([stats.paired_randomization(top, values[label], one.seed) for label in others])
+    values = {label: one.measure(label).to_numpy() for label in labels}
+    pairs = [*combinations(labels, 2)]
+    corrected = dict(zip(map(frozenset, pairs), stats.holm([stats.paired_randomization(values[a], values[b], one.seed) for a, b in pairs])))
+    change = {label: values[label] - values[highest] for label in labels if label != highest}
     below = {
-        label: Versus(float((values[label] - top).mean()), stats.bootstrap_interval(values[label] - top, one.seed), p) for label, p in zip(others, corrected)
+        label: Versus(float(less.mean()), stats.bootstrap_interval(less, one.seed), corrected[frozenset((label, highest))]) for label, less in change.items()
     }
     level = [label for label in labels if label == highest or below[label].p >= ALPHA]
     cost = {row["method"]: row["latency_ms"]["p50"] if row["latency_ms"] else 0.0 for row in rows}
     return Verdict(highest, min(level, key=lambda label: cost[label]), below)
 
 
+def compared(one: Loaded) -> list[dict[str, Any]]:
+    """The rows that are weighed against each other: those timed, and without servers where methods ran here."""
+    rows = [row for row in one.result["rows"] if row["latency_ms"]] or one.result["rows"]
+    return [row for row in rows if not is_remote(row["method"])] or rows
+
+
 def frontier(one: Loaded) -> list[str]:
-    """Labels that no other row beats in both quality and median latency, fastest first."""
-    timed = [row for row in one.result["rows"] if row["latency_ms"]]
+    """Labels that no other of these beats in both quality and median latency, fastest first."""
+    timed = [row for row in compared(one) if row["latency_ms"]]
     kept: list[str] = []
     best = float("-inf")
     for row in sorted(timed, key=lambda row: (row["latency_ms"]["p50"], -row["measures"][one.primary])):
@@ -68,8 +78,8 @@ def frontier(one: Loaded) -> list[str]:
 
 def sentence(one: Loaded) -> list[str]:
     """The finding of one collection, as parts of a paragraph."""
-    found, rows = verdict(one), one.rows
-    use, vs, measure = rows[found.use], rows[found.use]["vs"], one.primary
+    found, measure, use = verdict(one), one.primary, one.rows[verdict(one).use]
+    vs = use["vs"]
     level = found.highest != found.use
     if vs is None:
         own = interval(use["measures"][measure], use["ci95"][measure], ".3f").removeprefix("0")
@@ -85,14 +95,14 @@ def sentence(one: Loaded) -> list[str]:
         end = f". The highest mean is {found.highest}'s, {gap} above{times(one, found.highest, found.use)}: "
         end += f"{_queries(use['queries'])} not tell that from chance (Holm p {p_text(other.p)})."
     else:
-        end = f", the highest mean of {len(rows)} methods." if len(rows) > 1 else "."
+        end = f", the highest mean of {len(found.below) + 1} methods." if found.below else "."
     return [Strong(one.name), ": ", Strong(found.use), start + end, *_cheaper(one, found)]
 
 
 def _cheaper(one: Loaded, found: Verdict) -> list[str]:
     """The best of what costs less than the chosen method and beats the baseline too."""
     gains = [label for label in frontier(one) if label != found.use and (vs := one.rows[label]["vs"]) and vs["p_holm"] < ALPHA and vs["delta"] > 0]
-    cost = {label: one.rows[label]["latency_ms"]["p50"] for label in gains if not is_remote(label)}
+    cost = {label: one.rows[label]["latency_ms"]["p50"] for label in gains}
     own = one.rows[found.use]["latency_ms"]
     cheaper = [label for label in cost if own and cost[label] < own["p50"]]
     if not cheaper:

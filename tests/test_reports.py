@@ -1,0 +1,97 @@
+"""What README says is what reports/ hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BASELINE = ROOT / "reports" / "baseline"
+REPORT = (BASELINE / "report.md").read_text()
+COLLECTIONS = ("numpydoc", "scifact", "cranfield")
+
+
+def tables(text: str) -> Iterator[list[dict[str, str]]]:
+    """Every Markdown table as rows by the names of its columns."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *rows = [[cell.strip(" *") for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
+        yield [dict(zip(head, row)) for row in rows]
+
+
+def section(title: str, text: str = REPORT) -> str:
+    """What stands under a heading, up to the next of its level."""
+    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"no heading {title!r}"
+    return found[2]
+
+
+def row(collection: str, method: str) -> dict[str, str]:
+    """A method's row of a collection's table in reports/baseline."""
+    (table,) = tables(section("The table", section(collection)))
+    return next(row for row in table if row["method"] == method)
+
+
+def test_the_table_of_quality_is_the_baselines() -> None:
+    table = next(tables(README))
+    assert len(table) == len(COLLECTIONS)
+    for own, collection in zip(table, COLLECTIONS):
+        (head, name), *cells = own.items()
+        assert head.startswith("nDCG@10") and name.lower().startswith(collection)
+        for method, value in cells:
+            assert value == row(collection, method)["nDCG@10 [95% CI]"].split()[0], (collection, method)
+
+
+def test_bold_is_the_highest_of_each_row() -> None:
+    for line in README[README.index("| nDCG@10") :].split("\n\n")[0].splitlines()[2:]:
+        cells = line.strip("|").split("|")[1:]
+        values = [float(cell.strip(" *")) for cell in cells]
+        assert [cell for cell in cells if "**" in cell] == [cells[values.index(max(values))]]
+
+
+def test_what_eval_prints_is_the_baselines() -> None:
+    block = README[README.index("numpydoc (test): 300") :].split("```")[0]
+    lines = re.findall(r"^(\S+) +(0\.\d{4} \[.*?\])  (baseline|\S+ \[.*?\]) +(\S*) +([\d.,]+) +([\d.,]+)$", block, re.MULTILINE)
+    assert [line[0] for line in lines] == ["fast", "standard", "optimal", "best", "best+cross"]
+    for method, quality, delta, p, seen, new in lines:
+        own = row("numpydoc", method)
+        assert (quality, p, seen, new) == (own["nDCG@10 [95% CI]"], own["Holm p"], own["p50 ms"], own["new documents, ms"])
+        if delta != "baseline":
+            assert delta.split(" ", 1)[1] == own["Δ [95% CI]"].split(" ", 1)[1] and float(delta.split()[0]) == pytest.approx(
+                float(own["Δ [95% CI]"].split()[0]), abs=5e-4
+            )
+
+
+@pytest.mark.parametrize(("heading", "report"), [("Speed of the models", "models.md"), ("Kernels", "kernels.md")])
+def test_ratios_are_in_the_report_that_the_section_names(heading: str, report: str) -> None:
+    part, held = section(heading, README), (ROOT / "reports" / report).read_text()
+    assert f"reports/{report}" in part
+    ratios = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?= ×)|(?<![\w.-])\d+\.\d{2}(?![\w.])", "\n".join(line for line in part.splitlines() if line.startswith("|")))
+    assert len(ratios) >= 6
+    for ratio in ratios:
+        assert re.search(rf"(?<![\d.]){re.escape(ratio)}(?![\d.])", held), f"{ratio} is not in reports/{report}"
+
+
+def test_pictures_are_there_and_every_report_names_its_command() -> None:
+    pictures = re.findall(r"""(?:\]\(|src=")(reports/[^")]+\.(?:png|svg))""", README) + [
+        f"reports/baseline/{path}" for path in re.findall(r"\]\((figures/[^)]+)\)", REPORT)
+    ]  # fmt: skip
+    assert len(pictures) > 15 and all((ROOT / path).is_file() for path in pictures)
+    assert {path.name for path in (BASELINE / "figures").iterdir()} == {path.rpartition("/")[2] for path in pictures if "baseline/figures" in path}
+    for collection in COLLECTIONS:
+        made = section("Made by", section(collection))
+        assert re.search(r"^    python -m rerank_lab.eval .*--dataset \S+", made, re.MULTILINE) and re.search(r"at commit [0-9a-f]{12} on ", made)
+    assert "make reports DATA=" in REPORT
+
+
+def test_texts_of_numpydoc_alone_are_quoted() -> None:
+    assert "polynomial" in section("numpydoc")
+    for collection in ("scifact", "cranfield"):
+        part = section("Queries that gained and lost", section(collection))
+        assert (
+            "ids alone" in part
+            and len(re.findall(r"[a-z]{4,} [a-z]{4,} [a-z]{4,} [a-z]{4,}", re.sub(r"<summary>.*?</summary>|^[^|].*$", "", part, flags=re.MULTILINE))) <= 1
+        )
