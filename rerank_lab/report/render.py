@@ -14,8 +14,8 @@ from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Quoted, R
 from rerank_lab.report.figures import saved
 from rerank_lab.report.load import anchor
 
-MEANT = re.compile(r"([\\`*|<>])")
-FOREIGN = re.compile(r"([\\`*_\[\]!|<>~$&])")
+MEANT = re.compile(r"([\\`*|]|<(?=[A-Za-z/!?]))")
+FOREIGN = re.compile(r"([\\`*_\[\]!|<~$&])")
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"} | {"<": "$<$", ">": "$>$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 )
@@ -23,7 +23,7 @@ LATEX = str.maketrans(
 
 def markdown(block: Block, figures: str = "figures") -> str:
     """A block and all in it as Markdown (GitHub's), figures as images from the folder of that name."""
-    return "\n".join(_lines(block, figures)).rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(_lines(block, figures))).rstrip() + "\n"
 
 
 def html(report: Section, folder: Path = Path(__file__).parent) -> str:

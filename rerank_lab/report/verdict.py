@@ -93,7 +93,7 @@ def sentence(one: Loaded) -> list[str]:
         other = found.below[found.use]
         gap = interval(-other.delta, other.ci95 and [-other.ci95[1], -other.ci95[0]], ".3f", "+.3f").removeprefix("0")
         end = f". The highest mean is {found.highest}'s, {gap} above{times(one, found.highest, found.use)}: "
-        end += f"{_queries(use['queries'])} not tell that from chance (Holm p {p_text(other.p)})."
+        end += f"{_queries(use['queries'])} not tell that from chance, all pairs counted (Holm p {p_text(other.p)})."
     else:
         end = f", the highest mean of {len(found.below) + 1} methods." if found.below else "."
     return [Strong(one.name), ": ", Strong(found.use), start + end, *_cheaper(one, found)]
