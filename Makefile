@@ -23,6 +23,7 @@ reports: $(VENV)/.installed
 	$(BIN)/python -m rerank_lab.report results/baseline/numpydoc results/baseline/scifact results/baseline/cranfield \
 	    --bench results/baseline/bench.json --quote numpydoc --out reports/baseline \
 	    --command 'make reports DATA=folder'
+	for name in numpydoc scifact cranfield; do cp results/baseline/$$name/results.json reports/baseline/$$name.json; done
 
 # The v3 API on http://127.0.0.1:8000; ARGS="--port 9000" for another port, and so on.
 serve: $(VENV)/.installed

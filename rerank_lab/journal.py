@@ -17,6 +17,7 @@ from rerank_lab.errors import UserError
 from rerank_lab.run import write_atomically
 
 RESULTS = "results.json"
+REPORTS = ("report.md", "report.html", "report.tex")
 
 
 def file_name(label: str) -> str:
@@ -110,6 +111,8 @@ class Journal:
         for path in (self.out / "runs").glob("*.trec"):
             if f"runs/{path.name}" not in files:
                 path.unlink()
+        for name in REPORTS:  # of the results that these replace
+            (self.out / name).unlink(missing_ok=True)
         for name in sorted(files, key=lambda n: n == RESULTS):
             write_atomically(self.out / name, files[name])
         shutil.rmtree(self.partial, ignore_errors=True)

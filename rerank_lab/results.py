@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -73,12 +74,9 @@ def summarize(
     none = _agreement([], []) if agreed else None  # columns for every row where one has them
     per_query = pd.concat([_per_query(label, frames[label], collected[label]["records"], agreed.get(label, none)) for label in methods], ignore_index=True)
     files: dict[str, str | bytes] = {f"runs/{file_name(label)}.trec": "".join(trec_lines(run, file_name(label))) for label, run in runs.items()}
-    files |= {
-        RESULTS: json.dumps(result, indent=1, allow_nan=False) + "\n",
-        "per_query.csv": per_query.to_csv(index=False),
-        "scores.parquet": _scores(collected, candidates, dataset.qrels),
-    }
-    return result, files
+    beside = {"per_query.csv": per_query.to_csv(index=False).encode(), "scores.parquet": _scores(collected, candidates, dataset.qrels)}
+    result["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()}
+    return result, files | beside | {RESULTS: json.dumps(result, indent=1, allow_nan=False) + "\n"}
 
 
 def is_remote(label: str) -> bool:

@@ -185,6 +185,12 @@ def test_servers_are_shown_and_not_weighed_against_what_ran_here() -> None:
     assert len({figures.short(f"endpoint:http://127.0.0.1:8000:{name}") for name in ("fast", "best", "best+cross", "optimal")}) == 4
 
 
+def test_equal_means_are_not_told_as_a_gap() -> None:
+    values = np.linspace(0.1, 0.9, 20)
+    one = made_up({"slow": (values, 5.0), "quick": (values[::-1].copy(), 1.0)})
+    assert verdict(one).use == verdict(one).highest == "quick" and "above" not in "".join(sentence(one))
+
+
 def test_the_pareto_plot_shows_what_the_results_say(one: Loaded) -> None:
     axes = figures.pareto(one).axes[0]
     marks = {tuple(np.ravel(line.get_xydata())): line.get_color() for line in axes.lines if len(line.get_xdata()) == 1}  # type: ignore[arg-type]
@@ -197,7 +203,8 @@ def test_the_pareto_plot_shows_what_the_results_say(one: Loaded) -> None:
 def test_other_figures_show_what_the_results_say(one: Loaded) -> None:
     forest = figures.forest({label: row["vs"] for label, row in one.rows.items() if row["vs"]}, "nDCG@10", "small", "fast", list(one.rows)).axes[0]
     drawn = {tuple(np.ravel(line.get_xdata())) for line in forest.lines}
-    strips = figures.strips(one).axes
+    changes = {label: (one.measure(label) - one.measure("fast")).to_numpy() for label, row in one.rows.items() if row["vs"]}
+    strips = figures.strips(changes, "nDCG@10", "small", "fast").axes
     for axes, (label, row) in zip(strips, [item for item in one.rows.items() if item[1]["vs"]], strict=True):
         assert {(row["vs"]["delta"],), tuple(row["vs"]["ci95"])} <= drawn
         change = np.sort(one.measure(label).to_numpy() - one.measure("fast").to_numpy())[::-1]
@@ -286,8 +293,8 @@ def test_a_collection_that_moved_or_changed_costs_only_the_texts(made: Path, tmp
     with (away / "corpus.jsonl").open("a") as file:
         file.write('{"_id": "d9", "text": "new"}\n')
     capsys.readouterr()
-    assert main([str(copy), "--dataset", f"small={away}"]) == 0
-    assert "another collection than the one that was ranked" in capsys.readouterr().err
+    assert "another collection than the one that was ranked" in failing(capsys, copy, "--dataset", f"small={away}")
+    assert "is no folder" in failing(capsys, copy, "--dataset", f"small={tmp_path / 'nowhere'}")
     (copy / "scores.parquet").unlink()
     assert main([str(copy)]) == 0 and "has no scores.parquet" in (copy / "report.md").read_text()
 
@@ -295,6 +302,7 @@ def test_a_collection_that_moved_or_changed_costs_only_the_texts(made: Path, tmp
 def test_an_evaluation_of_one_query_and_one_method_has_a_report(made: Path, tmp_path: Path) -> None:
     arguments = ["--dataset", str(made / "small"), "--methods", "fast", "--limit-queries", "1", "--cold-queries", "0", "--out", str(tmp_path / "out")]
     assert evaluation(arguments) == 0 and main([str(tmp_path / "out")]) == 0
+    assert "One method ran" in (tmp_path / "out" / "report.md").read_text()
     assert "fast, the baseline, has nDCG@10" in (text := (tmp_path / "out" / "report.md").read_text().replace("*", "")) and "## Differences" not in text
 
 
@@ -304,6 +312,7 @@ def test_shares_of_the_roofline_come_from_bench(made: Path, tmp_path: Path, caps
     (tmp_path / "b.json").write_text(json.dumps(bench | {"tasks": [{"task": "MaxSim, d = 128", "rows": [row, {"name": "peer", "status": "not installed"}]}]}))
     assert main([str(made / "b"), "--out", str(tmp_path), "--bench", str(tmp_path / "b.json"), "--examples", "0"]) == 0
     assert "| MaxSim, d = 128 | MaxSim | 1.00 | - | 0.71 | 0.33 |" in (text := (tmp_path / "report.md").read_text()) and "peer" not in text
+    assert "\n### Kernels and the machine's limits\n" in text.partition("## Cost")[2].partition("\n## ")[0]
     (tmp_path / "b.json").write_text("{}")
     assert "--bench" in failing(capsys, made / "b", "--bench", tmp_path / "b.json")
 
@@ -336,6 +345,9 @@ def test_the_page_runs_nothing_of_a_collection_and_sorts_its_tables(page: Callab
     table.get_by_role("button", name="p50 ms").click()
     values = [float(v.replace(",", "")) for v in table.locator("tbody td:nth-child(5)").all_inner_texts()]
     assert values == sorted(values)
+    for _ in range(2):
+        table.get_by_role("button", name="Holm p").click()
+        assert table.locator("tbody tr").last.locator("th").inner_text() == "fast", "what has no value stands last"
     table.get_by_role("button", name="Δ").click()
     values = [float(v.split()[0]) if v != "baseline" else 0.0 for v in table.locator("tbody td:nth-child(3)").all_inner_texts()]
     assert values == sorted(values) and min(values) < 0 < max(values), "by value, not by letter"
@@ -347,6 +359,9 @@ def test_the_page_runs_nothing_of_a_collection_and_sorts_its_tables(page: Callab
 
 def test_the_page_reads_on_a_phone_and_without_scripts(page: Callable[..., Page]) -> None:
     tab = page(viewport={"width": 360, "height": 700}, java_script_enabled=False)
+    tab.emulate_media(media="print")
+    assert all(table.is_visible() for table in tab.locator("table.alignment").all()) and tab.locator("table.alignment").count() > 3, "closed parts print too"
+    tab.emulate_media(media="screen")
     assert tab.locator("button").count() == 0 and tab.get_by_text("nDCG@10").first.is_visible()
     summary = tab.locator("summary", has_text="best against fast").first
     part = summary.locator("xpath=..")

@@ -43,7 +43,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "a", root / "f")  # as a query without candidates makes it, whose hash is the same
     rows = (root / "f" / "per_query.csv").read_text()
     (root / "f" / "per_query.csv").write_text(re.sub(r"\bq4\b", "q5", rows))
+    (without_hashes(root / "f") / "scores.parquet").unlink()
     return root
+
+
+def without_hashes(folder: Path) -> Path:
+    result = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({key: value for key, value in result.items() if key != "files"}))
+    return folder
 
 
 def damaged(made: Path, tmp_path: Path, name: str, change: Callable[[str], str]) -> Path:
@@ -64,9 +71,21 @@ def with_key(key: str, value: Any) -> Callable[[str], str]:
         ("results.json", lambda text: "[]", "schema None"),
         ("results.json", with_key("schema", SCHEMA - 1), f"schema {SCHEMA - 1}, and this version reads schema {SCHEMA}; run the evaluation again"),
         ("results.json", with_key("schema", SCHEMA + 1), "a newer rerank_lab made it: upgrade"),
-        ("results.json", with_key("candidates", ...), "lacks candidates"),
-        ("results.json", with_key("rows", []), "lacks rows"),
-        ("results.json", with_key("rows", [{"method": "fast"}]), "lacks ci95, cold_latency_ms, "),
+        ("results.json", with_key("schema", str(SCHEMA)), f"schema '{SCHEMA}', and this version"),
+        ("results.json", with_key("candidates", ...), "candidates is missing"),
+        ("results.json", with_key("sweeps", None), "sweeps is no list"),
+        ("results.json", with_key("rows", []), "its rows () are not those"),
+        ("results.json", with_key("rows", [1]), "rows[0]. is no object"),
+        ("results.json", with_key("rows", [{"method": "fast"}]), "rows[0].queries is missing"),
+        ("results.json", lambda text: text.replace('"baseline": "fast"', '"baseline": "slow"'), "are not those of its configuration"),
+        ("results.json", lambda text: text.replace('"p_t"', '"p_u"'), "rows[1].vs.p_t is missing"),
+        ("results.json", lambda text: text.replace('"cpu"', '"gpu"'), "environment.cpu is missing"),
+        ("results.json", lambda text: text.replace('"recall@100"', '"recall"'), "candidates.recall@ is missing"),
+        ("results.json", lambda text: re.sub(r'"delta": [^,]+', '"delta": 0.5', text), "does not agree with itself on best"),
+        ("results.json", lambda text: re.sub(r'("P@1": )[\d.]+', r'\1"1.0"', text, count=1), 'P@1 is "1.0"'),
+        ("results.json", lambda text: re.sub(r'"per_query.csv": "\w+"', '"per_query.csv": "0"', text), "is not the one that results.json came with"),
+        ("per_query.csv", lambda text: text + text.splitlines()[-1] + "\n", "holds a query twice"),
+        ("per_query.csv", lambda text: text.replace(",1.0,", ",one,", 1), "holds no numbers in nDCG@10"),
         ("per_query.csv", lambda text: "".join(text.splitlines(keepends=True)[:-1]), "has 3 of 4 queries of best"),
         ("per_query.csv", lambda text: text.replace("P@1", "P@2"), "lacks the columns P@1"),
         ("per_query.csv", lambda text: text.replace("fast,1.0,", "fast,0.5,"), "are of two runs"),
@@ -106,7 +125,8 @@ def test_without_results_the_newest_is_taken(made: Path, tmp_path: Path, monkeyp
 
 def test_ids_that_look_like_numbers_stay_text(made: Path, tmp_path: Path) -> None:
     ids = dict(zip(QUERIES, ("007", "1e3", "NA", "12")))
-    copy = damaged(made, tmp_path, "per_query.csv", lambda text: re.sub(r"\bq[1-4]\b", lambda found: ids[found[0]], text))
+    copy = without_hashes(damaged(made, tmp_path, "per_query.csv", lambda text: re.sub(r"\bq[1-4]\b", lambda found: ids[found[0]], text)))
+    (copy / "scores.parquet").unlink()
     assert [*load([copy])[0].measure("fast").index] == [*ids.values()]
 
 
@@ -122,11 +142,37 @@ def test_two_results_of_the_same_candidates_are_compared(made: Path, tmp_path: P
         row = next(line for line in text.splitlines() if line.startswith(f"| {method} |"))
         assert f"| {p:.3f} |".replace(" 0.", " .") in row and f"| {(after > before).sum()}/{(after == before).sum()}/{(after < before).sum()} |" in row
     assert "standard ran in B alone" in text and "| config: max\\_tokens\\_per\\_doc | 512 | 2 |".replace("\\_", "_") in text.replace("\\_", "_")
-    assert "config: seed" not in text and "config: baseline" in text
-    assert (tmp_path / "figures" / "comparison.png").is_file() and "<img" in (tmp_path / "comparison.html").read_text()
+    assert "| config: seed | 0 | 3 |" in text and "config: baseline" in text and "× A's median latency" in text
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"comparison.png", "comparison-queries.png"} and "<img" in (
+        tmp_path / "comparison.html"
+    ).read_text()
     assert main(["--compare", str(made / "a"), str(made / "a"), "--out", str(tmp_path / "same")]) == 0
     text = (tmp_path / "same" / "comparison.md").read_text()
     assert "**best** is the same in both: no query's nDCG@10 differs" in text and "Nothing of configuration, models and environment." in text
+
+
+def test_scores_of_another_run_and_times_of_another_machine_are_told(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made / "a", copy)
+    shutil.copy(made / "d" / "scores.parquet", copy)
+    assert "scores.parquet and results.json are of two runs" in failing(capsys, copy)
+    result = json.loads((made / "b" / "results.json").read_text())
+    result["environment"]["cpu"] = "another"
+    shutil.rmtree(copy)
+    shutil.copytree(made / "b", copy)
+    (copy / "results.json").write_text(json.dumps(result))
+    assert main(["--compare", str(made / "a"), str(copy), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "median latency" not in text and "latencies are of different machines" in text and "| environment: cpu |" in text
+
+
+def test_a_new_run_leaves_no_report_of_the_old_one(made: Path, tmp_path: Path) -> None:
+    arguments = ["--dataset", str(made / "small"), "--methods", "fast", "--cold-queries", "0", "--out", str(tmp_path / "out")]
+    assert evaluation([*arguments, "--limit-queries", "2"]) == 0 and main([str(tmp_path / "out"), "--examples", "0", "--latex"]) == 0
+    (tmp_path / "out" / "mine.md").write_text("kept")
+    assert evaluation([*arguments, "--overwrite"]) == 0
+    assert {p.suffix for p in (tmp_path / "out").iterdir()} & {".html", ".tex"} == set() and not (tmp_path / "out" / "report.md").exists()
+    assert (tmp_path / "out" / "mine.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +191,7 @@ def test_what_is_no_pair_is_refused(made: Path, tmp_path: Path, other: str, mess
 
 def test_the_command_line_says_what_does_not_go_together(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs --out" in failing(capsys, "--compare", made / "a", made / "b")
-    assert "no RESULTS" in failing(capsys, made / "a", "--compare", made / "a", made / "b", "--out", tmp_path)
+    assert "not results, quote" in failing(capsys, made / "a", "--compare", made / "a", made / "b", "--out", tmp_path, "--quote", "none")
     assert "NAME=PATH" in failing(capsys, made / "a", "--dataset", "small")
     assert "NAME one of small" in failing(capsys, made / "a", "--dataset", "smal=x")
     (tmp_path / "file").write_text("")

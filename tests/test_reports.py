@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+from matplotlib import image
 
+from rerank_lab import results
 from rerank_lab.datasets import load_dataset
+from rerank_lab.report import figures
+from rerank_lab.report.load import Loaded
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 BASELINE = ROOT / "reports" / "baseline"
 REPORT = (BASELINE / "report.md").read_text()
 COLLECTIONS = ("numpydoc", "scifact", "cranfield")
+RESULTS: dict[str, dict[str, Any]] = {name: json.loads((BASELINE / f"{name}.json").read_text()) for name in COLLECTIONS}
 
 
 def tables(text: str) -> Iterator[list[dict[str, str]]]:
@@ -54,16 +65,32 @@ def test_bold_is_the_highest_of_each_row() -> None:
 
 
 def test_what_eval_prints_is_the_baselines() -> None:
-    block = README[README.index("numpydoc (test): 300") :].split("```")[0]
-    lines = re.findall(r"^(\S+) +(0\.\d{4} \[.*?\])  (baseline|\S+ \[.*?\]) +(\S*) +([\d.,]+) +([\d.,]+)$", block, re.MULTILINE)
-    assert [line[0] for line in lines] == ["fast", "standard", "optimal", "best", "best+cross"]
-    for method, quality, delta, p, seen, new in lines:
-        own = row("numpydoc", method)
-        assert (quality, p, seen, new) == (own["nDCG@10 [95% CI]"], own["Holm p"], own["p50 ms"], own["new documents, ms"])
-        if delta != "baseline":
-            assert delta.split(" ", 1)[1] == own["Δ [95% CI]"].split(" ", 1)[1] and float(delta.split()[0]) == pytest.approx(
-                float(own["Δ [95% CI]"].split()[0]), abs=5e-4
-            )
+    start = README.index("numpydoc (test): 300")
+    assert README[start:].startswith(results.table(RESULTS["numpydoc"]).rstrip() + "\n```")
+
+
+@pytest.mark.parametrize("collection", COLLECTIONS)
+def test_the_report_is_of_the_results_beside_it(collection: str) -> None:
+    result = RESULTS[collection]
+    for own in result["rows"]:
+        shown = row(collection, own["method"])
+        assert shown["nDCG@10 [95% CI]"] == results.interval(own["measures"]["nDCG@10"], own["ci95"]["nDCG@10"])
+        assert shown["p50 ms"] == f"{own['latency_ms']['p50']:,.1f}" and shown["MFLOP"] == f"{own['flops_per_query'] / 1e6:,.0f}"
+    part = section("Depth and length", section(collection))
+    assert len(result["sweeps"]) == 5 * 3 + 3 * 5 and all(f"{point['measures']['nDCG@10']:.4f}" in part for point in result["sweeps"])
+
+
+@pytest.mark.parametrize("collection", COLLECTIONS)
+def test_the_picture_is_of_its_collection(collection: str, tmp_path: Path) -> None:
+    def pixels(source: Any) -> np.ndarray:
+        return np.asarray(image.imread(source))[..., :3]
+
+    kept = pixels(BASELINE / "figures" / f"pareto-{collection}.png")
+    gaps = {}
+    for name, result in RESULTS.items():
+        drawn = pixels(io.BytesIO(figures.saved(figures.pareto(Loaded(tmp_path, name, name, result, pd.DataFrame(), None)), "png")))
+        gaps[name] = float(np.abs(drawn - kept).mean()) if drawn.shape == kept.shape else 1.0
+    assert gaps[collection] < 0.004 and min(gaps, key=lambda name: gaps[name]) == collection, gaps
 
 
 @pytest.mark.parametrize(("heading", "report"), [("Speed of the models", "models.md"), ("Kernels", "kernels.md")])

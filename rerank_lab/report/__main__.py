@@ -86,19 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rerank_lab: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nrerank_lab: interrupted; nothing of the report is half written", file=sys.stderr)
+        print("\nrerank_lab: interrupted; the same command makes the report", file=sys.stderr)
         return 130
 
 
 def make(options: argparse.Namespace) -> str:
     """Writes what the options describe; what to say of it."""
     if options.compare:
-        if options.results or options.latex or options.bench:
-            raise UserError("--compare takes its two folders alone: no RESULTS, --latex or --bench beside it")
+        defaults = vars(parser().parse_args([]))
+        beside = [name for name in ("results", "latex", "bench", "quote", "dataset", "examples", "cache") if getattr(options, name) != defaults[name]]
+        if beside:
+            raise UserError(f"--compare takes --out and --command alone beside it, not {', '.join(beside)}")
         if options.out is None:
             raise UserError("--compare needs --out DIR")
         a, b = (load([folder])[0] for folder in options.compare)
-        return _write(options.out, "comparison", comparison(a, b), {})
+        return _write(options.out, "comparison", comparison(a, b, options.command), {})
     given = {name: path for name, _, path in (text.partition("=") for text in options.dataset)}
     every = load(options.results or [newest(Path("results"))])
     names = [one.result["dataset"]["name"] for one in every]
@@ -115,11 +117,12 @@ def make(options: argparse.Namespace) -> str:
     for one in every:
         errors = _examples(one, options, given, one.result["dataset"]["name"] in quoted)
         if len(every) == 1:
-            report.blocks += content.sections(one, 2, errors)
+            report.blocks += content.sections(one, 2, errors, None if bench is None else content.roofline(bench, options.bench.name, 3))
         else:
-            report.blocks.append(Section(one.name, 2, list(content.sections(one, 3, errors))))
-    if bench is not None:
-        report.blocks.append(content.roofline(bench, options.bench.name))
+            pointer = None if bench is None else Text([f"What the kernels reach of the machine's limits: under “{content.LIMITS}”, at the end."])
+            report.blocks.append(Section(one.name, 2, list(content.sections(one, 3, errors, pointer))))
+    if bench is not None and len(every) > 1:
+        report.blocks.append(content.roofline(bench, options.bench.name, 2))
     extra = {}
     if options.latex:
         tables = [render.latex(content.main_table(one), f"{one.primary} on {one.name}.", f"tab:{one.stem}") for one in every]
@@ -139,6 +142,8 @@ def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], q
         if quote and any(map(aligned, one.rows)):
             reranker = loaded_model(one, str(options.cache or default_folder()))
     except (UserError, ModelError) as error:
+        if dataset is None and one.result["dataset"]["name"] in given:
+            raise
         said.append(failure(error))
         print(f"rerank_lab: {one.name}: {'no texts' if dataset is None else 'no token alignments'}: {error}", file=sys.stderr)
     return said + examples(one, Source(dataset, reranker, quote, options.examples), verdict(one).use, lambda items, name: tqdm(items, desc=name, disable=None))
@@ -147,7 +152,7 @@ def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], q
 def _bench(path: Path) -> dict[str, Any]:
     try:
         bench = json.loads(path.read_text(encoding="utf-8"))
-        content.roofline(bench, path.name)
+        content.roofline(bench, path.name, 2)
         return dict(bench)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--bench {path}: not what python -m rerank_kernels.bench --json prints ({type(error).__name__}: {error})") from None
@@ -155,9 +160,9 @@ def _bench(path: Path) -> dict[str, Any]:
 
 def _write(out: Path, name: str, report: Section, extra: dict[str, str]) -> str:
     """Figures first, the page last, each whole or not there."""
-    for plot in plots(report):
-        write_atomically(out / "figures" / f"{plot.name}.png", saved(plot.figure, "png"))
-    for file, text in {**extra, f"{name}.md": render.markdown(report), f"{name}.html": render.html(report)}.items():
+    files: dict[str, str | bytes] = {f"figures/{plot.name}.png": saved(plot.figure, "png") for plot in plots(report)}
+    files |= {**extra, f"{name}.md": render.markdown(report), f"{name}.html": render.html(report)}
+    for file, text in files.items():  # all are made before any is written
         write_atomically(out / file, text)
     return f"Written to {out / name}.html and {name}.md"
 

@@ -9,12 +9,10 @@ from typing import Any
 from rerank_lab import stats
 from rerank_lab.errors import UserError
 from rerank_lab.report import figures
-from rerank_lab.report.blocks import Block, Cell, Plot, Row, Section, Strong, Table, Text
+from rerank_lab.report.blocks import Block, Cell, Code, Plot, Row, Section, Strong, Table, Text
 from rerank_lab.report.content import command, number
 from rerank_lab.report.load import Loaded
 from rerank_lab.results import ALPHA, interval, p_text
-
-LEFT_OUT = {"cold_queries", "seed"}  # of the configuration: they change no ranking
 
 
 def compared(a: Loaded, b: Loaded) -> dict[str, dict[str, Any]]:
@@ -45,15 +43,15 @@ def compared(a: Loaded, b: Loaded) -> dict[str, dict[str, Any]]:
             "ci95": stats.bootstrap_interval(after - before, a.seed), "p_t": stats.paired_t(after, before),
             "p_randomization": stats.paired_randomization(after, before, a.seed),
             "wins": int((after > before).sum()), "ties": int((after == before).sum()), "losses": int((after < before).sum()),
-            "latency": _ratio(a.rows[label], b.rows[label]),
+            "latency": _ratio(a.rows[label], b.rows[label]) if _same_machine(a, b) else None, "changes": after - before,
         }  # fmt: skip
     for vs, p in zip(found.values(), stats.holm([vs["p_randomization"] for vs in found.values()])):
         vs["p_holm"] = p
     return found
 
 
-def comparison(a: Loaded, b: Loaded) -> Section:
-    """The report of two evaluations, b against a."""
+def comparison(a: Loaded, b: Loaded, made_by: str) -> Section:
+    """The report of two evaluations, b against a, and the command that made it."""
     tests, measure = compared(a, b), a.primary
     names = str(a.folder), str(b.folder)
     title = f"{a.result['dataset']['name']}: {a.folder.resolve().name} against {b.folder.resolve().name}"
@@ -67,6 +65,8 @@ def comparison(a: Loaded, b: Loaded) -> Section:
     head = ["method", f"{measure}, A", f"{measure}, B", "B − A [95% CI]", "p, t-test", "p, Holm", "won/tied/lost", "latency, B over A"]
     alone = [f"{label} ran in {side} alone" for side, one, other in (("A", a, b), ("B", b, a)) for label in one.rows if label not in other.rows]
     forest = figures.forest(tests, measure, a.result["dataset"]["name"], "A", list(a.rows))
+    strips = figures.strips({label: vs["changes"] for label, vs in tests.items()}, measure, a.result["dataset"]["name"], "A")
+    counted = "; ".join(f"{label} {vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost" for label, vs in tests.items())
     said = "; ".join(f"{label} {interval(vs['delta'], vs['ci95'], '+.4f', '+.4f')}" for label, vs in tests.items())
     blocks: list[Block] = [
         *(Text(_sentence(label, vs, measure), item=len(tests) > 1) for label, vs in tests.items()),
@@ -76,10 +76,11 @@ def comparison(a: Loaded, b: Loaded) -> Section:
             ]
         ),
         Table(head, rows),
-        Row([Plot("comparison", forest, f"differences of B from A: {said}")]),
+        Row([Plot("comparison", forest, f"differences of B from A: {said}"), Plot("comparison-queries", strips, f"sorted by query: {counted}")]),
         *(Text([line], item=True) for line in alone),
+        *([] if _same_machine(a, b) else [Text(["Their latencies are of different machines or settings of one (below), and not compared."], item=True)]),
         Section("What changed", 2, [_changes(a, b)]),
-        Section("Made by", 2, [Text([f"A: {command(a.result['config'])}"]), Text([f"B: {command(b.result['config'])}"])]),
+        Section("Made by", 2, [Code(made_by), Text([f"A: {command(a.result['config'])}"]), Text([f"B: {command(b.result['config'])}"])]),
     ]
     return Section(title, 1, blocks)
 
@@ -93,6 +94,10 @@ def _sentence(label: str, vs: Mapping[str, Any], measure: str) -> list[str]:
     return [Strong(label), verb, "" if vs["latency"] is None else f", at {vs['latency']:.2f} × A's median latency", "."]
 
 
+def _same_machine(a: Loaded, b: Loaded) -> bool:
+    return all(a.result["environment"][key] == b.result["environment"][key] for key in ("cpu", "cpus", "threads", "device"))
+
+
 def _ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
     return b["latency_ms"]["p50"] / a["latency_ms"]["p50"] if a["latency_ms"] and b["latency_ms"] else None
 
@@ -104,7 +109,7 @@ def _changes(a: Loaded, b: Loaded) -> Block:
         one, other = (_flat(x.result[part]) for x in (a, b))
         rows += [
             [f"{part}: {key}", Cell(one.get(key, "absent"), quoted=True), Cell(other.get(key, "absent"), quoted=True)]
-            for key in sorted({*one, *other} - LEFT_OUT)
+            for key in sorted({*one, *other})
             if one.get(key) != other.get(key)
         ]
     return Table(["what", "A", "B"], rows, kind="wide") if rows else Text(["Nothing of configuration, models and environment."])

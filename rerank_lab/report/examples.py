@@ -69,6 +69,8 @@ def examples(one: Loaded, source: Source, shown: str, progress: Callable[[Sequen
     """
     if one.scores is None:
         return [Text([f"Which documents moved is not known: {one.folder.name} has no scores.parquet that can be read."])]
+    if len(one.rows) == 1:
+        return [Text(["One method ran; there is nothing to compare it with."])]
     return [_method(one, source, label, progress, label == shown) for label, row in one.rows.items() if row["vs"]]
 
 
@@ -108,7 +110,7 @@ def _table(one: Loaded, source: Source, label: str, queries: Sequence[str], rank
             cells.append(Cell(_cut(source.dataset.corpus.get(relevant[0], "")) if relevant else "", quoted=True))
         rows.append(cells)
     texts = ["its best placed relevant document"] if source.dataset is not None and source.quote else []
-    return Table(["query", measure, "relevant documents: rank before → after", *texts], rows, caption, kind="examples")
+    return Table(["query", measure, "relevant documents: rank before → after", *texts], rows, caption, kind="examples texts" if texts else "examples")
 
 
 def _relevant(source: Source, q: str, ranks: dict[str, pd.DataFrame], baseline: str, label: str) -> tuple[list[str], int]:

@@ -14,7 +14,6 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
@@ -28,7 +27,7 @@ STYLE = Path(__file__).with_name("style.mplstyle")
 DOMINATED = "#9a9a9a"
 INK = "#333333"
 PHASE_LOOKS = [("#d9d9d9", ""), ("#56B4E9", "////"), ("#0072B2", ""), ("#333333", "")]
-CORNERS = [(dx, dy, side) for dy in (5, -12, 16, -23, 27, -34) for dx, side in ((6, "left"), (-6, "right"))]
+CORNERS = [(dx, dy, side) for dy in (5, -12, 18, -25, 31, -38, 44, -51) for dx, side in ((6, "left"), (-6, "right"), (26, "left"), (-26, "right"))]
 P = ParamSpec("P")
 
 
@@ -71,7 +70,8 @@ def pareto(one: Loaded) -> Figure:
     axes.set_xscale("log")
     axes.grid(True)
     x, y = zip(*(at[label] for label in best))
-    axes.step([*x, max(p[0] for p in at.values()) * 1.6], [*y, y[-1]], where="post", color=INK, lw=1, ls=(0, (4, 2)), marker="", zorder=1)
+    steps = [*x, max(p[0] for p in at.values()) * 2], [*y, y[-1]]
+    axes.step(*steps, where="post", color=INK, lw=1, ls=(0, (4, 2)), marker="", zorder=1)
     for label, row in timed.items():
         colour = look[label]["color"] if label in best or label not in weighed else DOMINATED
         face = "white" if is_remote(label) else colour
@@ -90,12 +90,13 @@ def pareto(one: Loaded) -> Figure:
             zorder=3,
         )
     _log_ticks(axes, [p[0] for p in at.values()])
-    remote = " (servers over HTTP)" if any(map(is_remote, timed)) else ""
+    remote = "\n(servers, hollow: over HTTP, what they had seen is not known)" if any(map(is_remote, timed)) else ""
     axes.set_xlabel(f"median latency of a query, ms, documents seen before{remote}")
     axes.set_ylabel(f"{one.primary}, 95% interval")
     axes.set_title(one.name)
     bars = {label: row["ci95"][one.primary] or [at[label][1]] * 2 for label, row in timed.items()}
-    _name_points(figure, axes, at, bars, {label: INK if label in best else "#6b6b6b" for label in at})
+    level = [*zip(steps[0], steps[0][1:], steps[1])]
+    _name_points(figure, axes, at, bars, level, {label: INK if label in best else "#6b6b6b" for label in at})
     return figure
 
 
@@ -112,28 +113,33 @@ def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _name_points(figure: Figure, axes: Axes, at: Mapping[str, tuple[float, float]], bars: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> None:
-    """Each mark's name at the corner where it hides least of other names, marks and intervals (`bars`, low and high)."""
+def _name_points(
+    figure: Figure, axes: Axes, at: Mapping[str, tuple[float, float]], bars: Mapping[str, Sequence[float]],
+    level: Sequence[tuple[float, float, float]], colours: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Each mark's name at the corner where it hides least of other names, marks, intervals (`bars`, low and high) and lines (`level`: from, to, at)."""
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
     place = axes.transData.transform
     marks = [Bbox([place(point), place(point)]).padded(8) for point in at.values()]
     lines = [Bbox([place((at[label][0], bar[0])), place((at[label][0], bar[1]))]) for label, bar in bars.items()]
+    lines += [Bbox([place((a, y)), place((b, y))]) for a, b, y in level]
     frame, taken = axes.get_window_extent(renderer), list[Any]()
     for label, point in sorted(at.items(), key=lambda item: item[1]):
-        tried: list[tuple[float, Annotation]] = []
+        look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": colours[label], "zorder": 5}
+        tried: list[tuple[float, Any, tuple[int, int, str]]] = []
         for far, (dx, dy, side) in enumerate(CORNERS):
-            note = axes.annotate(short(label), point, (dx, dy), textcoords="offset points", ha=side, fontsize=8.5, color=colours[label])
+            note = axes.annotate(short(label), point, (dx, dy), ha=side, **look)
             box = note.get_window_extent(renderer)
+            note.remove()
             hidden = 0.1 * far + sum(box.overlaps(line) for line in lines) + 3 * sum(box.overlaps(mark) for mark in marks)
             hidden += 9 * sum(box.overlaps(other) for other in taken) + 9 * (box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0)
-            tried.append((hidden, note))
-        _, kept = min(tried, key=lambda pair: pair[0])
-        for _, note in tried:
-            if note is not kept:
-                note.remove()
-        taken.append(kept.get_window_extent(renderer).padded(1))
+            tried.append((hidden, box, (dx, dy, side)))
+        _, box, (dx, dy, side) = min(tried, key=lambda one: one[0])
+        taken.append(box.padded(1))
+        leader = {"arrowstyle": "-", "lw": 0.7, "color": colours[label], "shrinkA": 0, "shrinkB": 4} if abs(dx) > 6 or not -12 <= dy <= 5 else None
+        axes.annotate(short(label), point, (dx, dy), ha=side, arrowprops=leader, bbox={"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}, **look)
 
 
 @styled
@@ -169,24 +175,28 @@ def forest(deltas: Mapping[str, Mapping[str, Any]], measure: str, title: str, ag
 
 
 @styled
-def strips(one: Loaded) -> Figure:
-    """Each query's difference from the baseline, sorted, a strip a method, with wins, ties and losses."""
-    labels = [label for label, row in one.rows.items() if row["vs"]]
-    figure = Figure(figsize=(4.8, 0.9 + 0.75 * len(labels)))
-    panels = np.atleast_1d(figure.subplots(len(labels), sharex=True, sharey=True))
-    base = one.measure(one.baseline)
-    for axes, label in zip(panels, labels):
-        change = np.sort((one.measure(label) - base[one.measure(label).index]).to_numpy())[::-1]
+def strips(changes: Mapping[str, np.ndarray], measure: str, title: str, against: str) -> Figure:
+    """Each query's difference, sorted, a strip a method, with wins, ties and losses.
+
+    Args:
+        changes: label → one difference a query.
+        measure, title, against: as `forest` takes them.
+    """
+    figure = Figure(figsize=(4.8, 0.9 + 0.75 * len(changes)))
+    panels = np.atleast_1d(figure.subplots(len(changes), sharex=True, sharey=True))
+    for axes, (label, unsorted) in zip(panels, changes.items()):
+        change = np.sort(unsorted)[::-1]
         edges = np.arange(len(change) + 1)
         axes.stairs(np.clip(change, 0, None), edges, fill=True, color="#0072B2", lw=0)
         axes.stairs(np.clip(change, None, 0), edges, fill=True, color="#D55E00", lw=0, hatch="////", edgecolor="#7a2f00")
         axes.axhline(0, color=INK, lw=0.8)
-        vs = one.rows[label]["vs"]
         axes.set_title(short(label), fontweight="normal", fontsize=8.5, pad=2)
-        axes.set_title(f"{vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost", loc="right", fontweight="normal", fontsize=8.5, pad=2)
+        axes.set_title(
+            f"{(change > 0).sum()} won, {(change == 0).sum()} tied, {(change < 0).sum()} lost", loc="right", fontweight="normal", fontsize=8.5, pad=2
+        )
         axes.set_xlim(0, len(change))
-    panels[-1].set_xlabel(f"queries of {one.name}, sorted by difference")
-    figure.supylabel(f"{one.primary} less {one.baseline}'s", fontsize=9)
+    panels[-1].set_xlabel(f"queries of {title}, sorted by difference")
+    figure.supylabel(f"{measure} less {against}'s", fontsize=9)
     return figure
 
 
@@ -225,7 +235,7 @@ def swept(one: Loaded, setting: str) -> Figure:
     look = looks(list(one.rows))
     figure = Figure(figsize=(4.8, 4.4))
     above, axes = figure.subplots(2, sharex=True, height_ratios=[1, 2.2])
-    for key, name, dashes in (("recall", "recall of what is ranked", "-"), ("oracle_ndcg@10", "its best order's nDCG@10", (0, (4, 2)))):
+    for key, name, dashes in (("recall", "recall of what is ranked, at most", "-"), ("oracle_ndcg@10", "its best order's nDCG@10", (0, (4, 2)))):
         top = [max(p[key] for p in points if p["value"] == value) for value in values]
         above.plot(values, top, color=INK, ls=dashes, lw=1.2, marker="", label=name)
     low, high = above.get_ylim()
@@ -236,7 +246,9 @@ def swept(one: Loaded, setting: str) -> Figure:
         axes.plot(*zip(*own), **look[label], label=label)
     for label, row in one.rows.items():
         if label not in labels and not is_remote(label):
-            axes.axhline(row["measures"][one.primary], color=look[label]["color"], ls=(0, (1, 1.5)), lw=1.3, label=f"{label} (has no such setting)")
+            axes.axhline(
+                row["measures"][one.primary], color=look[label]["color"], ls=(0, (1, 1.5)), lw=1.3, label=f"{label}, top {one.result['candidates']['top_k']}"
+            )
     if min(values) > 0 and max(values) / min(values) >= 4:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())

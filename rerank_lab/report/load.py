@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,29 @@ from rerank_lab.datasets import Dataset, load_dataset
 from rerank_lab.errors import UserError
 from rerank_lab.journal import RESULTS
 from rerank_lab.results import SCHEMA
+from rerank_lab.timing import PHASES
 
-KEYS = ("environment", "config", "dataset", "models", "candidates", "rows", "sweeps")
-ROW = (
-    "method", "queries", "measures", "ci95", "vs", "vs_definition", "settings", "latency_ms", "cold_latency_ms", "cold_sample", "timed_queries", "phases_ms",
-    "cold_phases_ms", "docs_per_s", "peak_rss_mb", "flops_per_query", "coverage", "unjudged_share", "truncated_share", "tie_rate", "token_limit",
-)  # fmt: skip
+ANY, NUMBER = object(), (int, float)
+MAYBE = {"p50": NUMBER, "p95": NUMBER}
+CHANGE = {"delta_ndcg@10": NUMBER, "ci95": ANY}
+# What a report reads of results.json: a name with ? may be null, {"*": …} stands for any names.
+SHAPE: dict[str, Any] = {
+    "environment": {"cpu": str, "cpus": ANY, "threads": ANY, "device": str, "kernels": str, "python": str, "commit": ANY, "packages": {}, "vector_cache": str},
+    "config": {"measures": list, "baseline": str, "seed": int, "dataset": str, "split": str, "methods": list},
+    "dataset": {"name": str, "split": str, "hash": str, "notes": list, "documents": int},
+    "models": {},
+    "candidates": {"source": str, "top_k": int, "hash": str, "oracle_ndcg@10": NUMBER, "measures": {"*": NUMBER}, "notes": list},
+    "rows": [{
+        "method": str, "queries": int, "measures": {"*": NUMBER}, "ci95": {}, "settings": {}, "cold_sample": {"queries": int}, "timed_queries": int,
+        "vs?": {"delta": NUMBER, "ci95": ANY, "p_t": ANY, "p_randomization": NUMBER, "p_holm": NUMBER, "wins": int, "ties": int, "losses": int, "measure": str},
+        "vs_definition?": {"*": CHANGE}, "latency_ms?": MAYBE, "cold_latency_ms?": MAYBE, "phases_ms?": {"*": NUMBER}, "cold_phases_ms?": {"*": NUMBER},
+        "docs_per_s": ANY, "cold_docs_per_s": ANY, "peak_rss_mb": ANY, "cold_peak_rss_mb": ANY, "flops_per_query": ANY, "cold_flops_per_query": ANY,
+        "coverage": NUMBER, "unjudged_share": NUMBER, "truncated_share": ANY, "tie_rate": NUMBER, "token_limit": ANY,
+    }],
+    "sweeps": [{
+        "setting": str, "value": NUMBER, "method": str, "measures": {"*": NUMBER}, "recall": NUMBER, "oracle_ndcg@10": NUMBER, "truncated_share": NUMBER,
+    }],
+}  # fmt: skip
 SAME = 1e-9  # means of measures over queries, summed in another order
 
 
@@ -131,7 +149,11 @@ def _load(folder: Path) -> Loaded:
         raise UserError(f"{folder} holds an interrupted run ({_done(folder / 'partial')}): finish it by the same command with --resume")
     result = _result(folder / RESULTS)
     frame = _per_query(folder / "per_query.csv", result)
-    return Loaded(folder, "", "", result, frame, _scores(folder / "scores.parquet"))
+    scores = _scores(folder / "scores.parquet", result, frame)
+    for name, digest in result.get("files", {}).items():
+        if (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise UserError(f"{folder / name} is not the one that {RESULTS} came with; copy it back, or run the evaluation again with --overwrite")
+    return Loaded(folder, "", "", result, frame, scores)
 
 
 def _done(partial: Path) -> str:
@@ -147,15 +169,51 @@ def _result(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} does not read back ({error}); run the evaluation again with --overwrite") from None
     schema = result.get("schema") if isinstance(result, dict) else None
-    if schema != SCHEMA:
+    if schema != SCHEMA or type(schema) is not int:
         newer = isinstance(schema, int) and schema > SCHEMA
         remedy = "a newer rerank_lab made it: upgrade" if newer else "run the evaluation again with --overwrite"
-        raise UserError(f"{path}: schema {schema}, and this version reads schema {SCHEMA}; {remedy}")
-    missing = [key for key in KEYS if key not in result]
-    missing += sorted({key for row in result.get("rows", []) for key in ROW if key not in row})
-    if missing or not result["rows"]:
-        raise UserError(f"{path} lacks {', '.join(missing) or 'rows'}; run the evaluation again with --overwrite")
+        raise UserError(f"{path}: schema {schema!r}, and this version reads schema {SCHEMA}; {remedy}")
+    problem = next(_misfits(result, SHAPE, ""), None) or next(_inconsistent(result), None)
+    if problem:
+        raise UserError(f"{path}: {problem}; run the evaluation again with --overwrite")
     return dict(result)
+
+
+def _misfits(value: Any, shape: Any, place: str) -> Iterator[str]:
+    """What is missing, or of another kind."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            yield f"{place or 'it'} is no object"
+            return
+        for name, inner in shape.items():
+            key = name.removesuffix("?")
+            for own in value if key == "*" else [key]:
+                if own not in value:
+                    yield f"{place}{own} is missing"
+                elif not (name.endswith("?") and value[own] is None):
+                    yield from _misfits(value[own], inner, f"{place}{own}" + ("." if isinstance(inner, dict) else ""))
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{place} is no list"
+            return
+        for n, one in enumerate(value):
+            yield from _misfits(one, shape[0], f"{place}[{n}].")
+    elif shape is not ANY and (not isinstance(value, shape) or isinstance(value, bool)):
+        yield f"{place.removesuffix('.')} is {json.dumps(value)[:40]}"
+
+
+def _inconsistent(result: dict[str, Any]) -> Iterator[str]:
+    """What parts of it say differently."""
+    labels, config = [row["method"] for row in result["rows"]], result["config"]
+    if not labels or labels != config["methods"] or config["baseline"] not in labels:
+        yield f"its rows ({', '.join(labels)}) are not those of its configuration"
+    for row in result["rows"]:
+        if (row["vs"] is None) != (row["method"] == config["baseline"]) or not config["measures"] or {*config["measures"]} != {*row["measures"]}:
+            yield f"the row of {row['method']} does not fit its configuration"
+        if phases := [p for p in (row["phases_ms"], row["cold_phases_ms"]) if p is not None and {*p} != {*PHASES}]:
+            yield f"the row of {row['method']} has the phases {', '.join(phases[0])}"
+    if not any(key.startswith("recall@") for key in result["candidates"]):
+        yield "candidates.recall@ is missing"
 
 
 def _per_query(path: Path, result: dict[str, Any]) -> pd.DataFrame:
@@ -166,23 +224,39 @@ def _per_query(path: Path, result: dict[str, Any]) -> pd.DataFrame:
         raise UserError(f"{path} is missing: without it there are no differences by query; copy it back, or run the evaluation again") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} does not read back ({error}); run the evaluation again with --overwrite") from None
-    missing = [name for name in ("query", "method", "latency_ms", *names) if name not in frame]
+    missing = [name for name in ("query", "method", "candidates", "latency_ms", *names) if name not in frame]
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}; run the evaluation again with --overwrite")
+    texts = [name for name in ("latency_ms", *names) if not pd.api.types.is_numeric_dtype(frame[name])]
+    if texts or frame.duplicated(["method", "query"]).any():
+        raise UserError(f"{path} holds {f'no numbers in {texts[0]}' if texts else 'a query twice'}; run the evaluation again with --overwrite")
     for row in result["rows"]:
         own = frame[frame["method"] == row["method"]]
         if len(own) != row["queries"]:
             raise UserError(f"{path} has {len(own)} of {row['queries']} queries of {row['method']}; run the evaluation again with --overwrite")
         if not np.allclose([own[n].mean() for n in names], [row["measures"][n] for n in names], rtol=0, atol=SAME):
             raise UserError(f"{path} and {RESULTS} are of two runs: their means of {row['method']} differ; run the evaluation again with --overwrite")
+        if row["vs"] and not np.isclose(
+            row["vs"]["delta"], row["measures"][names[0]] - _row(result, result["config"]["baseline"])["measures"][names[0]], atol=SAME
+        ):
+            raise UserError(f"{path.with_name(RESULTS)} does not agree with itself on {row['method']}; run the evaluation again with --overwrite")
     return frame
 
 
-def _scores(path: Path) -> pd.DataFrame | None:
+def _scores(path: Path, result: dict[str, Any], per_query: pd.DataFrame) -> pd.DataFrame | None:
     if not path.is_file():
         return None
     try:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} does not read back ({error}); remove it, and the report leaves out which documents moved") from None
-    return frame if {"method", "query", "document", "rank", "grade"} <= {*frame.columns} else None
+    if not {"method", "query", "document", "rank", "grade", "first_stage"} <= {*frame.columns}:
+        raise UserError(f"{path} lacks columns; remove it, and the report leaves out which documents moved")
+    ranked = {(label, q) for label, q, n in zip(per_query["method"], per_query["query"], per_query["candidates"]) if n}
+    if {*zip(frame["method"], frame["query"])} != ranked:
+        raise UserError(f"{path} and {RESULTS} are of two runs; remove it, and the report leaves out which documents moved")
+    return frame
+
+
+def _row(result: dict[str, Any], label: str) -> dict[str, Any]:
+    return next(row for row in result["rows"] if row["method"] == label)

@@ -14,7 +14,7 @@ from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Quoted, R
 from rerank_lab.report.figures import saved
 from rerank_lab.report.load import anchor
 
-MEANT = re.compile(r"([\\`*|]|<(?=[A-Za-z/!?]))")
+MEANT = re.compile(r"([\\`*|$]|<(?=[A-Za-z/!?]))")
 FOREIGN = re.compile(r"([\\`*_\[\]!|<~$&])")
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"} | {"<": "$<$", ">": "$>$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}

@@ -45,7 +45,8 @@ def verdict(one: Loaded) -> Verdict:
     """By paired tests over the queries; servers are left out where methods ran here, since their time is another machine's."""
     rows = compared(one)
     labels = [row["method"] for row in rows]
-    highest = max(labels, key=lambda label: one.rows[label]["measures"][one.primary])
+    cost = {row["method"]: row["latency_ms"]["p50"] if row["latency_ms"] else 0.0 for row in rows}
+    highest = max(labels, key=lambda label: (round(one.rows[label]["measures"][one.primary], 12), -cost[label]))
     values = {label: one.measure(label).to_numpy() for label in labels}
     pairs = [*combinations(labels, 2)]
     corrected = dict(zip(map(frozenset, pairs), stats.holm([stats.paired_randomization(values[a], values[b], one.seed) for a, b in pairs])))
@@ -54,7 +55,6 @@ def verdict(one: Loaded) -> Verdict:
         label: Versus(float(less.mean()), stats.bootstrap_interval(less, one.seed), corrected[frozenset((label, highest))]) for label, less in change.items()
     }
     level = [label for label in labels if label == highest or below[label].p >= ALPHA]
-    cost = {row["method"]: row["latency_ms"]["p50"] if row["latency_ms"] else 0.0 for row in rows}
     return Verdict(highest, min(level, key=lambda label: cost[label]), below)
 
 
@@ -116,7 +116,7 @@ def _cheaper(one: Loaded, found: Verdict) -> list[str]:
 def times(one: Loaded, label: str, other: str) -> str:
     """How many times as long a method takes as another."""
     a, b = one.rows[label]["latency_ms"], one.rows[other]["latency_ms"]
-    return f" at {a['p50'] / b['p50']:.1f} × its latency" if a and b else ""
+    return f" at {a['p50'] / b['p50']:.1f} × its latency" if a and b and is_remote(label) == is_remote(other) else ""
 
 
 def _queries(count: int) -> str:
