@@ -17,8 +17,10 @@ from rerank_lab.eval import main as evaluation
 from rerank_lab.report.__main__ import main
 from rerank_lab.report.load import load
 from rerank_lab.results import SCHEMA
-from tests.conftest import DOCUMENTS, QRELS, QUERIES
+from tests.conftest import DOCUMENTS, QUERIES
 from tests.test_report import failing
+
+RELEVANT = {"q1": "d4 d6", "q2": "d5", "q3": "d2 d3", "q4": "d1 d4"}  # of no sense, so that methods and lengths differ
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, (t, x) in DOCUMENTS.items()))
     (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": x}) + "\n" for i, x in QUERIES.items()))
-    judged = "".join(f"{q}\t{d}\t{grade}\n" for q, grades in QRELS.items() for d, grade in grades.items())
+    judged = "".join(f"{q}\t{d}\t1\n" for q, relevant in RELEVANT.items() for d in relevant.split())
+    (root / "all.trec").write_text("".join(f"{q} Q0 {d} 1 {9 - n} x\n" for q in QUERIES for n, d in enumerate(DOCUMENTS)))
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
-    arguments = ["--dataset", str(folder), "--cold-queries", "0", "--no-cache", "--no-kernel-check", "--candidates", "bm25", "--measures"]
+    arguments = ["--dataset", str(folder), "--cold-queries", "0", "--no-cache", "--no-kernel-check", "--candidates", f"run:{root / 'all.trec'}", "--measures"]
     for name, rest in {
         "a": ["nDCG@10,P@1", "--methods", "fast,best"],
         "b": ["P@1,nDCG@10", "--methods", "best,fast,standard", "--max-tokens-per-doc", "2", "--seed", "3"],
@@ -85,10 +88,10 @@ def with_key(key: str, value: Any) -> Callable[[str], str]:
         ("results.json", lambda text: re.sub(r'("P@1": )[\d.]+', r'\1"1.0"', text, count=1), 'P@1 is "1.0"'),
         ("results.json", lambda text: re.sub(r'"per_query.csv": "\w+"', '"per_query.csv": "0"', text), "is not the one that results.json came with"),
         ("per_query.csv", lambda text: text + text.splitlines()[-1] + "\n", "holds a query twice"),
-        ("per_query.csv", lambda text: text.replace(",1.0,", ",one,", 1), "holds no numbers in nDCG@10"),
+        ("per_query.csv", lambda text: re.sub(r"(q1,fast),[\d.]+", r"\1,one", text), "holds no numbers in nDCG@10"),
         ("per_query.csv", lambda text: "".join(text.splitlines(keepends=True)[:-1]), "has 3 of 4 queries of best"),
         ("per_query.csv", lambda text: text.replace("P@1", "P@2"), "lacks the columns P@1"),
-        ("per_query.csv", lambda text: text.replace("fast,1.0,", "fast,0.5,"), "are of two runs"),
+        ("per_query.csv", lambda text: re.sub(r"(q1,fast),[\d.]+", r"\1,0.123", text), "are of two runs"),
         ("per_query.csv", lambda text: "", "does not read back"),
     ],
 )
@@ -132,7 +135,9 @@ def test_ids_that_look_like_numbers_stay_text(made: Path, tmp_path: Path) -> Non
 
 def test_two_results_of_the_same_candidates_are_compared(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--compare", str(made / "a"), str(made / "b"), "--out", str(tmp_path)]) == 0
-    assert "comparison.html" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "comparison.html" in said and "best cannot be told apart: " in " ".join(said.split())
+    assert all(len(line) <= 80 for line in said.splitlines() if not line.startswith("Written to"))
     text = (tmp_path / "comparison.md").read_text()
     frames = {name: pd.read_csv(made / name / "per_query.csv").pivot(index="query", columns="method", values="nDCG@10") for name in "ab"}
     corrected = stats.holm([stats.paired_randomization(frames["b"][m].to_numpy(), frames["a"][m].to_numpy(), 0) for m in ("fast", "best")])
@@ -148,6 +153,7 @@ def test_two_results_of_the_same_candidates_are_compared(made: Path, tmp_path: P
     ).read_text()
     assert main(["--compare", str(made / "a"), str(made / "a"), "--out", str(tmp_path / "same")]) == 0
     text = (tmp_path / "same" / "comparison.md").read_text()
+    assert "differs, at 1.00 × A's median latency.\n\nA is " in text, "the list ends before the paragraph"
     assert "**best** is the same in both: no query's nDCG@10 differs" in text and "Nothing of configuration, models and environment." in text
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.shards import default_folder
 from rerank_lab.options import _natural as natural
 from rerank_lab.report import content, render
-from rerank_lab.report.blocks import Block, Section, Text, plots
+from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
 from rerank_lab.report.compare import comparison
 from rerank_lab.report.examples import Source, aligned, examples, failure, loaded_model
 from rerank_lab.report.figures import saved
@@ -100,7 +101,9 @@ def make(options: argparse.Namespace) -> str:
         if options.out is None:
             raise UserError("--compare needs --out DIR")
         a, b = (load([folder])[0] for folder in options.compare)
-        return _write(options.out, "comparison", comparison(a, b, options.command), {})
+        report = comparison(a, b, options.command)
+        said = ["".join(block.parts) for block in report.blocks if isinstance(block, Text) and isinstance(block.parts[0], Strong)]
+        return "\n".join([*map(wrapped, said), _write(options.out, "comparison", report, {})])
     given = {name: path for name, _, path in (text.partition("=") for text in options.dataset)}
     every = load(options.results or [newest(Path("results"))])
     names = [one.result["dataset"]["name"] for one in every]
@@ -128,7 +131,12 @@ def make(options: argparse.Namespace) -> str:
         tables = [render.latex(content.main_table(one), f"{one.primary} on {one.name}.", f"tab:{one.stem}") for one in every]
         extra["report.tex"] = "\n".join(tables)
     said = ["".join(sentence(one)) for one in every]
-    return "\n".join([*said, _write(out, "report", report, extra)])
+    return "\n".join([*map(wrapped, said), _write(out, "report", report, extra)])
+
+
+def wrapped(text: str) -> str:
+    """For a terminal of 80 columns."""
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], quote: bool) -> list[Block]:

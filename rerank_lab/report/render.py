@@ -23,7 +23,8 @@ LATEX = str.maketrans(
 
 def markdown(block: Block, figures: str = "figures") -> str:
     """A block and all in it as Markdown (GitHub's), figures as images from the folder of that name."""
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(_lines(block, figures))).rstrip() + "\n"
+    text = re.sub(r"(?m)^(- .*)\n(?!- |\n)", r"\1\n\n", "\n".join(_lines(block, figures)))  # or a list would go on
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def html(report: Section, folder: Path = Path(__file__).parent) -> str:
