@@ -182,6 +182,8 @@ def serve(options: argparse.Namespace) -> int:
         timeout_graceful_shutdown=5, timeout_keep_alive=30, lifespan="off",
     )  # fmt: skip
     server = Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn puts back at its end what stood here, and more may come
+        signal.signal(number, server.handle_exit)
     server.run([listening])
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends already
         signal.signal(number, signal.SIG_IGN)
