@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         help="every method that has the setting NAME under these values too (stage1_top_k, tau …), or all under max_tokens_per_doc or top_k; may be repeated",
     )
     measure.add_argument("--no-kernel-check", action="store_true", help="do not rank with the kernels' definition and in other types of number beside them")
-    measure.add_argument("--cold-queries", type=_natural, default=3, metavar="N", help="queries timed with every document new, 0 for none (default: 3)")
+    measure.add_argument("--cold-queries", type=natural, default=3, metavar="N", help="queries timed with every document new, 0 for none (default: 3)")
     measure.add_argument("--seed", type=_seed, default=0, help="of resampling (default: 0)")
     out = p.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<date>-<dataset>)")
@@ -231,20 +231,20 @@ def _check_once(sweeps: Sequence[tuple[str, list[float]]] | None) -> None:
 
 
 def count(value: str) -> int:
-    number = _natural(value)
+    number = natural(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return number
 
 
-def _natural(value: str) -> int:
+def natural(value: str) -> int:
     if not value.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {value!r}")
     return int(value)
 
 
 def _seed(value: str) -> int:
-    number = _natural(value)
+    number = natural(value)
     if number >= 2**32:
         raise argparse.ArgumentTypeError(f"must be below 2^32, not {value}")
     return number

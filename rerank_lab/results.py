@@ -115,11 +115,7 @@ def _row(
     vs = None
     if label != baseline:
         a, b = frame[primary].to_numpy(), frames[baseline][primary].to_numpy()
-        vs = {
-            "baseline": baseline, "measure": primary, "delta": float((a - b).mean()), "ci95": stats.bootstrap_interval(a - b, seed),
-            "p_t": stats.paired_t(a, b), "p_randomization": stats.paired_randomization(a, b, seed), "p_holm": None,
-            "wins": int((a > b).sum()), "ties": int((a == b).sum()), "losses": int((a < b).sum()),
-        }  # fmt: skip
+        vs = {"baseline": baseline, "measure": primary} | stats.paired(a, b, seed) | {"p_holm": None}
     return {
         "dataset": dataset.name,
         "split": dataset.split,
@@ -241,10 +237,7 @@ def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates, qrels:
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-    """One sentence a method: whether it differs from the baseline (Holm p below .05), by how much, and at what price.
-
-    And one an endpoint: how far it agrees with the same method here.
-    """
+    """One sentence a method: whether it differs from the baseline (Holm p below .05), by how much, and at what price; then `changes`."""
     rows = {row["method"]: row for row in result["rows"]}
     base = rows[result["config"]["baseline"]]
     sentences = []
@@ -259,6 +252,12 @@ def findings(result: dict[str, Any]) -> list[str]:
         sentences.append(
             f"{label} {verb} {vs['baseline']}: {interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {vs['measure']}, Holm p {p_text(vs['p_holm'])}{times}."
         )
+    return [*sentences, *changes(result)]
+
+
+def changes(result: dict[str, Any]) -> list[str]:
+    """One sentence a method for what a runtime or precision changes, and one an endpoint: how far it agrees with the same method here."""
+    rows, sentences = {row["method"]: row for row in result["rows"]}, []
     for label, row in rows.items():
         if lost := row.get("vs_fp32"):
             change, gap = interval(lost["delta_ndcg@10"], lost["ci95"], "+.4f", "+.4f"), lost.get("max_score_diff")
@@ -284,7 +283,7 @@ def table(result: dict[str, Any]) -> str:
     others = [["method", *result["config"]["measures"][1:], "docs/s", "MB", "MFLOP"]]
     for row in result["rows"]:
         values = [f"{row['measures'][n]:.4f}" for n in result["config"]["measures"][1:]]
-        others.append([row["method"], *values, whole(row["docs_per_s"]), whole(row["peak_rss_mb"]), whole(row["flops_per_query"], 1e6)])
+        others.append([row["method"], *values, _whole(row["docs_per_s"]), _whole(row["peak_rss_mb"]), _whole(row["flops_per_query"], 1e6)])
     kernels = [["method", "kernels and definition", *DTYPES]]
     for row in result["rows"]:
         if changes := row["vs_definition"]:
@@ -293,11 +292,12 @@ def table(result: dict[str, Any]) -> str:
             kernels.append(["", "largest difference", *("-" if c is None or c.get("max_score_diff") is None else f"{c['max_score_diff']:.0e}" for c in shown)])
     said = [line for sentence in findings(result) for line in textwrap.wrap(sentence, 80)]
     return "\n".join(
-        [*_head(result), "", *_columns(cells), "", *_columns(others), "", *(([*_columns(kernels), ""]) if kernels[1:] else []), *said, *([""] if said else [])]
+        [*head(result), "", *_columns(cells), "", *_columns(others), "", *(([*_columns(kernels), ""]) if kernels[1:] else []), *said, *([""] if said else [])]
     )
 
 
-def _head(result: dict[str, Any]) -> list[str]:
+def head(result: dict[str, Any]) -> list[str]:
+    """What was ranked, by which first stage, and the ceiling that its candidates set."""
     data, first, primary = result["dataset"], result["candidates"], result["config"]["measures"][0]
     recall = next(k for k in first if k.startswith("recall@"))
     return [
@@ -320,8 +320,7 @@ def p_text(p: float | None) -> str:
     return "undefined" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
-def whole(value: float | None, unit: float = 1.0) -> str:
-    """A count of some unit."""
+def _whole(value: float | None, unit: float = 1.0) -> str:
     return "-" if value is None else f"{value / unit:,.0f}"
 
 

@@ -58,6 +58,14 @@ def paired_randomization(a: np.ndarray, b: np.ndarray, seed: int) -> float:
     return float(result.pvalue)
 
 
+def paired(a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, Any]:
+    """a against b, query by query: mean difference with its interval, both tests, and how many queries each way."""
+    return {
+        "delta": float((a - b).mean()), "ci95": bootstrap_interval(a - b, seed), "p_t": paired_t(a, b), "p_randomization": paired_randomization(a, b, seed),
+        "wins": int((a > b).sum()), "ties": int((a == b).sum()), "losses": int((a < b).sum()),
+    }  # fmt: skip
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's correction across methods."""
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []

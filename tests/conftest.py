@@ -107,26 +107,26 @@ def small_cross(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_beir(
+    folder: Path,
+    documents: dict[str, tuple[str, str]] = DOCUMENTS,
+    queries: dict[str, str] = QUERIES,
+    qrels: dict[str, dict[str, int]] = QRELS,
+    split: str = "test",
+) -> Path:
+    """Writes a small BEIR folder; every part can be replaced."""
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, (t, x) in documents.items()))
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": x}) + "\n" for i, x in queries.items()))
+    lines = [f"{q}\t{d}\t{grade}\n" for q, judged in qrels.items() for d, grade in judged.items()]
+    (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder
+
+
 @pytest.fixture
 def beir(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small BEIR folder; every part can be replaced."""
-
-    def write(
-        name: str = "small",
-        documents: dict[str, tuple[str, str]] = DOCUMENTS,
-        queries: dict[str, str] = QUERIES,
-        qrels: dict[str, dict[str, int]] = QRELS,
-        split: str = "test",
-    ) -> Path:
-        folder = tmp_path / name
-        (folder / "qrels").mkdir(parents=True, exist_ok=True)
-        (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, (t, x) in documents.items()))
-        (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": x}) + "\n" for i, x in queries.items()))
-        lines = [f"{q}\t{d}\t{grade}\n" for q, judged in qrels.items() for d, grade in judged.items()]
-        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
-        return folder
-
-    return write
+    """`write_beir` in this test's folder, under a name."""
+    return lambda name="small", **parts: write_beir(tmp_path / name, **parts)
 
 
 @pytest.fixture

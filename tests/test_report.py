@@ -23,6 +23,7 @@ from rerank_lab.report.__main__ import main
 from rerank_lab.report.load import Loaded, load
 from rerank_lab.report.verdict import frontier, sentence, verdict
 from rerank_lab.run import read_trec
+from tests.conftest import write_beir
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -46,12 +47,7 @@ QRELS = {  # of no sense, so that methods differ
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two evaluations of one small collection, all that a report can show among them."""
     root = tmp_path_factory.mktemp("report")
-    folder = root / "small"
-    (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, (t, x) in HOSTILE.items()))
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": x}) + "\n" for i, x in QUERIES.items()))
-    judged = "".join(f"{q}\t{d}\t{grade}\n" for q, grades in QRELS.items() for d, grade in grades.items())
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    folder = write_beir(root / "small", HOSTILE, QUERIES, QRELS)
     arguments = ["--dataset", str(folder), "--top-k", "5", "--cold-queries", "1", "--no-cache"]
     sweeps = ["--sweep", "stage1_top_k=1,3,6", "--sweep", "max_tokens_per_doc=3,50"]
     assert evaluation([*arguments, "--methods", "fast,standard,best,best:tau=0.3,best+cross,best:stage1_top_k=2", *sweeps, "--out", str(root / "a")]) == 0

@@ -17,7 +17,7 @@ from rerank_lab.eval import main as evaluation
 from rerank_lab.report.__main__ import main
 from rerank_lab.report.load import load
 from rerank_lab.results import SCHEMA
-from tests.conftest import DOCUMENTS, QUERIES
+from tests.conftest import DOCUMENTS, QUERIES, write_beir
 from tests.test_report import failing
 
 RELEVANT = {"q1": "d4 d6", "q2": "d5", "q3": "d2 d3", "q4": "d1 d4"}  # of no sense, so that methods and lengths differ
@@ -27,13 +27,8 @@ RELEVANT = {"q1": "d4 d6", "q2": "d5", "q3": "d2 d3", "q4": "d1 d4"}  # of no se
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Evaluations of one small collection: a, b of cut documents under another baseline, c of other candidates, d of no common method."""
     root = tmp_path_factory.mktemp("folders")
-    folder = root / "small"
-    (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, (t, x) in DOCUMENTS.items()))
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": x}) + "\n" for i, x in QUERIES.items()))
-    judged = "".join(f"{q}\t{d}\t1\n" for q, relevant in RELEVANT.items() for d in relevant.split())
+    folder = write_beir(root / "small", qrels={q: dict.fromkeys(relevant.split(), 1) for q, relevant in RELEVANT.items()})
     (root / "all.trec").write_text("".join(f"{q} Q0 {d} 1 {9 - n} x\n" for q in QUERIES for n, d in enumerate(DOCUMENTS)))
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     arguments = ["--dataset", str(folder), "--cold-queries", "0", "--no-cache", "--no-kernel-check", "--candidates", f"run:{root / 'all.trec'}", "--measures"]
     for name, rest in {
         "a": ["nDCG@10,P@1", "--methods", "fast,best"],

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.shards import default_folder
-from rerank_lab.options import _natural as natural
+from rerank_lab.options import natural
 from rerank_lab.report import content, render
 from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
 from rerank_lab.report.compare import comparison
-from rerank_lab.report.examples import Source, aligned, examples, failure, loaded_model
+from rerank_lab.report.examples import Source, aligned, examples, loaded_model
 from rerank_lab.report.figures import saved
 from rerank_lab.report.load import Loaded, collection, load, newest
 from rerank_lab.report.verdict import sentence, verdict
@@ -94,16 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make(options: argparse.Namespace) -> str:
     """Writes what the options describe; what to say of it."""
     if options.compare:
-        defaults = vars(parser().parse_args([]))
-        beside = [name for name in ("results", "latex", "bench", "quote", "dataset", "examples", "cache") if getattr(options, name) != defaults[name]]
-        if beside:
-            raise UserError(f"--compare takes --out and --command alone beside it, not {', '.join(beside)}")
-        if options.out is None:
-            raise UserError("--compare needs --out DIR")
-        a, b = (load([folder])[0] for folder in options.compare)
-        report = comparison(a, b, options.command)
-        said = ["".join(block.parts) for block in report.blocks if isinstance(block, Text) and isinstance(block.parts[0], Strong)]
-        return "\n".join([*map(wrapped, said), _write(options.out, "comparison", report, {})])
+        return _compare(options)
     given = {name: path for name, _, path in (text.partition("=") for text in options.dataset)}
     every = load(options.results or [newest(Path("results"))])
     names = [one.result["dataset"]["name"] for one in every]
@@ -134,6 +125,19 @@ def make(options: argparse.Namespace) -> str:
     return "\n".join([*map(wrapped, said), _write(out, "report", report, extra)])
 
 
+def _compare(options: argparse.Namespace) -> str:
+    defaults = vars(parser().parse_args([]))
+    beside = [name for name in ("results", "latex", "bench", "quote", "dataset", "examples", "cache") if getattr(options, name) != defaults[name]]
+    if beside:
+        raise UserError(f"--compare takes --out and --command alone beside it, not {', '.join(beside)}")
+    if options.out is None:
+        raise UserError("--compare needs --out DIR")
+    a, b = (load([folder])[0] for folder in options.compare)
+    report = comparison(a, b, options.command)
+    said = ["".join(block.parts) for block in report.blocks if isinstance(block, Text) and isinstance(block.parts[0], Strong)]
+    return "\n".join([*map(wrapped, said), _write(options.out, "comparison", report, {})])
+
+
 def wrapped(text: str) -> str:
     """For a terminal of 80 columns."""
     return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
@@ -152,7 +156,7 @@ def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], q
     except (UserError, ModelError) as error:
         if dataset is None and one.result["dataset"]["name"] in given:
             raise
-        said.append(failure(error))
+        said.append(Text([f"Left out: {error}."]))
         print(f"rerank_lab: {one.name}: {'no texts' if dataset is None else 'no token alignments'}: {error}", file=sys.stderr)
     return said + examples(one, Source(dataset, reranker, quote, options.examples), verdict(one).use, lambda items, name: tqdm(items, desc=name, disable=None))
 

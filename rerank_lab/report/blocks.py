@@ -53,7 +53,7 @@ class Table:
     """Rows under a head; a first column of names."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
+    rows: Sequence[Sequence[Cell]]
     caption: str = ""
     kind: str = ""  # a class of the page's style
 
@@ -81,7 +81,6 @@ class Details:
     summary: str
     blocks: Sequence[Block]
     open: bool = False
-    quoted: bool = False
 
 
 @dataclass

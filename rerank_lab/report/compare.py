@@ -38,12 +38,9 @@ def compared(a: Loaded, b: Loaded) -> dict[str, dict[str, Any]]:
         if {*one.index} != {*other.index}:
             raise UserError(f"{a.folder} and {b.folder} are no pair: {len({*one.index} ^ {*other.index})} judged queries are in one of them alone")
         before, after = one.to_numpy(), other[one.index].to_numpy()
-        found[label] = {
-            "before": float(before.mean()), "after": float(after.mean()), "delta": float((after - before).mean()),
-            "ci95": stats.bootstrap_interval(after - before, a.seed), "p_t": stats.paired_t(after, before),
-            "p_randomization": stats.paired_randomization(after, before, a.seed),
-            "wins": int((after > before).sum()), "ties": int((after == before).sum()), "losses": int((after < before).sum()),
-            "latency": _ratio(a.rows[label], b.rows[label]) if _same_machine(a, b) else None, "changes": after - before,
+        found[label] = stats.paired(after, before, a.seed) | {
+            "before": float(before.mean()), "after": float(after.mean()), "changes": after - before,
+            "latency": _ratio(a.rows[label], b.rows[label]) if _same_machine(a, b) else None,
         }  # fmt: skip
     for vs, p in zip(found.values(), stats.holm([vs["p_randomization"] for vs in found.values()])):
         vs["p_holm"] = p
@@ -53,7 +50,6 @@ def compared(a: Loaded, b: Loaded) -> dict[str, dict[str, Any]]:
 def comparison(a: Loaded, b: Loaded, made_by: str) -> Section:
     """The report of two evaluations, b against a, and the command that made it."""
     tests, measure = compared(a, b), a.primary
-    names = str(a.folder), str(b.folder)
     title = f"{a.result['dataset']['name']}: {a.folder.resolve().name} against {b.folder.resolve().name}"
     rows = [
         [
@@ -68,13 +64,10 @@ def comparison(a: Loaded, b: Loaded, made_by: str) -> Section:
     strips = figures.strips({label: vs["changes"] for label, vs in tests.items()}, measure, a.result["dataset"]["name"], "A")
     counted = "; ".join(f"{label} {vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost" for label, vs in tests.items())
     said = "; ".join(f"{label} {interval(vs['delta'], vs['ci95'], '+.4f', '+.4f')}" for label, vs in tests.items())
+    same = f"Same collection ({a.result['dataset']['hash'][:16]}) and candidates ({a.result['candidates']['hash'][:16]}), by their hashes."
     blocks: list[Block] = [
         *(Text(_sentence(label, vs, measure), item=len(tests) > 1) for label, vs in tests.items()),
-        Text(
-            [
-                f"A is {names[0]}, B is {names[1]}. Same collection ({a.result['dataset']['hash'][:16]}) and candidates ({a.result['candidates']['hash'][:16]}), by their hashes."
-            ]
-        ),
+        Text([f"A is {a.folder}, B is {b.folder}. {same}"]),
         Table(head, rows),
         Row([Plot("comparison", forest, f"differences of B from A: {said}"), Plot("comparison-queries", strips, f"sorted by query: {counted}")]),
         *(Text([line], item=True) for line in alone),
@@ -104,11 +97,11 @@ def _ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
 
 def _changes(a: Loaded, b: Loaded) -> Block:
     """Everything of configuration, models and environment that differs."""
-    rows: list[list[Cell | str]] = []
+    rows: list[list[Cell]] = []
     for part in ("config", "models", "environment"):
         one, other = (_flat(x.result[part]) for x in (a, b))
         rows += [
-            [f"{part}: {key}", Cell(one.get(key, "absent"), quoted=True), Cell(other.get(key, "absent"), quoted=True)]
+            [Cell(f"{part}: {key}"), Cell(one.get(key, "absent"), quoted=True), Cell(other.get(key, "absent"), quoted=True)]
             for key in sorted({*one, *other})
             if one.get(key) != other.get(key)
         ]

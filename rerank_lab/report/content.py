@@ -10,8 +10,8 @@ from rerank_lab.kernel_check import DTYPES
 from rerank_lab.report import figures
 from rerank_lab.report.blocks import Block, Cell, Code, Plot, Quoted, Row, Section, Table, Text
 from rerank_lab.report.load import Loaded, anchor
-from rerank_lab.report.verdict import sentence, verdict
-from rerank_lab.results import findings, interval, is_remote, p_text
+from rerank_lab.report.verdict import ratio, sentence, verdict
+from rerank_lab.results import changes, head, interval, is_remote, p_text
 from rerank_lab.timing import PHASES
 
 SEEN = "documents seen before"
@@ -20,7 +20,8 @@ DOUBT = (
     "How to read it: an interval is the 95% bootstrap interval of a mean over queries; Δ is paired by query, its p from a randomisation test, "
     "Holm-corrected over the methods (intervals are not corrected). The method in bold is the cheapest of those that cannot be told from the highest "
     "mean, by tests corrected over all pairs; that is no proof of being equal, and from 9,999 random swaps a p near .05 is known to about .01. "
-    "Latency is the median of one query at a time, its documents' vectors cached; compare times within one table alone. Grey marks in the plot are dominated: another method is at least as good and no slower."
+    "Latency is the median of one query at a time, its documents' vectors cached; compare times within one table alone. Grey marks in the plot are "
+    "dominated: another method is at least as good and no slower."
 )
 
 
@@ -39,8 +40,8 @@ def overview(every: Sequence[Loaded], made_by: str) -> list[Block]:
 
 def main_table(one: Loaded) -> Table:
     """One row a method: quality, difference, cost."""
-    primary, base = one.primary, one.rows[one.baseline]["latency_ms"]
-    head = ["method", f"{primary} [95% CI]", "Δ [95% CI]", "Holm p", "p50 ms", "× latency", "new documents, ms", "docs/s", "peak MB", "MFLOP"]
+    primary = one.primary
+    columns = ["method", f"{primary} [95% CI]", "Δ [95% CI]", "Holm p", "p50 ms", "× latency", "new documents, ms", "docs/s", "peak MB", "MFLOP"]
     rows = []
     for label, row in one.rows.items():
         vs, seen, new = row["vs"], row["latency_ms"], row["cold_latency_ms"]
@@ -49,13 +50,12 @@ def main_table(one: Loaded) -> Table:
             if vs is None
             else [Cell(interval(vs["delta"], vs["ci95"], "+.4f", "+.3f"), vs["delta"]), Cell(p_text(vs["p_holm"]), vs["p_holm"])]
         )
-        ratio = seen["p50"] / base["p50"] if seen and base and is_remote(label) == is_remote(one.baseline) else None
         rows.append([
             Cell(label), Cell(interval(row["measures"][primary], row["ci95"][primary]), row["measures"][primary]), *delta,
-            number(seen and seen["p50"], ",.1f"), number(ratio, ".1f"), number(new and new["p50"], ",.1f"), number(row["docs_per_s"], ",.0f"),
+            number(seen and seen["p50"], ",.1f"), number(ratio(one, label, one.baseline), ".1f"), number(new and new["p50"], ",.1f"), number(row["docs_per_s"], ",.0f"),
             number(row["peak_rss_mb"], ",.0f"), number(row["flops_per_query"] and row["flops_per_query"] / 1e6, ",.0f"),
         ])  # fmt: skip
-    return Table(head, rows)
+    return Table(columns, rows)
 
 
 def number(value: float | None, form: str) -> Cell:
@@ -66,7 +66,7 @@ def number(value: float | None, form: str) -> Cell:
 def _across(every: Sequence[Loaded]) -> Table:
     """Methods down, collections across: quality, and latency as a multiple of the baseline's."""
     labels = list(dict.fromkeys(label for one in every for label in one.rows))
-    head = ["method", *(f"{one.name}, {one.primary}" for one in every), *(f"{one.name}, × latency" for one in every)]
+    columns = ["method", *(f"{one.name}, {one.primary}" for one in every), *(f"{one.name}, × latency" for one in every)]
     rows = []
     for label in labels:
         cells: list[Cell] = [Cell(label)]
@@ -74,18 +74,16 @@ def _across(every: Sequence[Loaded]) -> Table:
             row = one.rows.get(label)
             cells.append(Cell("-") if row is None else Cell(interval(row["measures"][one.primary], row["ci95"][one.primary]), row["measures"][one.primary]))
         for one in every:
-            own, base = one.rows.get(label), one.rows[one.baseline]["latency_ms"]
-            same = is_remote(label) == is_remote(one.baseline)
-            cells.append(number(own["latency_ms"]["p50"] / base["p50"] if own and own["latency_ms"] and base and same else None, ".1f"))
+            cells.append(number(ratio(one, label, one.baseline) if label in one.rows else None, ".1f"))
         rows.append(cells)
-    return Table(head, rows)
+    return Table(columns, rows)
 
 
 def sections(one: Loaded, level: int, errors: Sequence[Block], limits: Block | None) -> Iterator[Section]:
     """All that stands below the first screen; `limits` joins the cost."""
     if level > 2:
         yield Section("The table", level, [main_table(one)])
-    yield Section("Quality", level, [_measures(one), *(Text([line], item=True) for line in _first_stage(one))])
+    yield Section("Quality", level, [_measures(one), *(Text([line], item=True) for line in head(one.result))])
     if any(row["vs"] for row in one.result["rows"]):
         yield Section("Differences", level, _differences(one))
     yield Section("Cost", level, [*_cost(one), *([limits] if limits else [])])
@@ -95,16 +93,6 @@ def sections(one: Loaded, level: int, errors: Sequence[Block], limits: Block | N
     yield Section("Queries that gained and lost", level, list(errors))
     yield Section("Trust", level, _trust(one))
     yield Section("Made by", level, _made(one))
-
-
-def _first_stage(one: Loaded) -> list[str]:
-    first, data = one.result["candidates"], one.result["dataset"]
-    recall = next(key for key in first if key.startswith("recall@"))
-    stage = f"first stage {first['source']}, top {first['top_k']}: {one.primary} {first['measures'][one.primary]:.4f}, {recall} {first[recall]:.4f}"
-    return [
-        f"{one.result['rows'][0]['queries']} judged queries, {data['documents']:,} documents; {stage}.",
-        f"The best order of these candidates (oracle) has nDCG@10 {first['oracle_ndcg@10']:.4f}: no reranker of them has a higher one.",
-    ]
 
 
 def _measures(one: Loaded) -> Table:
@@ -117,14 +105,12 @@ def _differences(one: Loaded) -> list[Block]:
     tested = {label: row["vs"] for label, row in one.rows.items() if row["vs"]}
     said = "; ".join(f"{label} {interval(vs['delta'], vs['ci95'], '+.4f', '+.3f')}, Holm p {p_text(vs['p_holm'])}" for label, vs in tested.items())
     counted = "; ".join(f"{label} {vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost" for label, vs in tested.items())
-    changes = {label: (one.measure(label) - one.measure(one.baseline)).to_numpy() for label in tested}
+    own = {label: (one.measure(label) - one.measure(one.baseline)).to_numpy() for label in tested}
     plots = [
         Plot(
             f"differences-{one.stem}", figures.forest(tested, one.primary, one.name, one.baseline, list(one.rows)), f"differences from {one.baseline}: {said}"
         ),
-        Plot(
-            f"queries-{one.stem}", figures.strips(changes, one.primary, one.name, one.baseline), f"sorted differences by query from {one.baseline}: {counted}"
-        ),
+        Plot(f"queries-{one.stem}", figures.strips(own, one.primary, one.name, one.baseline), f"sorted differences by query from {one.baseline}: {counted}"),
     ]
     rows = [
         [
@@ -148,9 +134,9 @@ def _cost(one: Loaded) -> list[Block]:
     if any(row["phases_ms"] for row in one.result["rows"]):
         alt = "; ".join(f"{label}: " + ", ".join(f"{p} {row['phases_ms'][p]:.1f} ms" for p in PHASES) for label, row in one.rows.items() if row["phases_ms"])
         blocks.append(Row([Plot(f"cost-{one.stem}", figures.phases(one), f"time by phase on {one.name}, {SEEN}. {alt}")]))
-    head = ["method", "documents", "queries timed", "p50 ms", "p95 ms", *(f"{p} ms" for p in PHASES), "docs/s", "peak MB", "MFLOP"]
+    columns = ["method", "documents", "queries timed", "p50 ms", "p95 ms", *(f"{p} ms" for p in PHASES), "docs/s", "peak MB", "MFLOP"]
     rows = [_cost_row(row, state, prefix) for row in one.result["rows"] for state, prefix in (("seen", ""), ("new", "cold_")) if row[f"{prefix}latency_ms"]]
-    blocks.append(Table(head, rows))
+    blocks.append(Table(columns, rows))
     text = f"Seen: the documents' vectors are cached ({env['vector_cache']}) and the query is new. New: every document is encoded too. Phases are medians. "
     text += "FLOPs are matrix products by formula, a query of these candidates. Peak memory is the process's, with what it maps of the cache."
     if any(map(is_remote, one.rows)):
@@ -185,8 +171,8 @@ def _swept(one: Loaded) -> list[Block]:
             limits = [number(max(point[key] for point in at.values()), ".4f") for key in ("recall", "oracle_ndcg@10")]
             cut = number(100 * max(point["truncated_share"] for point in at.values()), ".1f")
             rows.append([Cell(f"{value:,g}", value), *cells, *limits, cut])
-        head = [setting, *labels, "recall of what is ranked, at most", "oracle's nDCG@10, at most", "documents cut, %, at most"]
-        blocks.append(Table(head, rows, f"{one.primary} by {setting}"))
+        columns = [setting, *labels, "recall of what is ranked, at most", "oracle's nDCG@10, at most", "documents cut, %, at most"]
+        blocks.append(Table(columns, rows, f"{one.primary} by {setting}"))
     return blocks
 
 
@@ -215,10 +201,10 @@ def roofline(bench: dict[str, Any], name: str, level: int) -> Section:
             if row["status"] == "ok":
                 shares = [row["of_roofline"], None, None] if gpu else [None, row["of_gemm"], row["of_read"]]
                 rows.append([Cell(task["task"]), Cell(row["name"]), number(row["slower"], ".2f"), *(number(share, ".2f") for share in shares)])
-    head = ["work", "by", "time over ours", "of roofline", "of GEMM rate", "of reading rate"]
+    columns = ["work", "by", "time over ours", "of roofline", "of GEMM rate", "of reading rate"]
     where = bench.get("gpu") or f"{bench['machine']}, {bench['implementation']}, {bench['threads']} threads"
     text = f"From {name}: {bench['command']}, on {where}. Ours is the first of each work. GEMM and reading rates are those of torch on the same machine in the same run."
-    return Section(LIMITS, level, [Table(head, rows), Text([text])])
+    return Section(LIMITS, level, [Table(columns, rows), Text([text])])
 
 
 def _trust(one: Loaded) -> list[Block]:
@@ -230,10 +216,9 @@ def _trust(one: Loaded) -> list[Block]:
         ]
         for label, row in one.rows.items()
     ]  # fmt: skip
-    head = ["method", "settings", "queries covered", "unjudged in the top 10", "documents truncated", "tied neighbours", "token limit"]
+    columns = ["method", "settings", "queries covered", "unjudged in the top 10", "documents truncated", "tied neighbours", "token limit"]
     notes = [*one.result["dataset"]["notes"], *one.result["candidates"]["notes"]]
-    more = [line for line in findings(one.result) if " under " in line or " beside " in line]
-    return [Table(head, rows), *(Text([Quoted(note)], item=True) for note in [*notes, *more] or ["No notes on the collection."])]
+    return [Table(columns, rows), *(Text([Quoted(note)], item=True) for note in [*notes, *changes(one.result)] or ["No notes on the collection."])]
 
 
 def _made(one: Loaded) -> list[Block]:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from rerank_lab.datasets import Dataset
-from rerank_lab.errors import ModelError, UserError
+from rerank_lab.errors import UserError
 from rerank_lab.methods import BEST_CROSS, Pool, make_method
 from rerank_lab.methods.best import Best
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
@@ -44,7 +44,7 @@ def loaded_model(one: Loaded, cache: str | None) -> Reranker:
     """The bi-encoder that ranked, as the results name it.
 
     Raises:
-        UserError, ModelError: it is not to be had here, or another one answers to its name.
+        UserError: it is not to be had here, or another one answers to its name.
     """
     config, models = one.result["config"], one.result["models"]
     if models["model"] is None:
@@ -182,15 +182,10 @@ def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str,
         rows.append(cells)
     moved = (f"{d}{' (relevant)' if d in relevant else ''}, {_place(ranks[one.baseline], q, d)} → {_place(ranks[label], q, d)}" for d in shown)
     head = ["query token", "weight", *map(Quoted, moved)]
-    return Details(f"{_cut(query)} ({what})", [Table(head, rows, kind="alignment")], quoted=True)
+    return Details(f"{_cut(query)} ({what})", [Table(head, rows, kind="alignment")])
 
 
 def _words(encoder: BiEncoder, text: str, kind: str, count: int, limit: int) -> list[str]:
     """The text's own tokens as they are written."""
     (tokens,) = encoder.tokenize([text], kind, limit)
     return [encoder.tokenizer.id_to_token(int(i)) for i, special in zip(tokens.ids, tokens.special) if not special][:count]
-
-
-def failure(error: UserError | ModelError | OSError) -> Text:
-    """Why something is left out."""
-    return Text([f"Left out: {error}."])

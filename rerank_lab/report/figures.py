@@ -76,11 +76,11 @@ def pareto(one: Loaded) -> Figure:
         colour = look[label]["color"] if label in best or label not in weighed else DOMINATED
         face = "white" if is_remote(label) else colour
         ci, value = row["ci95"][one.primary], row["measures"][one.primary]
-        error = None if ci is None else [[max(0, value - ci[0])], [max(0, ci[1] - value)]]
+        error = None if ci is None else np.array([[max(0, value - ci[0])], [max(0, ci[1] - value)]])
         axes.errorbar(
             at[label][0],
             value,
-            yerror(error),
+            error,
             color=colour,
             marker=look[label]["marker"],
             markersize=8,
@@ -98,11 +98,6 @@ def pareto(one: Loaded) -> Figure:
     level = [*zip(steps[0], steps[0][1:], steps[1])]
     _name_points(figure, axes, at, bars, level, {label: INK if label in best else "#6b6b6b" for label in at})
     return figure
-
-
-def yerror(error: list[list[float]] | None) -> Any:
-    """What errorbar takes; mypy knows no nested lists there."""
-    return error
 
 
 def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
@@ -220,7 +215,7 @@ def phases(one: Loaded) -> Figure:
         axes.set_yticks(range(len(names)), [*map(short, names)])
         axes.set_xlim(0, start.max() * 1.16)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.set_title(f"{one.name}, {title}" if one.name else title)
+        axes.set_title(f"{one.name}, {title}")
         axes.grid(True, axis="x")
     panels[-1].set_xlabel("ms a query, sum of the phases' medians")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES), handlelength=1.2, columnspacing=1.2)

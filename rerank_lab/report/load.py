@@ -20,7 +20,7 @@ from rerank_lab.results import SCHEMA
 from rerank_lab.timing import PHASES
 
 ANY, NUMBER = object(), (int, float)
-MAYBE = {"p50": NUMBER, "p95": NUMBER}
+LATENCY = {"p50": NUMBER, "p95": NUMBER}
 CHANGE = {"delta_ndcg@10": NUMBER, "ci95": ANY}
 # What a report reads of results.json: a name with ? may be null, {"*": …} stands for any names.
 SHAPE: dict[str, Any] = {
@@ -32,7 +32,7 @@ SHAPE: dict[str, Any] = {
     "rows": [{
         "method": str, "queries": int, "measures": {"*": NUMBER}, "ci95": {}, "settings": {}, "cold_sample": {"queries": int}, "timed_queries": int,
         "vs?": {"delta": NUMBER, "ci95": ANY, "p_t": ANY, "p_randomization": NUMBER, "p_holm": NUMBER, "wins": int, "ties": int, "losses": int, "measure": str},
-        "vs_definition?": {"*": CHANGE}, "latency_ms?": MAYBE, "cold_latency_ms?": MAYBE, "phases_ms?": {"*": NUMBER}, "cold_phases_ms?": {"*": NUMBER},
+        "vs_definition?": {"*": CHANGE}, "latency_ms?": LATENCY, "cold_latency_ms?": LATENCY, "phases_ms?": {"*": NUMBER}, "cold_phases_ms?": {"*": NUMBER},
         "docs_per_s": ANY, "cold_docs_per_s": ANY, "peak_rss_mb": ANY, "cold_peak_rss_mb": ANY, "flops_per_query": ANY, "cold_flops_per_query": ANY,
         "coverage": NUMBER, "unjudged_share": NUMBER, "truncated_share": ANY, "tie_rate": NUMBER, "token_limit": ANY,
     }],
@@ -230,15 +230,14 @@ def _per_query(path: Path, result: dict[str, Any]) -> pd.DataFrame:
     texts = [name for name in ("latency_ms", *names) if not pd.api.types.is_numeric_dtype(frame[name])]
     if texts or frame.duplicated(["method", "query"]).any():
         raise UserError(f"{path} holds {f'no numbers in {texts[0]}' if texts else 'a query twice'}; run the evaluation again with --overwrite")
+    base = next(row["measures"][names[0]] for row in result["rows"] if row["method"] == result["config"]["baseline"])
     for row in result["rows"]:
         own = frame[frame["method"] == row["method"]]
         if len(own) != row["queries"]:
             raise UserError(f"{path} has {len(own)} of {row['queries']} queries of {row['method']}; run the evaluation again with --overwrite")
         if not np.allclose([own[n].mean() for n in names], [row["measures"][n] for n in names], rtol=0, atol=SAME):
             raise UserError(f"{path} and {RESULTS} are of two runs: their means of {row['method']} differ; run the evaluation again with --overwrite")
-        if row["vs"] and not np.isclose(
-            row["vs"]["delta"], row["measures"][names[0]] - _row(result, result["config"]["baseline"])["measures"][names[0]], atol=SAME
-        ):
+        if row["vs"] and not np.isclose(row["vs"]["delta"], row["measures"][names[0]] - base, atol=SAME):
             raise UserError(f"{path.with_name(RESULTS)} does not agree with itself on {row['method']}; run the evaluation again with --overwrite")
     return frame
 
@@ -256,7 +255,3 @@ def _scores(path: Path, result: dict[str, Any], per_query: pd.DataFrame) -> pd.D
     if {*zip(frame["method"], frame["query"])} != ranked:
         raise UserError(f"{path} and {RESULTS} are of two runs; remove it, and the report leaves out which documents moved")
     return frame
-
-
-def _row(result: dict[str, Any], label: str) -> dict[str, Any]:
-    return next(row for row in result["rows"] if row["method"] == label)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterator, Sequence
+from html import escape
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Quoted, Row, Section, Strong, Table, Text
+from rerank_lab.report.blocks import Block, Code, Details, Plot, Quoted, Row, Section, Strong, Table, Text
 from rerank_lab.report.figures import saved
 from rerank_lab.report.load import anchor
 
@@ -21,27 +22,27 @@ LATEX = str.maketrans(
 )
 
 
-def markdown(block: Block, figures: str = "figures") -> str:
+def markdown(block: Block) -> str:
     """A block and all in it as Markdown (GitHub's), figures as images from the folder of that name."""
-    text = re.sub(r"(?m)^(- .*)\n(?!- |\n)", r"\1\n\n", "\n".join(_lines(block, figures)))  # or a list would go on
+    text = re.sub(r"(?m)^(- .*)\n(?!- |\n)", r"\1\n\n", "\n".join(_lines(block)))  # or a list would go on
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
-def html(report: Section, folder: Path = Path(__file__).parent) -> str:
+def html(report: Section) -> str:
     """The report as a page that stands alone: style, figures and the script that sorts are all inside."""
-    page = Environment(loader=FileSystemLoader(folder), autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
     page.filters["svg"] = lambda plot: "data:image/svg+xml;base64," + base64.b64encode(saved(plot.figure, "svg")).decode()
     page.tests |= {name: lambda block, kind=kind: isinstance(block, kind) for name, kind in KINDS.items()}
     page.filters["anchor"] = anchor
     return page.get_template("page.html").render(report=report)
 
 
-KINDS = {"text": Text, "code": Code, "table": Table, "plots": Row, "details": Details, "section": Section, "cell": Cell, "strong": Strong}
+KINDS = {"text": Text, "code": Code, "table": Table, "plots": Row, "details": Details, "section": Section, "strong": Strong}
 
 
 def latex(table: Table, caption: str, label: str) -> str:
     """A table for a paper (booktabs)."""
-    rows = [[_plain(cell) for cell in row] for row in table.rows]
+    rows = [[cell.text for cell in row] for row in table.rows]
     frame = pd.DataFrame(rows, columns=[head.translate(LATEX).replace("Δ", r"$\Delta$").replace("×", r"$\times$") for head in table.head])
     style = frame.style.format(lambda text: str(text).translate(LATEX).replace("×", r"$\times$").replace("−", "$-$")).hide(axis="index")
     made: str = style.to_latex(
@@ -50,21 +51,17 @@ def latex(table: Table, caption: str, label: str) -> str:
     return made
 
 
-def _plain(cell: Cell | str) -> str:
-    return cell.text if isinstance(cell, Cell) else cell
-
-
 def escaped(text: str, quoted: bool = False) -> str:
     """Text that stands in Markdown as it is; somebody else's loses every meaning it might have there."""
     return (FOREIGN if quoted else MEANT).sub(r"\\\1", " ".join(text.split()))
 
 
-def _lines(block: Block, figures: str) -> Iterator[str]:
+def _lines(block: Block) -> Iterator[str]:
     match block:
         case Section():
             yield from (f"{'#' * block.level} {escaped(block.title)}", "")
             for part in block.blocks:
-                yield from _lines(part, figures)
+                yield from _lines(part)
         case Text():
             text = "".join(f"**{escaped(part)}**" if isinstance(part, Strong) else _spaced(part) for part in block.parts)
             yield f"- {text}" if block.item else text
@@ -75,11 +72,11 @@ def _lines(block: Block, figures: str) -> Iterator[str]:
         case Table():
             yield from _table(block)
         case Row():
-            yield from (line for plot in block.plots for line in (_image(plot, figures), ""))
+            yield from (line for plot in block.plots for line in (_image(plot), ""))
         case Details():
-            yield from ("<details" + (" open" if block.open else "") + f"><summary>{_summary(block.summary)}</summary>", "")
+            yield from ("<details" + (" open" if block.open else "") + f"><summary>{escape(' '.join(block.summary.split()), quote=False)}</summary>", "")
             for part in block.blocks:
-                yield from _lines(part, figures)
+                yield from _lines(part)
             yield from ("</details>", "")
 
 
@@ -89,16 +86,12 @@ def _spaced(part: str) -> str:
     return f"{' ' * (part[:1] == ' ')}{inner}{' ' * (part[-1:] == ' ' and bool(inner))}" if inner else part
 
 
-def _summary(text: str) -> str:
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _image(plot: Plot, figures: str) -> str:
-    return f"![{escaped(plot.alt, quoted=False).replace('[', '(').replace(']', ')')}]({figures}/{plot.name}.png)"
+def _image(plot: Plot) -> str:
+    return f"![{escaped(plot.alt).replace('[', '(').replace(']', ')')}](figures/{plot.name}.png)"
 
 
 def _table(table: Table) -> Sequence[str]:
-    rows = [[escaped(cell.text, cell.quoted) if isinstance(cell, Cell) else escaped(cell) for cell in row] for row in table.rows]
+    rows = [[escaped(cell.text, cell.quoted) for cell in row] for row in table.rows]
     head = [escaped(name, isinstance(name, Quoted)) for name in table.head]
     caption = ["", f"{escaped(table.caption)}:", ""] if table.caption else [""]
     return [*caption, *(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]), ""]

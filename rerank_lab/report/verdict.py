@@ -80,19 +80,17 @@ def sentence(one: Loaded) -> list[str]:
     """The finding of one collection, as parts of a paragraph."""
     found, measure, use = verdict(one), one.primary, one.rows[verdict(one).use]
     vs = use["vs"]
-    level = found.highest != found.use
     if vs is None:
-        own = interval(use["measures"][measure], use["ci95"][measure], ".3f").removeprefix("0")
-        start = f", the baseline, has {measure} {own}"
+        start = f", the baseline, has {measure} {_gain(use['measures'][measure], use['ci95'][measure])}"
     elif vs["p_holm"] < ALPHA and vs["delta"] > 0:
-        start = f" beats {vs['baseline']} by {interval(vs['delta'], vs['ci95'], '.3f').removeprefix('0')} {measure}{times(one, found.use, vs['baseline'])}"
+        start = f" beats {vs['baseline']} by {_gain(vs['delta'], vs['ci95'])} {measure}{_times(one, found.use, vs['baseline'])}"
     else:
         verb = "is worse than" if vs["p_holm"] < ALPHA else "cannot be told from"
-        start = f" {verb} {vs['baseline']}: {interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {measure}{times(one, found.use, vs['baseline'])}"
-    if level:
+        start = f" {verb} {vs['baseline']}: {interval(vs['delta'], vs['ci95'], '+.3f', '+.3f')} {measure}{_times(one, found.use, vs['baseline'])}"
+    if found.highest != found.use:
         other = found.below[found.use]
-        gap = interval(-other.delta, other.ci95 and [-other.ci95[1], -other.ci95[0]], ".3f", "+.3f").removeprefix("0")
-        end = f". The highest mean is {found.highest}'s, {gap} above{times(one, found.highest, found.use)}: "
+        gap = _gain(-other.delta, other.ci95 and [-other.ci95[1], -other.ci95[0]], "+.3f")
+        end = f". The highest mean is {found.highest}'s, {gap} above{_times(one, found.highest, found.use)}: "
         end += f"{_queries(use['queries'])} not tell that from chance, all pairs counted (Holm p {p_text(other.p)})."
     else:
         end = f", the highest mean of {len(found.below) + 1} methods." if found.below else "."
@@ -101,22 +99,28 @@ def sentence(one: Loaded) -> list[str]:
 
 def _cheaper(one: Loaded, found: Verdict) -> list[str]:
     """The best of what costs less than the chosen method and beats the baseline too."""
-    gains = [label for label in frontier(one) if label != found.use and (vs := one.rows[label]["vs"]) and vs["p_holm"] < ALPHA and vs["delta"] > 0]
-    cost = {label: one.rows[label]["latency_ms"]["p50"] for label in gains}
-    own = one.rows[found.use]["latency_ms"]
-    cheaper = [label for label in cost if own and cost[label] < own["p50"]]
+    gains = [label for label in frontier(one) if (vs := one.rows[label]["vs"]) and vs["p_holm"] < ALPHA and vs["delta"] > 0]
+    cheaper = [label for label in gains if (ratio(one, label, found.use) or 1) < 1]
     if not cheaper:
         return []
     label = cheaper[-1]
     vs = one.rows[label]["vs"]
-    by = interval(vs["delta"], vs["ci95"], ".3f").removeprefix("0")
-    return [" Cheaper: ", Strong(label), f" beats {vs['baseline']} by {by}{times(one, label, vs['baseline'])}."]
+    return [" Cheaper: ", Strong(label), f" beats {vs['baseline']} by {_gain(vs['delta'], vs['ci95'])}{_times(one, label, vs['baseline'])}."]
 
 
-def times(one: Loaded, label: str, other: str) -> str:
-    """How many times as long a method takes as another."""
+def ratio(one: Loaded, label: str, other: str) -> float | None:
+    """How many times as long a method takes as another, by median; None where one of them was not timed, or over HTTP alone."""
     a, b = one.rows[label]["latency_ms"], one.rows[other]["latency_ms"]
-    return f" at {a['p50'] / b['p50']:.1f} × its latency" if a and b and is_remote(label) == is_remote(other) else ""
+    return a["p50"] / b["p50"] if a and b and is_remote(label) == is_remote(other) else None
+
+
+def _times(one: Loaded, label: str, other: str) -> str:
+    found = ratio(one, label, other)
+    return "" if found is None else f" at {found:.1f} × its latency"
+
+
+def _gain(value: float, ci: list[float] | None, ends: str = ".3f") -> str:
+    return interval(value, ci, ".3f", ends).removeprefix("0")
 
 
 def _queries(count: int) -> str:
