@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rerank_kernels import similarity_topk
+from rerank_lab.corpus import digests
 from rerank_lab.datasets import Dataset
 from rerank_lab.errors import UserError
 from rerank_lab.lexical import BM25, PARAMETERS
 from rerank_lab.run import Ranked, Run, order, read_trec
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+Found = tuple[torch.Tensor, torch.Tensor]  # of B queries: the values of the nearest, B × K, descending, and their places
 QUERY_BATCH = 64
 
 
@@ -48,19 +49,17 @@ def make_candidates(
     dataset: Dataset,
     top_k: int,
     *,
-    encode: Callable[[list[str]], torch.Tensor],
-    corpus_vectors: Callable[[list[str]], Iterable[torch.Tensor]],
+    search: Callable[[list[str], list[str], int], list[Found]],
     drop_identical: bool,
     progress: Progress,
 ) -> Candidates:
     """Candidates for every query of a dataset.
 
     Args:
-        source: "bm25", "dense" or "run:FILE".
+        source: "bm25", "dense" or "run:FILE", a TREC run or Parquet.
         dataset: the collection.
         top_k: candidates a query at most.
-        encode: B queries → pooled vectors (B × d), for dense.
-        corpus_vectors: N texts → their pooled vectors in order, in blocks of any size (… × d), for dense; one block is held at a time.
+        search: document ids, texts of queries and K → the K nearest of these documents, in batches of QUERY_BATCH queries, for dense.
         drop_identical: leave out the document whose id is the query's.
         progress: wraps an iterable in a progress bar with a title.
 
@@ -82,21 +81,11 @@ def make_candidates(
         about: dict[str, Any] = {"source": "bm25", "parameters": PARAMETERS}
     elif kind == "dense" and not path:
         # Each distinct text once: rounding differs by a row's place in a matrix product, and equal texts must tie.
-        groups: dict[str, list[int]] = {}
-        for i, text in enumerate(dataset.corpus.values()):
+        groups: dict[bytes | str, list[int]] = {}
+        for i, text in enumerate(digests(dataset.corpus)):
             groups.setdefault(text, []).append(i)
         repeats, items = list(groups.values()), list(queries.items())
-        batches = [encode([text for _, text in items[start : start + QUERY_BATCH]]) for start in range(0, len(items), QUERY_BATCH)]
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        start = 0
-        for block in corpus_vectors(list(groups)):
-            for n, vectors in enumerate(progress(batches, "dense retrieval")):
-                values, places = similarity_topk(vectors, block, min(fetch, len(block)))
-                if start == 0:
-                    found.append((values, places))
-                else:
-                    found[n] = better(found[n], (values, places + start), fetch)
-            start += len(block)
+        found = search([ids[own[0]] for own in repeats], [text for _, text in items], fetch)
         for n, (values, places) in enumerate(found):
             for (q, _), row, distinct in zip(items[n * QUERY_BATCH :], values.numpy(), places.tolist()):
                 ranked = sorted((-score, i) for score, d in zip(row, distinct) for i in repeats[d])[:fetch]
@@ -148,7 +137,7 @@ def oracle(run: Run, dataset: Dataset) -> Run:
     return best
 
 
-def better(before: tuple[torch.Tensor, torch.Tensor], later: tuple[torch.Tensor, torch.Tensor], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def better(before: Found, later: Found, k: int) -> Found:
     """The best k of two blocks' values and places, B × … each, descending; of equal ones those of the earlier block stand first."""
     values, places = (torch.cat(pair, 1) for pair in zip(before, later))
     kept = torch.sort(values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), dim=1, descending=True, stable=True).indices[:, :k]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ class Dataset:
 
     name: str
     split: str
-    corpus: dict[str, str]
+    corpus: Mapping[str, str]
     queries: dict[str, str]
     qrels: Qrels
     hash: str
@@ -59,12 +59,13 @@ def bundled_names() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob("*/corpus.jsonl"))
 
 
-def load_dataset(spec: str, split: str = "test") -> Dataset:
+def load_dataset(spec: str, split: str = "test", corpus: Mapping[str, str] | None = None) -> Dataset:
     """Loads a collection.
 
     Args:
         spec: a bundled name, a BEIR folder, a BEIR .zip, "hf:NAME" or "irds:ID".
         split: which judgements, e.g. "test".
+        corpus: where texts are put, empty, with __setitem__ (corpus.Corpus); None: in memory.
 
     Raises:
         UserError: not found, malformed (file and line are named), empty, or without this split.
@@ -73,7 +74,7 @@ def load_dataset(spec: str, split: str = "test") -> Dataset:
     if split not in source.qrels:
         raise UserError(f"{spec}: no split {split!r}; it has {', '.join(sorted(source.qrels)) or 'no judgements at all'}")
     digest = hashlib.sha256()
-    corpus = _collect(source.documents(), "document", digest)
+    corpus = _collect(source.documents(), "document", digest, corpus)
     if not corpus:
         raise UserError(f"{spec}: the corpus is empty")
     digest.update(b"\n")
@@ -233,8 +234,8 @@ def _is_integer(value: str) -> bool:
     return re.fullmatch(r"[+-]?\d{1,9}", value.strip()) is not None
 
 
-def _collect(records: Iterable[tuple[str, str, str]], kind: str, digest: Any) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _collect(records: Iterable[tuple[str, str, str]], kind: str, digest: Any, found: Any = None) -> Any:
+    found = {} if found is None else found
     for identifier, text, where in records:
         if identifier in found:
             raise UserError(f"{where}: {kind} id {identifier!r} stands here a second time")
@@ -245,7 +246,7 @@ def _collect(records: Iterable[tuple[str, str, str]], kind: str, digest: Any) ->
 
 
 def _check(
-    split: str, corpus: dict[str, str], queries: dict[str, str], qrels: Qrels, others: dict[str, Callable[[], Qrels]]
+    split: str, corpus: Mapping[str, str], queries: dict[str, str], qrels: Qrels, others: dict[str, Callable[[], Qrels]]
 ) -> tuple[list[str], dict[str, Any]]:
     notes: list[str] = []
     unknown = [f"{q}/{d}" for q, judged in qrels.items() for d in judged if d not in corpus]

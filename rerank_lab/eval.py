@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,21 @@ import torch
 
 from rerank_kernels import use_backend
 from rerank_lab import kernel_check, results, rows, sweep
-from rerank_lab.candidates import Candidates, make_candidates
+from rerank_lab.candidates import Candidates, Found, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
-from rerank_lab.environment import describe, kernels
+from rerank_lab.environment import kernels
 from rerank_lab.errors import ModelError, UserError
+from rerank_lab.executor import Executor, Local, Work
 from rerank_lab.journal import Journal
 from rerank_lab.measures import DEFAULT, known_measures, parse_measures
 from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.shards import default_folder
+from rerank_lab.models.store import Store, is_url
 from rerank_lab.options import effective, parse
 from rerank_lab.reranker import EXACT, Reranker
-from rerank_lab.timing import reset_peak_memory
 
 log = logging.getLogger("rerank_lab")
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         with use_backend(options.kernels):
-            print(_listing() if options.list else evaluate(options))
+            print(_listing() if options.list else _run(options))
         return 0
     except UserError as error:
         print(f"rerank_lab: error: {error}", file=sys.stderr)
@@ -63,7 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.removeHandler(handler)
 
 
-def evaluate(options: argparse.Namespace) -> str:
+def _run(options: argparse.Namespace) -> str:
+    """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
+    with closing(_executor(options)) as executor:
+        return evaluate(options, executor)
+
+
+def _executor(options: argparse.Namespace) -> Executor:
+    cache = _cache(options)
+    if options.executor == "local" or cache is None:
+        return Local(None if cache is None else Store(cache))
+    from rerank_lab.on_ray import OnRay
+
+    resources = options.resources or {"CPU": 1.0}
+    return OnRay(options.address or "auto", cache, workers=options.workers, resources=resources, kernels=options.kernels, threads=options.threads)
+
+
+def evaluate(options: argparse.Namespace, executor: Executor) -> str:
     """Runs the evaluation that the options describe, writes its folder and returns the table for stdout."""
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -91,11 +108,13 @@ def evaluate(options: argparse.Namespace) -> str:
             if url := split_label(label)[0]:
                 remote[label] = connections.enter_context(closing(_endpoint(url, label, method, options)))
                 remote[label].check()
-        return _evaluate(options, methods, remote, journal, config)
+        return _evaluate(options, methods, remote, journal, config, executor)
 
 
-def _evaluate(options: argparse.Namespace, methods: dict[str, Method], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Any]) -> str:
-    dataset = load_dataset(options.dataset, options.split)
+def _evaluate(
+    options: argparse.Namespace, methods: dict[str, Method], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Any], executor: Executor
+) -> str:
+    dataset = load_dataset(options.dataset, options.split, executor.corpus())
     if options.limit_queries:
         dataset = _limited(dataset, options.limit_queries)
     for note in dataset.notes:
@@ -107,43 +126,44 @@ def _evaluate(options: argparse.Namespace, methods: dict[str, Method], remote: d
     except ValueError as error:
         raise UserError(f"--kernels {options.kernels}: {error}") from None
     log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
+    about = executor.about(reranker)
     own = {label: reranker.using(method, cross=runs_cross(label, method)) for label, method in local.items()}
     detail = max((row.detail for row in own.values()), default=None)
+    detail = max((d for d in (detail, options.detail) if d is not None), default=None)
     rankers: dict[str, Reranker | Endpoint] = {**own, **remote}
-    deep = _candidates(options, dataset, reranker, detail)
-    candidates = deep.cut(options.top_k)
-    for note in candidates.notes:
+    deep = _candidates(options, dataset, reranker, detail, executor)
+    work = Work(executor, dataset, deep.cut(options.top_k), journal)
+    for note in work.candidates.notes:
         log.warning("%s", note)
 
-    depends = {"dataset": dataset.hash, "candidates": candidates.about["hash"], "models": reranker.fingerprints()}
-    journal.begin(config | depends)
-    reset = reset_peak_memory()
+    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.about["hash"], "models": about["models"]})
     collected: dict[str, dict[str, Any]] = {}
     for label in methods:
-        collected[label] = rows.measure(label, rankers[label], dataset, candidates, journal, options)
+        ranks = rankers[label]
+        collected[label] = {"records": work.records(label, ranks), "token_limit": ranks.token_limit, "cold": work.cold(label, ranks, options.cold_queries)}
     if local and reranker.arithmetic != EXACT:
         # What a faster runtime or precision loses on the same candidates, beside what it wins.
         exact = _reranker(options, local, exact=True)
-        _encode_candidates(exact, dataset, candidates, detail, "encode candidates in fp32")
+        _encode_candidates(exact, dataset, work.candidates, detail, "encode candidates in fp32", executor)
         for label, method in local.items():
             row = exact.using(method, cross=runs_cross(label, method))
-            collected[label]["exact"] = rows.records(f"{label} in fp32", row, dataset, candidates, journal)
+            collected[label]["exact"] = work.records(f"{label} in fp32", row)
     for label, row in own.items() if not options.no_kernel_check else ():
         if "bi-encoder" in row.method.roles and row.cross is None:  # what a cross-encoder computes no kernel of these has touched
-            collected[label]["kernels"] = kernel_check.check(label, row, dataset, candidates, journal)
+            collected[label]["kernels"] = kernel_check.check(label, row, about["types"], work.records)
 
     def encode(tokens: int) -> None:
-        _encode_candidates(reranker.reading(tokens), dataset, candidates, detail, f"encode {tokens} tokens")
+        _encode_candidates(reranker.reading(tokens), dataset, work.candidates, detail, f"encode {tokens} tokens", executor)
 
     done = {label: collected[label]["records"] for label in own}
-    points = list(sweep.run(options.sweep, local, own, done, dataset, candidates, deep, journal, encode))
-    about = {
-        "environment": describe(reranker.device) | {"peak_memory_per_method": reset, "vector_cache": reranker.cache_state},
+    points = list(sweep.run(options.sweep, local, own, done, work, deep, encode))
+    found = {
+        "environment": about["environment"],
         "config": config,
         "dataset": {"name": dataset.name, "split": dataset.split, "hash": dataset.hash, "notes": dataset.notes} | dataset.facts,
-        "models": reranker.fingerprints(),
+        "models": about["models"],
     }
-    result, files = results.summarize(about, dataset, candidates, methods, collected, points)
+    result, files = results.summarize(found, dataset, work.candidates, methods, collected, points)
     journal.finish(files)
     return results.table(result) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"
 
@@ -209,7 +229,7 @@ def _reranker(options: argparse.Namespace, methods: dict[str, Method], *, exact:
         options.model_cross if needs_cross else None,
         max_tokens_per_doc=options.max_tokens_per_doc,
         fuse_first_stage=options.fuse_first_stage,
-        cache_dir=None if options.no_cache else options.cache or default_folder(),
+        cache_dir=None if options.executor == "ray" else _cache(options),  # the workers' affair
         cache_bytes=int(options.cache_gb * 1e9),
         subspace=options.subspace,
         device=options.device,
@@ -218,37 +238,41 @@ def _reranker(options: argparse.Namespace, methods: dict[str, Method], *, exact:
     )
 
 
-def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, detail: Detail | None) -> Candidates:
-    """First stage, and the vectors of all documents that the methods will look at (detail None: none of them needs any)."""
-    texts = list(dataset.corpus.values())
-    # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
-    whole = detail and len(dataset.qrels) * options.top_k >= len(texts)
+def _cache(options: argparse.Namespace) -> str | None:
+    """Where vectors are kept: a folder, absolute since workers have folders of their own, or a URL."""
+    if options.no_cache:
+        return None
+    place = str(options.cache or default_folder())
+    return place if is_url(place) else str(Path(place).absolute())
 
-    def corpus_vectors(distinct: list[str]) -> Iterator[torch.Tensor]:
-        with rows.counting("encode corpus") as progress:
-            if whole and detail:
-                reranker.encode(distinct, detail=detail, progress=progress)
-            yield from reranker.pooled_blocks(distinct, progress=progress)
+
+def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, detail: Detail | None, executor: Executor) -> Candidates:
+    """First stage, and the vectors of all documents that the methods will look at (detail None: none of them needs any)."""
+    # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
+    whole = detail and len(dataset.qrels) * options.top_k >= len(dataset.corpus)
+
+    def search(ids: list[str], queries: list[str], fetch: int) -> list[Found]:
+        if whole and detail:
+            executor.encode(reranker, dataset.corpus, ids, detail, "encode corpus")
+        return executor.search(reranker, dataset.corpus, ids, queries, fetch)
 
     found = make_candidates(
         options.candidates,
         dataset,
         sweep.deepest(options.sweep, options.top_k),
-        encode=lambda queries: reranker.pooled(queries, kind="query"),
-        corpus_vectors=corpus_vectors,
+        search=search,
         drop_identical=options.drop_identical_ids,
         progress=rows.bar,
     )
-    _encode_candidates(reranker, dataset, found, detail, "encode candidates")
+    _encode_candidates(reranker, dataset, found, detail, "encode candidates", executor)
     return found
 
 
-def _encode_candidates(reranker: Reranker, dataset: Dataset, candidates: Candidates, detail: Detail | None, title: str) -> None:
+def _encode_candidates(reranker: Reranker, dataset: Dataset, candidates: Candidates, detail: Detail | None, title: str, executor: Executor) -> None:
     """Puts the vectors of all candidates into the cache (detail None: none are needed)."""
     if detail is not None:
-        needed = {d: None for ranked in candidates.run.values() for d in ranked.documents}
-        with rows.counting(title) as progress:
-            reranker.encode([dataset.corpus[d] for d in needed], detail=detail, progress=progress)
+        needed = list({d: None for ranked in candidates.run.values() for d in ranked.documents})
+        executor.encode(reranker, dataset.corpus, needed, detail, title)
 
 
 def _limited(dataset: Dataset, count: int) -> Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import project_quantize, similarity_topk, subspace_attention, use_backend
-from rerank_lab.candidates import Candidates
-from rerank_lab.datasets import Dataset
-from rerank_lab.journal import Journal
 from rerank_lab.methods import Pool
 from rerank_lab.models.bi_encoder import Read, Vectors
 from rerank_lab.reranker import Ranking, Reranker
-from rerank_lab.rows import records
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DEFINITION = "definition"
@@ -73,13 +69,29 @@ class Cast:
         self.reranker.trim()
         return ranking
 
+    def __reduce__(self) -> tuple[type[Cast], tuple[Any, ...]]:
+        return Cast, (self.reranker, self.dtype, {}, self.backend)
 
-def check(label: str, reranker: Reranker, dataset: Dataset, candidates: Candidates, journal: Journal) -> dict[str, list[dict[str, Any]]]:
-    """Every query's record by the definition in fp32 (DEFINITION) and by the chosen kernels in each type that this device has."""
+
+def check(
+    label: str, reranker: Reranker, types: Sequence[str], records: Callable[[str, Cast], list[dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Every query's record by the definition in fp32 (DEFINITION) and by the chosen kernels in each of these types.
+
+    Args:
+        label, reranker: the row.
+        types: names from DTYPES.
+        records: a label and what ranks → a record a query.
+    """
     reads: dict[str, Read] = {}
     ways = {DEFINITION: Cast(reranker, torch.float32, reads, "reference")}
-    ways |= {name: Cast(reranker, dtype, reads) for name, dtype in DTYPES.items() if _runs(dtype, reranker.device)}
-    return {name: records(f"{label} by kernels, {name}", way, dataset, candidates, journal) for name, way in ways.items()}
+    ways |= {name: Cast(reranker, DTYPES[name], reads) for name in types}
+    return {name: records(f"{label} by kernels, {name}", way) for name, way in ways.items()}
+
+
+def types(device: torch.device) -> list[str]:
+    """The types that the chosen kernels read on this device."""
+    return [name for name, dtype in DTYPES.items() if _runs(dtype, device)]
 
 
 def _runs(dtype: torch.dtype, device: torch.device) -> bool:

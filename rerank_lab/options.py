@@ -46,6 +46,7 @@ exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 
 
 COMMON = ("max_tokens_per_doc", "top_k")  # what --sweep varies of every method, beside the methods' own settings
+CLUSTER = ("executor", "address", "workers", "resources")  # who does the work; the same results whoever does
 SUBSPACE = "token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none"
 
 
@@ -118,9 +119,21 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     machine = p.add_argument_group("machine")
     machine_options(machine)
-    machine.add_argument("--cache", type=Path, metavar="DIR", help="vector cache (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    machine.add_argument("--cache", metavar="DIR|URL", help="vector cache, a folder or a URL of fsspec's (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     machine.add_argument("--cache-gb", type=weight, default=16.0, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
     machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")
+    where = p.add_argument_group("where it runs")
+    where.add_argument("--executor", choices=("local", "ray"), default="local", help="this process, or a Ray cluster (extra ray; default: local)")
+    where.add_argument(
+        "--address", metavar="auto|local|HOST:PORT", help="with --executor ray: the cluster that is there, or one on this machine while it runs (default: auto)"
+    )
+    where.add_argument("--workers", type=count, metavar="N", help="with --executor ray: processes with the models (default: as many as there is room for)")
+    where.add_argument(
+        "--resources",
+        type=_resources,
+        metavar="NAME=N,…",
+        help="with --executor ray: a worker's share of a node, CPU, GPU, memory (bytes), or yours (default: CPU=1)",
+    )
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="options by their long names; flags win over it")
     return p
 
@@ -155,13 +168,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options = p.parse_args([*_toml_flags(options.config, p), *argv])
     if options.resume and options.overwrite:
         p.error("--resume goes on with a run, --overwrite throws it away: give one of them")
-    options.sweep = dict(options.sweep or ())
+    given = [f"--{name}" for name in CLUSTER[1:] if getattr(options, name) is not None]
+    if options.executor == "local" and given:
+        raise UserError(f"{', '.join(given)}: with --executor ray alone")
+    if options.executor == "ray" and options.no_cache:
+        raise UserError("--no-cache: workers share vectors through the cache; leave it out, or --executor ray")
+    options.sweep, options.detail = dict(options.sweep or ()), None
     return options
 
 
 def effective(options: argparse.Namespace) -> dict[str, Any]:
     """The configuration as results keep it: what decides figures, as it was given."""
-    left_out = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache"}
+    left_out = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", *CLUSTER}
     return {k: v for k, v in sorted(vars(options).items()) if k not in left_out}
 
 
@@ -194,6 +212,18 @@ def _toml_flags(path: Path, p: argparse.ArgumentParser) -> list[str]:
 
 def _listed(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _resources(value: str) -> dict[str, float]:
+    """CPU=1,GPU=0.25,memory=8e9"""
+    found: dict[str, float] = {}
+    for part in value.split(","):
+        name, equals, amount = part.partition("=")
+        name = {"cpu": "CPU", "gpu": "GPU"}.get(name.strip().lower(), name.strip())
+        if not equals or not name or name in found:
+            raise argparse.ArgumentTypeError(f"{value!r} is no NAME=NUMBER,…, each name once")
+        found[name] = positive(amount)
+    return found
 
 
 def _names(value: str) -> list[str]:

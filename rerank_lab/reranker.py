@@ -83,7 +83,7 @@ class Reranker:
         model_cross: cross-encoder, the file of a one-way adapter (.safetensors) too; joins best where it is given. None: "minilm-cross" for standard and optimal, none for best.
         max_tokens_per_doc: own tokens kept of each document; the model's limit applies too.
         fuse_first_stage: weight of z(first-stage score), added to z(method's score) where `rank` is given such scores.
-        cache_dir: folder for vectors that outlive the process; None: in memory alone, at most 2 GiB.
+        cache_dir: folder or URL (fsspec) for vectors that outlive the process; None: in memory alone, at most 2 GiB.
         cache_bytes: bound on what the folder holds of one model.
         subspace: safetensors file with the model's projection V; None: the shipped one, or none.
         device: "auto", "cpu", "cuda", "mps".
@@ -116,12 +116,27 @@ class Reranker:
         self.method = make_method(method) if isinstance(method, str) else method
         if model_cross is None and "cross-encoder" in self.method.roles:
             model_cross = DEFAULT_CROSS
+        self.arguments: dict[str, Any] = {
+            "model": model, "model_cross": model_cross, "fuse_first_stage": fuse_first_stage, "cache_dir": None if cache_dir is None else str(cache_dir),
+            "cache_bytes": cache_bytes, "subspace": subspace, "device": device, "runtime": runtime, "precision": precision,
+        }  # fmt: skip
         _check_roles(self.method, model, model_cross)
         place = {"device": device, "runtime": runtime, "precision": precision}
         self.encoder: BiEncoder | None = load_bi_encoder(model, subspace=subspace, **place) if isinstance(model, str) else model
         self.cross = load_cross_encoder(model_cross, encoder=self.encoder, **place) if isinstance(model_cross, str) else model_cross
         self.cache_bytes = cache_bytes
-        self._new_caches(None if cache_dir is None else Path(cache_dir))
+        self._new_caches(cache_dir)
+
+    def __copy__(self) -> Reranker:
+        other = object.__new__(Reranker)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> tuple[Callable[..., Reranker], tuple[Any, ...]]:
+        """Travels to other processes as names and settings, without weights and vectors; they are loaded there, once a process."""
+        if not all(isinstance(self.arguments[name], str | None) for name in ("model", "model_cross")):
+            raise TypeError("a Reranker of models that were loaded elsewhere cannot travel: name them instead")
+        return _travelled, (tuple(sorted(self.arguments.items())), self.method, self.cross is not None, self.max_tokens)
 
     def rank(self, query: str, documents: Sequence[Document], top_n: int | None = None, *, first_stage: Sequence[float] | None = None) -> list[Result]:
         """Ranks documents for a query, best first, equal scores in input order.
@@ -287,7 +302,12 @@ class Reranker:
             if self.cache is not None:
                 self.cache.trim()
 
-    def _new_caches(self, folder: Path | None) -> None:
+    def refresh(self) -> None:
+        """Sees the vectors that other processes have put into the cache since."""
+        for cache in {id(c): c for c in (self.cache, self.cross_cache) if c is not None}.values():
+            cache.refresh()
+
+    def _new_caches(self, folder: str | Path | None) -> None:
         """One for the bi-encoder and one for a one-way cross-encoder's backbone, which is the same where they are."""
         read = self.cross.encoder if isinstance(self.cross, OneWayCrossEncoder) else None
 
@@ -310,6 +330,16 @@ def rerank(query: str, documents: Sequence[Document], *, top_n: int | None = Non
 @lru_cache(maxsize=4)
 def _kept(options: tuple[tuple[str, Any], ...]) -> Reranker:
     return Reranker(**dict(options))
+
+
+def _travelled(arguments: tuple[tuple[str, Any], ...], method: Method, cross: bool, max_tokens: int) -> Reranker:
+    return _loaded(arguments).using(method, cross=cross).reading(max_tokens)
+
+
+@lru_cache(maxsize=2)  # a row's models, and the same in fp32 beside them
+def _loaded(arguments: tuple[tuple[str, Any], ...]) -> Reranker:
+    named = dict(arguments)
+    return Reranker(method="fast" if named["model"] is not None else "standard", **named)
 
 
 def _text(document: Document, position: int) -> str:

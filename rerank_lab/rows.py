@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -18,14 +18,14 @@ from rerank_lab.candidates import Candidates
 from rerank_lab.datasets import Dataset
 from rerank_lab.endpoint import Endpoint
 from rerank_lab.environment import describe
-from rerank_lab.journal import Journal
-from rerank_lab.models.shards import default_folder
+from rerank_lab.models.store import Store
 from rerank_lab.reranker import Ranking, Reranker
-from rerank_lab.run import write_atomically
+from rerank_lab.run import Ranked
 from rerank_lab.timing import peak_memory_mb, reset_peak_memory
 
 log = logging.getLogger("rerank_lab")
 WARM_UP = 2
+TIMINGS = "timings"
 
 
 class Ranks(Protocol):
@@ -34,76 +34,93 @@ class Ranks(Protocol):
     def score(self, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking: ...
 
 
-def measure(
-    label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, journal: Journal, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Every query's record and the cold timings."""
-    found = records(label, reranker, dataset, candidates, journal)
-    return {"records": found, "token_limit": reranker.token_limit, "cold": _cold(label, reranker, dataset, candidates, options)}
+@dataclass(frozen=True)
+class Asked:
+    """A query with its candidates, all that ranking it takes besides the documents' texts.
+
+    Attributes:
+        id, text: of the query.
+        candidates: ids, and the first stage's scores.
+    """
+
+    id: str
+    text: str
+    candidates: Ranked
 
 
-def records(label: str, reranker: Ranks, dataset: Dataset, candidates: Candidates, journal: Journal) -> list[dict[str, Any]]:
-    """Ranks every query that the journal lacks; gives all records."""
-    found = journal.records(label)
-    done = {r["query"] for r in found}
-    left = [q for q in candidates.run if q not in done]
+def asked(dataset: Dataset, candidates: Candidates) -> list[Asked]:
+    """All queries that have candidates, in the order of the candidates."""
+    return [Asked(q, dataset.queries[q], ranked) for q, ranked in candidates.run.items()]
+
+
+def rank(ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str], warm_up: int) -> Iterator[dict[str, Any]]:
+    """Ranks queries one after another; a record each.
+
+    Args:
+        ranks: what ranks.
+        queries: what for.
+        corpus: id → text of all their candidates.
+        warm_up: queries that are ranked once more before, so that the first is timed as the others.
+    """
     reset_peak_memory()
-    for q in left[:WARM_UP]:
-        _rank(reranker, q, dataset, candidates)
-    for q in bar(left, label):
+    for query in queries[:warm_up]:
+        _rank(ranks, query, corpus)
+    for query in queries:
         start = time.perf_counter()
-        ranking = _rank(reranker, q, dataset, candidates)
-        record = _record(q, ranking, candidates, time.perf_counter() - start, known=isinstance(reranker, Reranker))
-        journal.append(label, record)
-        found.append(record)
-    return found
+        ranking = _rank(ranks, query, corpus)
+        yield _record(query, ranking, time.perf_counter() - start, known=not isinstance(ranks, Endpoint))
 
 
-def _cold(label: str, reranker: Reranker | Endpoint, dataset: Dataset, candidates: Candidates, options: argparse.Namespace) -> dict[str, Any]:
-    """Cost with every document new, over the first few queries; kept beside the vectors, since only a change can change it."""
-    queries = list(candidates.run)[: options.cold_queries]
-    cold: dict[str, Any] = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": "not measured"}
-    if isinstance(reranker, Endpoint):
-        return cold | {"measured": "unknown: what a server has seen before, it alone knows"}
+def cold(label: str, reranker: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str], about: Mapping[str, Any], cache: Store | None) -> dict[str, Any]:
+    """Cost with every document new, over the first few queries; kept beside the vectors, since only a change can change it.
+
+    Args:
+        label, reranker: the row.
+        queries, corpus: as for `rank`.
+        about: what the figures depend on besides models, queries and machine.
+        cache: where they are kept; None: nowhere.
+    """
+    found: dict[str, Any] = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": "not measured"}
+    if not isinstance(reranker, Reranker):
+        return found | {"measured": "unknown: what a server has seen before, it alone knows"}
     if not reranker.caches:
-        return cold | {"measured": "no vectors are cached for this method: each run is new"}
+        return found | {"measured": "no vectors are cached for this method: each run is new"}
     if not queries:
-        return cold
+        return found
     depends = [label, reranker.method.settings(), reranker.fuse_first_stage, reranker.token_limit, reranker.fingerprints()]
-    key = _digest([*depends, dataset.hash, candidates.about["hash"], queries, describe(reranker.device)])
-    store = None if options.no_cache else (options.cache or default_folder()) / "timings" / f"{key}.json"
+    key = _digest([*depends, about, [q.id for q in queries], describe(reranker.device)])
+    store, name = None if cache is None else cache.child(TIMINGS), f"{key}.json"
     try:
-        if store is not None and store.is_file():
-            kept: dict[str, Any] = json.loads(store.read_text(encoding="utf-8"))
-            if kept.keys() == cold.keys() and len(kept["seconds"]) == len(kept["phases"]) == len(queries):
+        if store is not None and name in store.names():
+            kept: dict[str, Any] = json.loads(store.fetch(name).read_text(encoding="utf-8"))
+            if kept.keys() == found.keys() and len(kept["seconds"]) == len(kept["phases"]) == len(queries):
                 return kept
             raise ValueError
     except (OSError, ValueError, AttributeError, TypeError):
-        log.warning("timings: %s does not read back; measured again", store)
+        log.warning("timings: %s/%s does not read back; measured again", store and store.place, name)
     reset_peak_memory()
-    for q in bar(queries, f"{label}, documents new"):
+    for query in bar(queries, f"{label}, documents new"):
         start = time.perf_counter()
-        ranking = _rank(reranker.without_cache(), q, dataset, candidates)
-        cold["seconds"].append(time.perf_counter() - start)
-        cold["phases"].append(ranking.seconds)
-        cold["documents"] += len(candidates.run[q].documents)
-    cold |= {"peak_rss_mb": peak_memory_mb(), "measured": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
+        ranking = _rank(reranker.without_cache(), query, corpus)
+        found["seconds"].append(time.perf_counter() - start)
+        found["phases"].append(ranking.seconds)
+        found["documents"] += len(query.candidates.documents)
+    found |= {"peak_rss_mb": peak_memory_mb(), "measured": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
     if store is not None:
         try:
-            write_atomically(store, json.dumps(cold))
+            store.write(name, json.dumps(found).encode())
         except OSError as error:
-            log.warning("timings: %s cannot be written (%s)", store, error.strerror)
-    return cold
+            log.warning("timings: %s/%s cannot be written (%s)", store.place, name, error.strerror)
+    return found
 
 
-def _rank(reranker: Ranks, q: str, dataset: Dataset, candidates: Candidates) -> Ranking:
-    ranked = candidates.run[q]
-    return reranker.score(dataset.queries[q], [dataset.corpus[d] for d in ranked.documents], first_stage=ranked.scores.tolist())
+def _rank(ranks: Ranks, query: Asked, corpus: Mapping[str, str]) -> Ranking:
+    return ranks.score(query.text, [corpus[d] for d in query.candidates.documents], first_stage=query.candidates.scores.tolist())
 
 
-def _record(q: str, ranking: Ranking, candidates: Candidates, seconds: float, *, known: bool) -> dict[str, Any]:
+def _record(query: Asked, ranking: Ranking, seconds: float, *, known: bool) -> dict[str, Any]:
     """One line of the journal; what a method cost besides time is null where it is not known."""
-    documents = candidates.run[q].documents
+    documents = query.candidates.documents
     cost = {
         "phases": ranking.seconds,
         "flops": ranking.flops.seen,
@@ -112,7 +129,7 @@ def _record(q: str, ranking: Ranking, candidates: Candidates, seconds: float, *,
         "peak_rss_mb": peak_memory_mb(),
     }
     return {
-        "query": q,
+        "query": query.id,
         "documents": [documents[i] for i in ranking.order],
         "scores": ranking.scores.tolist(),
         "relevance": ranking.relevance.tolist(),
@@ -126,8 +143,9 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
-    shown: Iterable[Any] = tqdm(items, desc=title, disable=None)
+def bar(items: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
+    """A progress bar on a terminal; one inside another goes when it is done."""
+    shown: Iterable[Any] = tqdm(items, desc=title, total=total, disable=None, leave=None)
     return shown
 
 
@@ -138,7 +156,7 @@ def counting(title: str) -> Iterator[Callable[[int, int], None]]:
 
     def progress(done: int, total: int) -> None:
         if not shown:
-            shown.append(tqdm(total=total, desc=title, unit="doc", disable=None))
+            shown.append(tqdm(total=total, desc=title, unit="doc", disable=None, leave=None))
         shown[0].update(done)
 
     try:

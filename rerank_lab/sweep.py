@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rerank_lab.candidates import Candidates
-from rerank_lab.datasets import Dataset
-from rerank_lab.journal import Journal
+from rerank_lab.executor import Work
 from rerank_lab.methods import Method, runs_cross
 from rerank_lab.options import COMMON
 from rerank_lab.reranker import Reranker
-from rerank_lab.rows import records
 
 Sweeps = Mapping[str, Sequence[float]]
 
@@ -55,24 +53,22 @@ def deepest(sweeps: Sweeps, top_k: int) -> int:
 
 
 def run(
-    sweeps: Sweeps, methods: Mapping[str, Method], rows: Mapping[str, Reranker], done: Mapping[str, list[dict[str, Any]]], dataset: Dataset,
-    candidates: Candidates, deep: Candidates, journal: Journal, encode: Callable[[int], None],
+    sweeps: Sweeps, methods: Mapping[str, Method], rows: Mapping[str, Reranker], done: Mapping[str, list[dict[str, Any]]], work: Work,
+    deep: Candidates, encode: Callable[[int], None],
 ) -> Iterator[Point]:  # fmt: skip
     """Every value of every setting, for each method that has it.
 
     Args:
         sweeps: setting → values.
         methods, rows, done: of the rows that run here, by label; `done` holds their records, which serve where nothing changes.
-        dataset: the collection.
-        candidates, deep: what the rows ranked, and the same first stage as deep as `deepest` says. A stage1_top_k beyond
-            the candidates has as many of them.
-        journal: what is done already, and where more goes.
+        work: what the rows ranked, and who ranks.
+        deep: the same first stage as deep as `deepest` says. A stage1_top_k beyond the candidates has as many of them.
         encode: puts the vectors of all candidates, of so many tokens at most, into the cache.
     """
     for name, values in sweeps.items():
         for value in values:
-            pool, encoded = candidates, False
-            if name == "top_k" or (name == "stage1_top_k" and value > candidates.about["top_k"]):
+            pool, encoded = work.candidates, False
+            if name == "top_k" or (name == "stage1_top_k" and value > pool.about["top_k"]):
                 pool = deep.cut(int(value))
             for label, method in _having(name, methods).items():
                 row = rows[label]
@@ -80,13 +76,13 @@ def run(
                     row = row.reading(int(value))
                 elif name != "top_k":
                     row = row.using(replace(method, **{name: value}), cross=runs_cross(label, method))
-                if row.token_limits == rows[label].token_limits and row.method == method and pool.about["hash"] == candidates.about["hash"]:
+                if row.token_limits == rows[label].token_limits and row.method == method and pool.about["hash"] == work.candidates.about["hash"]:
                     yield Point(name, value, label, done[label])
                     continue
                 if name == "max_tokens_per_doc" and not encoded:
                     encode(int(value))
                     encoded = True
-                yield Point(name, value, label, records(f"{label} at {name}={value}", row, dataset, pool, journal))
+                yield Point(name, value, label, replace(work, candidates=pool).records(f"{label} at {name}={value}", row))
 
 
 def _having(name: str, methods: Mapping[str, Method]) -> dict[str, Method]:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from rerank_lab.candidates import Candidates, make_candidates, oracle
+from rerank_lab.candidates import QUERY_BATCH, Candidates, Found, make_candidates, oracle
 from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
+from rerank_lab.executor import merged, search_block
 from rerank_lab.lexical import BM25, PARAMETERS
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.run import Ranked
@@ -33,7 +34,7 @@ def silent(items: Iterable[Any], title: str) -> Iterable[Any]:
     return items
 
 
-def unused(*arguments: object) -> torch.Tensor:
+def unused(*arguments: object) -> list[Found]:
     raise AssertionError("only dense encodes")
 
 
@@ -45,9 +46,14 @@ def find(
     folder: Path, source: str, top_k: int = 10, encoder: BiEncoder | None = None, drop_identical: bool = False, noise: float = 0, blocks: int = 1 << 20
 ) -> Candidates:
     data = load_dataset(str(folder))
-    encode = unused if encoder is None else lambda texts: encoder.encode(texts, kind="query", detail=Detail.POOLED).pooled
-    corpus = unused if encoder is None else lambda texts: torch.split(rounded(encoder.encode(texts, detail=Detail.POOLED).pooled, noise), blocks)
-    return make_candidates(source, data, top_k, encode=encode, corpus_vectors=corpus, drop_identical=drop_identical, progress=silent)
+
+    def search(ids: list[str], queries: list[str], fetch: int) -> list[Found]:
+        assert encoder is not None
+        vectors = rounded(encoder.encode([data.corpus[i] for i in ids], detail=Detail.POOLED).pooled, noise)
+        batches = torch.split(encoder.encode(queries, kind="query", detail=Detail.POOLED).pooled, QUERY_BATCH)
+        return merged((search_block(batches, block, fetch) for block in torch.split(vectors, blocks)), fetch, blocks)
+
+    return make_candidates(source, data, top_k, search=unused if encoder is None else search, drop_identical=drop_identical, progress=silent)
 
 
 def run_file(folder: Path, *lines: str) -> str:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rerank_lab.candidates import make_candidates
+from rerank_lab.candidates import Found, make_candidates
 from rerank_lab.datasets import load_dataset
 from rerank_lab.eval import main
 from rerank_lab.measures import evaluate
@@ -37,10 +36,10 @@ def test_cranfield(collection: Callable[[str], Path], tmp_path: Path) -> None:
 def test_bm25_on_scifact(collection: Callable[[str], Path]) -> None:
     dataset = load_dataset(str(collection("scifact")))
 
-    def not_needed(*_: object) -> torch.Tensor:
+    def not_needed(*_: object) -> list[Found]:
         raise AssertionError("BM25 needs no vectors")
 
-    found = make_candidates("bm25", dataset, 100, encode=not_needed, corpus_vectors=not_needed, drop_identical=False, progress=lambda items, _: items)
+    found = make_candidates("bm25", dataset, 100, search=not_needed, drop_identical=False, progress=lambda items, _: items)
     assert evaluate(found.run, dataset.qrels, ["nDCG@10"])["nDCG@10"].mean() == pytest.approx(0.679, abs=0.002)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from rerank_lab import rows
 from rerank_lab.eval import main
+from rerank_lab.executor import Work
 from rerank_lab.options import _sweep
+from rerank_lab.rows import Ranks
 from tests.test_eval import failing, load
 
 
@@ -63,16 +64,16 @@ def test_rows_and_candidates_are_the_same_without_it(command: list[str], tmp_pat
 
 
 def test_an_interrupted_sweep_goes_on(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, real, seen = [*command, "best", "--no-kernel-check", "--sweep", "tau=0,0.05,0.2"], rows.records, []
+    arguments, real, seen = [*command, "best", "--no-kernel-check", "--sweep", "tau=0,0.05,0.2"], Work.records, []
 
-    def stopped(label: str, *rest: Any) -> list[dict[str, Any]]:
+    def stopped(work: Work, label: str, ranks: Ranks) -> list[dict[str, Any]]:
         seen.append(label)
         if label == "best at tau=0.05" and seen.count(label) == 1:
-            real(label, *rest)
+            real(work, label, ranks)
             raise KeyboardInterrupt
-        return real(label, *rest)
+        return real(work, label, ranks)
 
-    monkeypatch.setattr("rerank_lab.sweep.records", stopped)
+    monkeypatch.setattr("rerank_lab.executor.Work.records", stopped)
     assert main(arguments) == 130 and not (tmp_path / "out" / "results.json").exists()
     kept = {path.name: path.read_text() for path in (tmp_path / "out" / "partial").glob("*tau*")}
     assert len(kept) == 2
@@ -93,16 +94,16 @@ def test_a_toml_file_sweeps_too(command: list[str], tmp_path: Path) -> None:
 
 
 def test_only_what_a_value_changes_is_ranked_again(command: list[str], small_cross: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = rows.records, []
+    real, seen = Work.records, []
 
-    def watched(label: str, *rest: Any) -> list[dict[str, Any]]:
+    def watched(work: Work, label: str, ranks: Ranks) -> list[dict[str, Any]]:
         seen.append(label)
-        return real(label, *rest)
+        return real(work, label, ranks)
 
-    monkeypatch.setattr("rerank_lab.sweep.records", watched)
+    monkeypatch.setattr("rerank_lab.executor.Work.records", watched)
     sweeps = ["--sweep", "tau=0.1,0.2", "--sweep", "max_tokens_per_doc=254,300,512", "--sweep", "top_k=2,3"]
     assert main([*command, "fast,best,best+cross", "--no-kernel-check", "--model-cross", str(small_cross), *sweeps]) == 0
-    assert seen == [  # the bi-encoder reads 254 tokens, this cross-encoder 512 of a pair
+    assert [label for label in seen if "=" in label] == [  # the bi-encoder reads 254 tokens, this cross-encoder 512 of a pair
         "best at tau=0.2", "best+cross at tau=0.2", "best+cross at max_tokens_per_doc=254", "best+cross at max_tokens_per_doc=300",
         "fast at top_k=2", "best at top_k=2", "best+cross at top_k=2",
     ]  # fmt: skip

@@ -1,11 +1,11 @@
 """Vectors that are made once: a cache by (model, token limit, text), in memory and, where a folder is given, on disk.
 
-On disk a model's vectors are shards, one file for each call of `add` (shards.py). Opening reads their keys alone; a shard is
+On disk a model's vectors are shards, one file for each call of `add` (shards.py), in a folder or where a URL says (store.py). Opening reads their keys alone; a shard is
 checked when something of it is first wanted, and one that does not read back (cut short, wrong checksum) is deleted with a warning
 and its texts are encoded again.
 Past a bound in bytes the shards go that were not used for longest, whichever process wrote or used them: the time of a file is its
 last use, to the minute. A file that one process deletes stays readable to another that has mapped
-it, until that one has written something and trims.
+it, until that one has written something and trims. What a URL names is never trimmed; the bound is then on its copy here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from rerank_lab.models import shards
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.forward import in_advance
-from rerank_lab.run import write_atomically
+from rerank_lab.models.store import Store
 from rerank_lab.timing import Clock
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class VectorCache:
 
     Args:
         model_key: what the vectors depend on besides text and token limit (BiEncoder.key).
-        folder: where shards are kept; None: in memory alone.
+        folder: where shards are kept, a path or a URL; None: in memory alone.
         memory_bytes: bound on what is held in memory without a folder.
         disk_bytes: bound on what the folder holds of this model, whichever process put it there.
         about: what tells people which model this is, kept beside its shards.
@@ -98,12 +98,13 @@ class VectorCache:
     def __init__(
         self,
         model_key: str,
-        folder: Path | None = None,
+        folder: Path | str | None = None,
         memory_bytes: int = MEMORY_BYTES,
         disk_bytes: int = DISK_BYTES,
         about: Mapping[str, str] | None = None,
     ):
-        self.folder = None if folder is None else shards.vectors_folder(folder) / model_key
+        self.store = None if folder is None else Store(folder).child(shards.VECTORS).child(model_key)
+        self.folder = None if self.store is None else self.store.folder
         self.about = dict(about or {})
         self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
         self._lock = threading.RLock()  # of what is written; a reader's own texts are in its way only where it borrowed them
@@ -112,12 +113,23 @@ class VectorCache:
         self._next, self._dropped = 0, False
         self._held, self._count = 0, 0
         self._grown = True  # since the folder was last looked at
+        self._known: set[str] = set()
         if self.folder is not None and self.folder.is_dir():
             for path in shards.abandoned(self.folder):
                 with suppress(OSError):
                     path.unlink()
-            for _, path in shards.shards(self.folder):
-                self._open(path)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes the shards that others have added since."""
+        if self.store is not None and self.store.remote:
+            sizes = self.store.names()
+            found = [(name, size) for name, size in sorted(sizes.items()) if shards.is_shard(name)]
+        else:
+            found = [] if self.folder is None else [(path.name, size) for (_, _, size), path in shards.shards(self.folder)]
+        for name, size in found:
+            if name not in self._known:
+                self._open(name, size)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -134,29 +146,31 @@ class VectorCache:
 
     def add(self, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> None:
         """Keeps the vectors of N texts; on disk first, where there is a folder."""
-        if self.folder is None:
+        if self.folder is None or self.store is None:
             self._register(Shard.held(keys, vectors, detail))
             return
         try:
             try:
-                path = self._write(self.folder, keys, vectors, detail)
+                path = self._write(self.store, keys, vectors, detail)
             except (OSError, SafetensorError):  # another process may just be clearing the folder
-                path = self._write(self.folder, keys, vectors, detail)
+                path = self._write(self.store, keys, vectors, detail)
         except (OSError, SafetensorError) as error:
-            log.warning("vector cache: %s cannot be written (%s); going on without it", self.folder, error)
+            log.warning("vector cache: %s cannot be written (%s); going on without it", self.store.place, error)
             self.folder = None
             self.add(keys, vectors, detail)
             return
         self._grown = True
-        number = self._open(path)
+        number = self._open(path.name)
         if number is None or not self._reads_back(number):  # another process may have dropped the file already
             self._register(Shard.held(keys, vectors, detail))
 
-    def _write(self, folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / shards.ABOUT).is_file():
-            write_atomically(folder / shards.ABOUT, json.dumps(self.about, indent=1))
-        return shards.write(folder, keys, vectors, detail)
+    def _write(self, store: Store, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Path:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        if not (store.folder / shards.ABOUT).is_file():
+            store.write(shards.ABOUT, json.dumps(self.about, indent=1).encode())
+        path = shards.write(store.folder, keys, vectors, detail)
+        store.publish(path.name)
+        return path
 
     def gather(self, keys: Sequence[bytes], detail: Detail) -> Vectors:
         """The vectors of N texts that are all here, in that order; `detail` and no more, states left to `states`."""
@@ -211,11 +225,16 @@ class VectorCache:
                     lacking.append(key)
         return lacking
 
-    def _open(self, path: Path) -> int | None:
+    def _open(self, name: str, size: int | None = None) -> int | None:
         """Takes the keys of a shard that lies in the folder; its number, None where it is gone, of another schema or damaged."""
+        assert self.store is not None
+        path = self.store.folder / name
+        self._known.add(name)
         try:
-            if (found := shards.keys(path)) is not None:
-                return self._register(Shard(*found, path.stat().st_size, path))
+            here = path.exists() or not self.store.remote
+            found = shards.keys(path) if here else shards.keys_from(partial(self.store.head, name), path)
+            if found is not None:
+                return self._register(Shard(*found, path.stat().st_size if size is None else size, path))
         except (OSError, RuntimeError) as error:
             shards.leave(path, error)
         return None
@@ -224,9 +243,13 @@ class VectorCache:
         """Whether a shard's vectors are here and whole; one that is not is dropped."""
         shard = self._shards[number]
         if shard.vectors is None:
-            assert shard.path is not None
+            assert shard.path is not None and self.store is not None
             try:
-                shard.vectors = shards.read(shard.path)
+                shard.vectors = shards.read(self.store.fetch(shard.path.name))
+                if shard.vectors is None:
+                    self.store.remove(shard.path.name)
+                elif self.store.remote:
+                    self._grown = True
             except (OSError, RuntimeError) as error:
                 shards.leave(shard.path, error)
             if shard.vectors is None:
@@ -260,6 +283,9 @@ class VectorCache:
     def _trim_folder(self, folder: Path) -> None:
         own = {shard.path: number for number, shard in self._shards.items() if shard.path is not None}
         files = shards.shards(folder)
+        if self.store is not None and self.store.remote:
+            self._trim_copy(files, own)
+            return
         for gone in own.keys() - {path for _, path in files}:  # dropped by another process: as long as it is mapped, it fills the disk
             self._drop(own[gone])
         total = sum(size for ((_, _, size), _) in files)
@@ -272,6 +298,17 @@ class VectorCache:
                 self._drop(own[path])
             with suppress(OSError):  # another process may have dropped it
                 path.unlink()
+
+    def _trim_copy(self, files: Sequence[tuple[tuple[int, str, int], Path]], own: Mapping[Path, int]) -> None:
+        """Of what lies elsewhere, drops copies here: they are fetched again when they are wanted."""
+        total = sum(size for ((_, _, size), _) in files)
+        for (_, _, size), path in files:
+            if total <= self.disk_bytes:
+                return
+            total -= size
+            if path in own:
+                self._shards[own[path]].vectors = None
+            path.unlink(missing_ok=True)
 
     def _warn(self, bound: int, where: str) -> None:
         if not self._dropped:

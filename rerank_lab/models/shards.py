@@ -6,13 +6,14 @@ when it is read.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import time
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from rerank_lab.models.bi_encoder import Detail, Vectors
 
 log = logging.getLogger(__name__)
 SCHEMA = "2"
-ABOUT = "about.json"
+ABOUT, VECTORS = "about.json", "vectors"
 ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
 
 
@@ -38,12 +39,17 @@ def default_folder() -> Path:
 
 def vectors_folder(folder: Path) -> Path:
     """Where a cache folder keeps vectors, a folder a model."""
-    return folder / "vectors"
+    return folder / VECTORS
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file has a shard's name."""
+    return re.fullmatch(r"[0-9a-f]{32}-[0-9a-f]{8}\.safetensors", name) is not None
 
 
 def shards(folder: Path) -> list[tuple[tuple[int, str, int], Path]]:
     """A model's shards with their `age`, those that were used last at the end."""
-    return sorted((age(path), path) for path in folder.glob("*.safetensors") if re.fullmatch(r"[0-9a-f]{32}-[0-9a-f]{8}\.safetensors", path.name))
+    return sorted((age(path), path) for path in folder.glob("*.safetensors") if is_shard(path.name))
 
 
 def abandoned(folder: Path) -> list[Path]:
@@ -103,6 +109,29 @@ def keys(path: Path) -> tuple[list[bytes], Detail] | None:
     except (KeyError, ValueError, SafetensorError):
         discard(path)
     return None
+
+
+def keys_from(head: Callable[..., bytes], path: Path) -> tuple[list[bytes], Detail] | None:
+    """`keys` of a shard that lies elsewhere, by parts: its header, then the keys alone.
+
+    Args:
+        head: size and start → so many bytes of the file from there on.
+        path: what messages call it.
+    """
+    try:
+        size = int.from_bytes(head(8), "little")
+        header = json.loads(head(size, 8))
+        about, entry = header["__metadata__"], header["keys"]
+        if about["schema"] != SCHEMA or entry["dtype"] != "U8" or entry["shape"][1] != 16:
+            raise ValueError(f"schema {about['schema']}, keys of shape {entry['shape']}")
+        start, end = entry["data_offsets"]
+        packed = head(end - start, 8 + size + start)
+        if len(packed) != 16 * entry["shape"][0]:
+            raise ValueError("cut short")
+        return [packed[i : i + 16] for i in range(0, len(packed), 16)], Detail(int(about["detail"]))
+    except (KeyError, ValueError, TypeError) as error:
+        log.warning("vector cache: %s does not read back (%s); left alone, its texts will be encoded again", path.name, error)
+        return None
 
 
 def read(path: Path) -> Vectors | None:

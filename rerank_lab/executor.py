@@ -1,0 +1,144 @@
+"""Where the work of an evaluation is done: in this process, or on a cluster (on_ray.py). What is done is the same code.
+
+An executor places four kinds of work: texts to encode, a corpus to search, queries to rank, and a question to the models.
+The batches that a model reads follow from the texts alone, never from who reads them, so that rankings are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from rerank_kernels import similarity_topk
+from rerank_lab.candidates import QUERY_BATCH, Candidates, Found, better
+from rerank_lab.corpus import Corpus
+from rerank_lab.datasets import Dataset
+from rerank_lab.endpoint import Endpoint
+from rerank_lab.environment import describe
+from rerank_lab.journal import Journal
+from rerank_lab.kernel_check import types
+from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.store import Store
+from rerank_lab.reranker import BLOCK, Reranker
+from rerank_lab.rows import WARM_UP, Asked, Ranks, asked, bar, cold, counting, rank
+from rerank_lab.timing import reset_peak_memory
+
+T = TypeVar("T")
+Texts = Mapping[str, str]  # id → text
+
+
+class Executor(Protocol):
+    """Who does the work."""
+
+    def corpus(self) -> Corpus | None:
+        """Where a collection's texts are put so that everybody who works reaches them; None: in memory."""
+
+    def about(self, reranker: Reranker) -> dict[str, Any]:
+        """`about` of the models where they run, and who runs them."""
+
+    def encode(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], detail: Detail, title: str) -> None:
+        """Puts the vectors of these documents into the cache, each distinct text's once."""
+
+    def search(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[Found]:
+        """Values and places (in `ids`) of the `fetch` nearest of these documents by pooled vector, for each batch of QUERY_BATCH queries."""
+
+    def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Texts) -> Iterator[dict[str, Any]]:
+        """A record a query, in any order."""
+
+    def cold(self, label: str, ranks: Ranks, queries: Sequence[Asked], corpus: Texts, about: Mapping[str, Any]) -> dict[str, Any]:
+        """rows.cold."""
+
+    def close(self) -> None:
+        """Leaves nothing running."""
+
+
+class Local:
+    """This process.
+
+    Args:
+        cache: where timings are kept, beside the vectors; None: nowhere.
+    """
+
+    def __init__(self, cache: Store | None = None):
+        self.cache = cache
+
+    def corpus(self) -> Corpus | None:
+        return None
+
+    def about(self, reranker: Reranker) -> dict[str, Any]:
+        return about(reranker)
+
+    def encode(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], detail: Detail, title: str) -> None:
+        with counting(title) as progress:
+            reranker.encode([corpus[i] for i in ids], detail=detail, progress=progress)
+
+    def search(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[Found]:
+        batches = query_batches(reranker, queries)
+        with counting("encode corpus") as progress:
+            blocks = reranker.pooled_blocks([corpus[i] for i in ids], progress=progress)
+            return merged((search_block(bar(batches, "dense retrieval"), block, fetch) for block in blocks), fetch)
+
+    def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Texts) -> Iterator[dict[str, Any]]:
+        return rank(ranks, queries, corpus, WARM_UP)
+
+    def cold(self, label: str, ranks: Ranks, queries: Sequence[Asked], corpus: Texts, about: Mapping[str, Any]) -> dict[str, Any]:
+        return cold(label, ranks, queries, corpus, about, self.cache)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Work:
+    """A collection with its candidates, who ranks them, and what is done already."""
+
+    executor: Executor
+    dataset: Dataset
+    candidates: Candidates
+    journal: Journal
+
+    def records(self, label: str, ranks: Ranks) -> list[dict[str, Any]]:
+        """Ranks every query that the journal lacks; all records, in the order of the candidates."""
+        done = {record["query"]: record for record in self.journal.records(label)}
+        queries = asked(self.dataset, self.candidates)
+        left = [query for query in queries if query.id not in done]
+        executor = Local() if isinstance(ranks, Endpoint) else self.executor  # a server is its own machine
+        for record in bar(executor.rank(ranks, left, self.dataset.corpus), label, total=len(left)) if left else ():
+            if record["query"] not in done:
+                self.journal.append(label, record)
+                done[record["query"]] = record
+        return [done[query.id] for query in queries]
+
+    def cold(self, label: str, ranks: Ranks, count: int) -> dict[str, Any]:
+        """Cost of the first `count` queries with every document new."""
+        about = {"dataset": self.dataset.hash, "candidates": self.candidates.about["hash"]}
+        executor = Local() if isinstance(ranks, Endpoint) else self.executor
+        return executor.cold(label, ranks, asked(self.dataset, self.candidates)[:count], self.dataset.corpus, about)
+
+
+def about(reranker: Reranker) -> dict[str, Any]:
+    """What results keep of models and machine, and the types of number that kernels read there; asked where the models are."""
+    environment = describe(reranker.device) | {"vector_cache": reranker.cache_state, "peak_memory_per_method": reset_peak_memory()}
+    return {"models": reranker.fingerprints(), "environment": environment, "types": types(reranker.device)}
+
+
+def query_batches(reranker: Reranker, queries: Sequence[str]) -> list[torch.Tensor]:
+    """Pooled vectors of queries, QUERY_BATCH × d each but the last."""
+    return [reranker.pooled(queries[start : start + QUERY_BATCH], kind="query") for start in range(0, len(queries), QUERY_BATCH)]
+
+
+def search_block(batches: Iterable[torch.Tensor], block: torch.Tensor, fetch: int) -> list[Found]:
+    """The nearest of a block of documents (N × d) for each batch of queries."""
+    return [similarity_topk(vectors, block, min(fetch, len(block))) for vectors in batches]
+
+
+def merged(blocks: Iterable[list[Found]], fetch: int, size: int = BLOCK) -> list[Found]:
+    """What the blocks of a corpus gave, in order, `size` documents each but the last, as the nearest of all."""
+    found: list[Found] = []
+    for n, parts in enumerate(blocks):
+        moved = [(values, places + n * size) for values, places in parts]
+        found = [better(before, later, fetch) for before, later in zip(found, moved)] if n else moved
+    return found

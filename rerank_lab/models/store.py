@@ -1,0 +1,131 @@
+"""A folder that several machines share: a path (local disk, NFS), or a URL that fsspec knows (s3://, gs://, ftp:// …) with a copy here of what was read.
+
+A file is written under a temporary name and renamed, and is never changed after that; so a copy that is here is good for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rerank_lab.errors import UserError
+
+MIRROR = "RERANK_LAB_MIRROR"  # where copies are kept: a folder on a disk of this machine
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a place is reached by fsspec; file:// is a path like any other."""
+    scheme, separator, _ = str(place).partition("://")
+    return bool(separator) and scheme not in ("file", "local")
+
+
+class Store:
+    """The files of one shared folder.
+
+    Args:
+        place: a path, or a URL of a file system that fsspec has (its package installed).
+
+    Attributes:
+        folder: where its files are read from and first written to: itself, or the copy here.
+
+    Raises:
+        UserError: a URL that fsspec does not know, or that cannot be opened.
+    """
+
+    def __init__(self, place: str | Path):
+        self.place = str(place)
+        self._fs: Any = None
+        self._root = ""
+        if not is_url(place):
+            self.folder = Path(self.place.partition("://")[2] or self.place) if "://" in self.place else Path(place)
+            return
+        import fsspec
+
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.place)
+        except (ValueError, ImportError, OSError) as error:
+            raise UserError(f"{self.place}: fsspec cannot open it: {str(error).partition(chr(10))[0]}") from error
+        mirrors = Path(os.environ.get(MIRROR) or Path(tempfile.gettempdir()) / f"rerank_lab-{os.getuid() if hasattr(os, 'getuid') else 0}")
+        self.folder = mirrors / hashlib.sha256(self.place.encode()).hexdigest()[:24]
+
+    @property
+    def remote(self) -> bool:
+        """Whether the files lie elsewhere, and `folder` holds copies."""
+        return self._fs is not None
+
+    def child(self, name: str) -> Store:
+        """The store of a folder inside."""
+        return Store(f"{self.place.rstrip('/')}/{name}" if self.remote else self.folder / name)
+
+    def names(self) -> dict[str, int]:
+        """Names of its files with their bytes; nothing where there is no such folder yet."""
+        if not self.remote:
+            return {p.name: p.stat().st_size for p in self.folder.iterdir() if p.is_file()} if self.folder.is_dir() else {}
+        try:
+            self._fs.invalidate_cache(self._root)
+            return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in self._fs.ls(self._root, detail=True) if entry["type"] == "file"}
+        except FileNotFoundError:
+            return {}
+
+    def fetch(self, name: str) -> Path:
+        """A file's path here, copied from elsewhere where it is not here yet.
+
+        Raises:
+            OSError: it is not there, or cannot be read.
+        """
+        path = self.folder / name
+        if self.remote and not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+            try:
+                self._fs.get_file(f"{self._root}/{name}", str(temporary))
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        return path
+
+    def head(self, name: str, size: int, start: int = 0) -> bytes:
+        """A part of a file, not all of it."""
+        if self.remote and not (self.folder / name).exists():
+            return bytes(self._fs.cat_file(f"{self._root}/{name}", start=start, end=start + size))
+        with (self.folder / name).open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def publish(self, name: str) -> None:
+        """Puts a file that was written to `folder` where others see it, whole or not at all."""
+        if self.remote:
+            self._fs.makedirs(self._root, exist_ok=True)
+            temporary = f"{self._root}/{uuid.uuid4().hex}.tmp"
+            try:
+                self._fs.put_file(str(self.folder / name), temporary)
+                self._fs.mv(temporary, f"{self._root}/{name}")
+            except BaseException:
+                with suppress(Exception):
+                    self._fs.rm_file(temporary)
+                raise
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a whole file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, self.folder / name)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.publish(name)
+
+    def remove(self, name: str) -> None:
+        """Deletes a file here and elsewhere; one that is gone already is fine."""
+        (self.folder / name).unlink(missing_ok=True)
+        if self.remote:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self._root}/{name}")

@@ -1,0 +1,379 @@
+"""The work of an evaluation on a Ray cluster: texts encoded by Ray Data over a pool of actors, queries ranked by actors, results gathered here.
+
+Vectors and texts go through the shared cache (models/store.py), never through Ray: what travels are names, numbers of chunks,
+queries with their candidates' ids, and records. A worker that dies loses the chunks or queries that it held; they are done again
+by another, and what was finished is not: vectors lie in the cache, records in the journal.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import logging
+import os
+import pickle
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from rerank_lab.candidates import Found
+from rerank_lab.corpus import Corpus, Texts
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.executor import merged
+from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.cache import CHUNK
+from rerank_lab.models.store import Store
+from rerank_lab.reranker import BLOCK, Reranker
+from rerank_lab.rows import WARM_UP, Asked, Ranks, bar, counting
+from rerank_lab.worker import PLANS, Encoder, Setup, Worker, reranker_of
+
+log = logging.getLogger("rerank_lab")
+QUERIES = 16  # ranked by one call
+AHEAD = 2  # calls that a worker holds at once, the one that it works on among them
+TRIES = 3  # of the same work, before it is the work and not the workers
+
+
+class OnRay:
+    """A Ray cluster.
+
+    Args:
+        address: "local" for one that lives as long as this, "auto" or HOST:PORT for one that is there.
+        cache: the folder or URL that all nodes reach.
+        workers: how many; None: as many as the cluster has room for.
+        resources: of each: CPU, GPU, memory (bytes), or a custom resource.
+        kernels, threads: as the options have them.
+
+    Raises:
+        UserError: Ray is not installed, no such cluster, or no room in it for one worker.
+    """
+
+    def __init__(self, address: str, cache: str, *, workers: int | None, resources: Mapping[str, float], kernels: str, threads: int | None):
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        try:
+            import ray
+            import ray.data
+        except ImportError:
+            raise UserError("--executor ray needs Ray: pip install 'rerank_lab[ray]'") from None
+        self.ray, self.cache, self.setup = ray, Store(cache), Setup(cache, kernels, threads or max(1, int(resources.get("CPU", 1))))
+        self.resources, self.workers = dict(resources), workers
+        self.bad: dict[str, str] = {}
+        self.machines: Counter[str] = Counter()
+        self._crew: list[Hand] = []
+        self._expected: dict[str, Any] = {}
+        self._encoded: set[tuple[Any, ...]] = set()
+        self._turn = 0
+        self._said = redirect_stdout(_Said())
+        self._said.__enter__()  # Ray prints what befalls its workers to stdout, where the results go
+        self._own = not ray.is_initialized()
+        if self._own:
+            self._connect(address)
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.max_errored_blocks = -1  # what is lost with a worker is done in another round
+        try:
+            self._room()
+        except UserError:
+            self.close()
+            raise
+
+    def _connect(self, address: str) -> None:
+        options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.CRITICAL}
+        if address == "local":
+            cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            room = {k: v * (self.workers or 1) for k, v in self.resources.items() if k not in ("CPU", "GPU", "memory")}
+            options |= {"num_cpus": max(cpus, self.workers or 1), "include_dashboard": False, "object_store_memory": 200_000_000, "resources": room}
+        try:
+            with _without_stderr():  # of Ray's own libraries, which write past Python
+                self.ray.init(**options)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            self._said.__exit__(None, None, None)
+            remedy = "ray start --head begins one; --address local needs none"
+            raise UserError(f"--address {address}: no Ray cluster answers ({str(error).partition(chr(10))[0]}); {remedy}") from None
+
+    def _room(self) -> int:
+        """Workers that fit into the nodes that work, at most as many as asked for.
+
+        Raises:
+            UserError: not one. ModelError: there would be room, but models do not load there.
+        """
+        room = 0
+        for node in self.ray.nodes():
+            if node["Alive"] and node["NodeID"] not in self.bad:
+                room += min(int(node["Resources"].get(name, 0.0) / amount + 1e-6) for name, amount in self.resources.items())
+        if room == 0 and self.bad:
+            raise ModelError("no node is left that can work: " + "; ".join(f"node {node[:8]}: {why}" for node, why in self.bad.items()))
+        if room == 0:
+            wanted = ", ".join(f"{k}={v:g}" for k, v in self.resources.items())
+            raise UserError(f"--resources {wanted}: no node of the cluster has as much; ray status shows what they have")
+        return min(room, self.workers or room)
+
+    def _options(self) -> dict[str, Any]:
+        """Of an actor: its share of a node, and none of the nodes that cannot work."""
+        own = {k: v for k, v in self.resources.items() if k not in ("CPU", "GPU", "memory")}
+        options: dict[str, Any] = {"num_cpus": self.resources.get("CPU", 0), "num_gpus": self.resources.get("GPU", 0), "resources": own or None}
+        if "memory" in self.resources:
+            options["memory"] = self.resources["memory"]
+        if self.bad:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self.bad)})"}
+        return options
+
+    def corpus(self) -> Corpus | None:
+        return Corpus(self.cache)
+
+    def about(self, reranker: Reranker) -> dict[str, Any]:
+        (found,) = self._calls(reranker, "about", [()])
+        result = cast("dict[str, Any]", found[1])
+        self._expected[self._key(reranker)] = result["models"]
+        nodes = [node for node in self.ray.nodes() if node["Alive"]]
+        result["environment"]["executor"] = {
+            "name": "ray", "version": self.ray.__version__, "workers": self._room(), "resources": self.resources, "nodes": len(nodes)
+        }  # fmt: skip
+        return result
+
+    def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
+        assert isinstance(corpus, Corpus)
+        plan, total = self._plan(corpus, ids)
+        key = (plan, self._key(reranker), reranker.max_tokens)
+        if any(done[:3] == key and done[3] >= detail for done in self._encoded):
+            return
+        self._release()
+        left, stalled = set(range(-(-total // CHUNK[detail]))), 0
+        with counting(title) as progress:
+            while left:
+                before = len(left)
+                self._round(reranker, corpus.texts, plan, detail, left, lambda done: progress(done, total))
+                stalled = stalled + 1 if len(left) == before else 0
+                if left and stalled == TRIES:
+                    raise ModelError(f"{title}: {TRIES} times in a row no worker has finished any of {before} chunks; their logs are in Ray's session folder")
+        self._turn += 1
+        self._encoded.add((*key, detail))
+
+    def _round(self, reranker: Reranker, texts: Texts, plan: str, detail: Detail, left: set[int], progress: Callable[[int], object]) -> None:
+        """Gives all chunks that are left to a pool of actors; takes those out of `left` that were done."""
+        from ray.data import ActorPoolStrategy
+
+        ray, count, size = self.ray, self._room(), len(left)
+        pool = min(count, size)
+        arguments = (self.setup, self._pickled(reranker), self._expected.get(self._key(reranker)), texts, plan, int(detail))
+        found = ray.data.from_items(sorted(left), override_num_blocks=min(size, max(64 * pool, 200))).map_batches(
+            Encoder, fn_constructor_args=arguments, batch_size=1, compute=ActorPoolStrategy(size=pool),
+            max_restarts=-1, max_task_retries=TRIES, **self._options(),
+        )  # fmt: skip
+        died, problems = set[str](), Counter[str]()
+        try:
+            for row in found.iter_rows():
+                if row["again"] and (name := f"{row['node']}/{row['pid']}") not in died:
+                    died.add(name)
+                    log.warning("a worker on node %s died while encoding and was started again; what it held is done again", row["node"][:8])
+                if row["kind"] == "load":
+                    self._exclude(row["node"], row["problem"])
+                elif row["kind"] == "model":
+                    raise ModelError(row["problem"])
+                elif row["kind"]:
+                    problems[row["problem"]] += 1
+                else:
+                    left.remove(row["chunk"])
+                    progress(row["texts"])
+        except ray.exceptions.RayError as error:
+            log.warning("encoding stopped: %s", _short(error))
+        for problem, times in problems.items():
+            log.warning("%d chunks ran out of memory (%s); done again. Fewer workers a node (--resources) leave each more", times, problem)
+        if left and len(left) < size:
+            log.warning("%d of %d chunks were lost with their workers and are done again", len(left), size)
+
+    def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[Found]:
+        assert isinstance(corpus, Corpus)
+        self.encode(reranker, corpus, ids, Detail.POOLED, "encode corpus")
+        plan, total = self._plan(corpus, ids)
+        calls = [(corpus.texts, plan, n, list(queries), fetch) for n in range(-(-total // BLOCK))]
+        found = dict(bar(self._calls(reranker, "search", calls), "dense retrieval", len(calls)))
+        blocks = ([(torch.tensor(values), torch.tensor(places)) for values, places in found[n]] for n in range(len(calls)))
+        return merged(blocks, fetch)
+
+    def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        assert isinstance(corpus, Corpus)
+        blocks = [queries[start : start + QUERIES] for start in range(0, len(queries), QUERIES)]
+        calls = [
+            (corpus.texts, [(q, corpus.positions(q.candidates.documents)) for q in block], WARM_UP if n < self._room() else 0) for n, block in enumerate(blocks)
+        ]
+        for _, records in self._calls(ranks, "rank", calls):
+            yield from records
+
+    def cold(self, label: str, ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str], about: Mapping[str, Any]) -> dict[str, Any]:
+        assert isinstance(corpus, Corpus)
+        placed = [(query, corpus.positions(query.candidates.documents)) for query in queries]
+        ((_, found),) = self._calls(ranks, "cold", [(corpus.texts, placed, label, dict(about))])
+        return dict(found)
+
+    def close(self) -> None:
+        """Ends the workers, and the cluster where it was begun here."""
+        with suppress(Exception):  # whatever state Ray is in, the rest is to be done too
+            self._release()
+        if self._own:
+            self.ray.shutdown()
+        self._said.__exit__(None, None, None)
+
+    def _calls(self, ranks: Ranks, work: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Has each call made by some worker, those of dead ones again; (its number, what it gave), in the order in which they end."""
+        ray, what, expected = self.ray, self._pickled(ranks), self._expected.get(self._key(reranker_of(ranks)))
+        waiting, stalled = deque(range(len(calls))), 0
+        held: dict[Any, tuple[Hand, int]] = {}
+        try:
+            while waiting or held:
+                self._hire(min(self._room(), len(waiting) + len(held)))
+                while waiting and (free := [hand for hand in self._crew if hand.ready and hand.holds < AHEAD]):
+                    hand, n = min(free, key=lambda hand: hand.holds), waiting.popleft()
+                    hand.holds += 1
+                    held[hand.actor.call.remote(work, what, expected, self._turn, *calls[n])] = hand, n
+                beginning = {hand.hello: hand for hand in self._crew if not hand.ready}
+                done, _ = ray.wait([*beginning, *held], num_returns=1, timeout=60.0)
+                if not done and not held:
+                    log.warning("waiting for a worker: the cluster has no room free (ray status shows who has it)")
+                lost = ""
+                for ref in done:
+                    hand, n = held.pop(ref) if ref in held else (beginning[ref], -1)
+                    try:
+                        answer = ray.get(ref)
+                    except ray.exceptions.RayTaskError as error:
+                        cause = error.cause
+                        if not isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+                            raise cause if isinstance(cause, (UserError, ModelError, OSError)) else ModelError(_short(error)) from None
+                        lost = f"{type(cause).__name__}: {cause}".strip(": ")
+                    except ray.exceptions.RayError as error:
+                        lost = _short(error)
+                    else:
+                        if n < 0:
+                            hand.ready, hand.node = True, answer["node"]
+                            self.machines[answer["machine"]] += 1
+                        elif answer[0] == "failed":
+                            waiting.appendleft(n)
+                            self._exclude(hand.node, answer[1])
+                            waiting.extendleft(self._leave([other for other in self._crew if other.node == hand.node], held))
+                        else:
+                            hand.holds, stalled = hand.holds - 1, 0
+                            yield n, answer[1]
+                        continue
+                    again = [*([n] if n >= 0 else []), *self._leave([hand], held)]
+                    waiting.extendleft(reversed(again))
+                    stalled += 1
+                    log.warning(
+                        "a worker on node %s is gone (%s); %s done again",
+                        hand.node[:8] or "?",
+                        lost,
+                        f"{len(again)} calls of {work} are" if again else "nothing is",
+                    )
+                if stalled == 2 * TRIES:
+                    raise ModelError(f"{work}: workers end one after another without finishing anything; the last: {lost}")
+        finally:
+            if held:  # left in the middle: nobody waits for what they do
+                self._release()
+
+    def _hire(self, count: int) -> None:
+        """Begins workers up to so many."""
+        remote = self.ray.remote(Worker)
+        while len(self._crew) < count:
+            actor = remote.options(**self._options(), max_restarts=0).remote(self.setup)
+            self._crew.append(Hand(actor, actor.hello.remote()))
+
+    def _leave(self, hands: Sequence[Hand], held: dict[Any, tuple[Hand, int]]) -> list[int]:
+        """Ends workers; the numbers of the calls that they held."""
+        numbers = []
+        for hand in hands:
+            with suppress(self.ray.exceptions.RayError, ValueError):
+                self.ray.kill(hand.actor)
+            if hand in self._crew:
+                self._crew.remove(hand)
+            for ref in [ref for ref, (other, _) in held.items() if other is hand]:
+                numbers.append(held.pop(ref)[1])
+        return numbers
+
+    def _release(self) -> None:
+        """Ends all workers, so that their share of the cluster is free."""
+        self._leave(list(self._crew), {})
+
+    def _exclude(self, node: str, problem: str) -> None:
+        """Has a node work no more."""
+        if node not in self.bad:
+            self.bad[node] = problem
+            log.warning("node %s cannot work and is left out: %s", node[:8], problem)
+            self._room()
+
+    def _pickled(self, ranks: Ranks) -> bytes:
+        """What ranks, to be loaded where the shared cache is at hand."""
+        travelling = copy.copy(ranks)
+        own = copy.copy(reranker_of(ranks))
+        own.arguments = own.arguments | {"cache_dir": self.setup.cache}
+        if isinstance(travelling, Reranker):
+            return pickle.dumps(own)
+        travelling.reranker = own  # type: ignore[attr-defined]
+        return pickle.dumps(travelling)
+
+    def _key(self, reranker: Reranker) -> str:
+        """What tells models apart."""
+        return repr(sorted(reranker.arguments.items()))
+
+    def _plan(self, corpus: Corpus, ids: Sequence[str]) -> tuple[str, int]:
+        """Puts the positions of the distinct texts of these documents where workers find them; the file's name, and how many there are."""
+        positions = corpus.distinct(corpus.positions(ids))
+        buffer = io.BytesIO()
+        np.save(buffer, positions)
+        name = f"{hashlib.blake2b(buffer.getvalue(), digest_size=16).hexdigest()}.npy"
+        plans = self.cache.child(PLANS)
+        if name not in plans.names():
+            plans.write(name, buffer.getvalue())
+        return name, len(positions)
+
+
+@dataclass(eq=False)
+class Hand:
+    """A worker as it is seen from here.
+
+    Attributes:
+        actor: its handle.
+        hello: answers when it is ready.
+        node: where it is, once it is ready.
+        holds: calls that it was given and has not answered.
+    """
+
+    actor: Any
+    hello: Any
+    ready: bool = False
+    node: str = ""
+    holds: int = 0
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class _Said(io.TextIOBase):
+    """What Ray prints, in the log."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                log.info("ray: %s", line.strip())
+        return len(text)
+
+
+def _short(error: BaseException) -> str:
+    """The first sentence of what Ray says, which goes on for a page."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,165 @@
+"""What a process of a cluster does for an evaluation: loads the models once, reads texts and vectors from the shared cache, and answers calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from rerank_kernels import use_backend
+from rerank_lab.corpus import Texts
+from rerank_lab.environment import describe
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.executor import about, query_batches, search_block
+from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.cache import CHUNK
+from rerank_lab.models.store import Store
+from rerank_lab.reranker import BLOCK, Reranker
+from rerank_lab.rows import Asked, Ranks, cold, rank
+
+PLANS = "plans"
+Placed = tuple[Asked, np.ndarray]  # a query, and the positions of its candidates' texts
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker is told once.
+
+    Attributes:
+        cache: the shared folder or URL.
+        kernels, threads: as the options have them.
+    """
+
+    cache: str
+    kernels: str
+    threads: int | None
+
+
+class Worker:
+    """A process with models, loaded once and for as long as it lives."""
+
+    def __init__(self, setup: Setup):
+        import ray
+
+        self.setup, self.cache, self.seen = setup, Store(setup.cache), 0
+        self.node: str = ray.get_runtime_context().get_node_id()
+        if setup.threads:
+            torch.set_num_threads(setup.threads)
+        logging.getLogger("rerank_lab").setLevel(logging.ERROR)
+        use_backend(setup.kernels).__enter__()
+
+    def hello(self) -> dict[str, Any]:
+        """Who and where it is."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        facts = describe(device)
+        return {"node": self.node, "pid": os.getpid(), "machine": f"{facts['cpu']}, {facts['threads']} threads, device {facts['device']}"}
+
+    def call(self, work: str, what: bytes, expected: dict[str, Any] | None, turn: int, *arguments: Any) -> tuple[str, Any]:
+        """One of the functions below.
+
+        Args:
+            work: its name.
+            what: the Reranker or what else ranks, pickled.
+            expected: fingerprints that its models must have.
+            turn: grows whenever the cache has; then it is looked at again.
+            arguments: of the function.
+
+        Returns:
+            ("done", what the function gave) or ("failed", why this worker cannot do it here).
+        """
+        try:
+            ranks = opened(what, expected)
+        except (UserError, ModelError, OSError, RuntimeError, ImportError) as error:
+            return "failed", str(error) or type(error).__name__
+        if turn != self.seen:
+            reranker_of(ranks).refresh()
+            self.seen = turn
+        return "done", WORK[work](self, ranks, *arguments)
+
+
+def opened(what: bytes, expected: dict[str, Any] | None) -> Ranks:
+    """What was pickled, its models loaded, and checked to be those that all others have."""
+    ranks: Ranks = pickle.loads(what)
+    found = reranker_of(ranks).fingerprints()
+    differing = ", ".join(f"{k} {v} instead of {expected[k]}" for k, v in found.items() if v != expected[k] and v is not None) if expected else ""
+    if differing:
+        raise UserError(f"other models than on the node that began: {differing}")
+    return ranks
+
+
+def reranker_of(ranks: Ranks) -> Reranker:
+    """The Reranker that ranks, or that stands behind what does."""
+    return ranks if isinstance(ranks, Reranker) else cast(Reranker, ranks.reranker)  # type: ignore[attr-defined]
+
+
+def chosen(texts: Texts, queries: Sequence[Placed]) -> dict[str, str]:
+    """id → text of all candidates of these queries, which come with the candidates' positions."""
+    places = {d: p for query, positions in queries for d, p in zip(query.candidates.documents, positions.tolist())}
+    return dict(zip(places, texts.read(list(places.values()))))
+
+
+def _rank(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[Placed], warm_up: int) -> list[dict[str, Any]]:
+    return list(rank(ranks, [query for query, _ in queries], chosen(texts, queries), warm_up))
+
+
+def _cold(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[Placed], label: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    return cold(label, ranks, [query for query, _ in queries], chosen(texts, queries), about, worker.cache)
+
+
+def _about(worker: Worker, ranks: Ranks) -> dict[str, Any]:
+    return about(reranker_of(ranks))
+
+
+def _search(worker: Worker, ranks: Ranks, texts: Texts, plan: str, n: int, queries: Sequence[str], fetch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The nearest in block n of a plan, as numpy arrays."""
+    reranker = reranker_of(ranks)
+    block = reranker.pooled(texts.read(planned(worker.cache, plan, n, BLOCK)))
+    return [(values.cpu().numpy(), places.cpu().numpy()) for values, places in search_block(query_batches(reranker, queries), block, fetch)]
+
+
+WORK: dict[str, Callable[..., Any]] = {"rank": _rank, "cold": _cold, "about": _about, "search": _search}
+
+
+def planned(cache: Store, plan: str, n: int, size: int) -> np.ndarray:
+    """Positions of the texts of chunk n."""
+    positions = np.load(cache.child(PLANS).fetch(plan), mmap_mode="r")
+    return np.asarray(positions[n * size : (n + 1) * size])
+
+
+class Encoder:
+    """Encodes chunks of texts into the cache; an actor of Ray Data's pool."""
+
+    def __init__(self, setup: Setup, what: bytes, expected: dict[str, Any] | None, texts: Texts, plan: str, detail: int):
+        import ray
+
+        self.worker, self.texts, self.plan, self.detail = Worker(setup), texts, plan, Detail(detail)
+        self.again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        self.problem = ""
+        try:
+            self.reranker = reranker_of(opened(what, expected))
+        except (UserError, ModelError, OSError, RuntimeError, ImportError) as error:
+            self.problem = str(error) or type(error).__name__
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        (chunk,), problem, kind, encoded, count = batch["item"].tolist(), self.problem, "load", 0, 0
+        if not problem:
+            try:
+                texts = self.texts.read(planned(self.worker.cache, self.plan, chunk, CHUNK[self.detail]))
+                count = len(texts)
+                made: list[int] = []
+                self.reranker.encode(texts, detail=self.detail, progress=lambda done, total: made.append(done))
+                encoded = sum(made)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                problem, kind = f"{type(error).__name__}: {error}".strip(": "), "memory"
+            except ModelError as error:
+                problem, kind = str(error), "model"
+        return {
+            "chunk": [chunk], "texts": [count], "encoded": [encoded], "node": [self.worker.node], "pid": [os.getpid()], "again": [self.again],
+            "problem": [problem], "kind": [kind if problem else ""],
+        }  # fmt: skip
