@@ -15,7 +15,7 @@ from rerank_lab.corpus import digests
 from rerank_lab.datasets import Dataset
 from rerank_lab.errors import UserError
 from rerank_lab.lexical import BM25, PARAMETERS
-from rerank_lab.run import Ranked, Run, order, read_trec
+from rerank_lab.run import Ranked, Run, order, read_run
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 Found = tuple[torch.Tensor, torch.Tensor]  # of B queries: the values of the nearest, B × K, descending, and their places
@@ -92,7 +92,7 @@ def make_candidates(
                 run[q] = Ranked([ids[i] for _, i in ranked], np.array([-score for score, _ in ranked], dtype=np.float32))
         about = {"source": "dense"}
     elif kind == "run" and path:
-        given = read_trec(Path(path))
+        given = read_run(Path(path))
         unknown_queries = [q for q in given if q not in dataset.qrels]
         unknown = sum(d not in dataset.corpus for q, r in given.items() if q in queries for d in r.documents)
         if unknown_queries:

@@ -7,17 +7,21 @@ import datetime
 import logging
 import re
 import shlex
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rerank_kernels import use_backend
-from rerank_lab import kernel_check, results, rows, sweep
+from rerank_lab import grid, kernel_check, results, rows, sweep
 from rerank_lab.candidates import Candidates, Found, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
@@ -37,16 +41,23 @@ from rerank_lab.reranker import EXACT, Reranker
 log = logging.getLogger("rerank_lab")
 
 
+class _Beside(logging.Handler):
+    """Lines on stderr that leave progress bars whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Beside()
     handler.setFormatter(logging.Formatter("rerank_lab: %(message)s"))
     log.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     log.addHandler(handler)
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
-        with use_backend(options.kernels):
-            print(_listing() if options.list else _run(options))
+        words = list(sys.argv[1:] if argv is None else argv)
+        options = parse(words)
+        print(_listing() if options.list else _run(options, words))
         return 0
     except UserError as error:
         print(f"rerank_lab: error: {error}", file=sys.stderr)
@@ -64,10 +75,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.removeHandler(handler)
 
 
-def _run(options: argparse.Namespace) -> str:
+def _run(options: argparse.Namespace, argv: Sequence[str]) -> str:
     """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
-    with closing(_executor(options)) as executor:
-        return evaluate(options, executor)
+    if options.grid is None:
+        _checked(options)
+    with closing(_executor(options)) as executor, _ended_as_interrupted():
+        if options.grid is None:
+            return evaluate(options, executor)
+        out = options.out or Path("results") / f"{datetime.date.today():%Y-%m-%d}-{options.grid.stem}"
+        return grid.run(options, argv, out, partial(evaluate, executor=executor), _checked)
+
+
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, is taken as Ctrl-C is: what runs elsewhere is ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _executor(options: argparse.Namespace) -> Executor:
@@ -85,6 +114,30 @@ def evaluate(options: argparse.Namespace, executor: Executor) -> str:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    methods, baseline = _checked(options)
+    if options.methods is None and options.model_cross == "none":
+        print(f"{', '.join(name for name in METHODS if name not in methods)} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
+    out = _out_folder(options)
+    journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
+    config = effective(options) | {"methods": list(methods), "baseline": baseline}
+    if journal.finished:
+        return results.table(journal.results(config, results.SCHEMA)) + f"\n{out} was finished already; nothing done\n"
+    with ExitStack() as connections:
+        remote = {}
+        for label, method in methods.items():
+            if url := split_label(label)[0]:
+                remote[label] = connections.enter_context(closing(_endpoint(url, label, method, options)))
+                remote[label].check()
+        with use_backend(options.kernels):
+            return _evaluate(options, methods, remote, journal, config, executor)
+
+
+def _checked(options: argparse.Namespace) -> tuple[dict[str, Method], str]:
+    """Label → method, and the baseline.
+
+    Raises:
+        UserError: everything that is wrong with methods, measures and sweeps.
+    """
     options.measures = options.measures or list(DEFAULT)
     methods, problems = _methods(options)
     try:
@@ -97,18 +150,7 @@ def evaluate(options: argparse.Namespace, executor: Executor) -> str:
     baseline = options.baseline or next(iter(methods))
     if baseline not in methods:
         raise UserError(f"--baseline {baseline!r} is not among the methods {', '.join(methods)}")
-    out = _out_folder(options)
-    journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
-    config = effective(options) | {"methods": list(methods), "baseline": baseline}
-    if journal.finished:
-        return results.table(journal.results(config, results.SCHEMA)) + f"\n{out} was finished already; nothing done\n"
-    with ExitStack() as connections:
-        remote = {}
-        for label, method in methods.items():
-            if url := split_label(label)[0]:
-                remote[label] = connections.enter_context(closing(_endpoint(url, label, method, options)))
-                remote[label].check()
-        return _evaluate(options, methods, remote, journal, config, executor)
+    return methods, baseline
 
 
 def _evaluate(
@@ -173,11 +215,7 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]
     names, cross = options.methods, options.model_cross != "none"
     if names is None:
         names = [name for name, kind in METHODS.items() if cross or "cross-encoder" not in kind.roles]
-        if cross:
-            names.append(BEST_CROSS)
-        else:
-            left_out = ", ".join(name for name in METHODS if name not in names)
-            print(f"{left_out} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
+        names += [BEST_CROSS] if cross else []
     methods: dict[str, Method] = {}
     problems: list[str] = []
     for label in names:

@@ -40,6 +40,13 @@ examples:
       a server that speaks v3, and how far it agrees with best here; its key
       from $RERANK_LAB_ENDPOINT_KEY
 
+  python -m rerank_lab.eval --grid grid.toml --executor ray --address auto
+      collections, models and settings at once, on the Ray cluster that is there;
+      grid.toml: methods = ["fast", "best"]
+                 [grid]
+                 dataset = ["numpydoc", "path/to/scifact"]
+                 precision = ["fp32", "bf16"]
+
 exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 (continue with --resume)
 """
@@ -62,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     data = p.add_argument_group("what to evaluate on")
     data.add_argument("--dataset", default="numpydoc", metavar="NAME", help="bundled name, BEIR folder or .zip, hf:NAME, irds:ID (default: numpydoc)")
     data.add_argument("--split", default="test", help="which judgements (default: test)")
-    data.add_argument("--candidates", default="dense", metavar="bm25|dense|run:FILE", help="the first stage (default: dense)")
+    data.add_argument("--candidates", default="dense", metavar="bm25|dense|run:FILE", help="the first stage; FILE a TREC run or Parquet (default: dense)")
     data.add_argument("--top-k", type=count, default=100, metavar="N", help="candidates a query (default: 100)")
     data.add_argument(
         "--drop-identical-ids", action="store_true", help="drop the candidate whose id is the query's; only for collections whose queries are documents"
@@ -122,6 +129,9 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--cache", metavar="DIR|URL", help="vector cache, a folder or a URL of fsspec's (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     machine.add_argument("--cache-gb", type=weight, default=16.0, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
     machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")
+    p.add_argument(
+        "--grid", type=Path, metavar="FILE.toml", help="every combination of the lists in its table [grid], a results folder each; other keys as in --config"
+    )
     where = p.add_argument_group("where it runs")
     where.add_argument("--executor", choices=("local", "ray"), default="local", help="this process, or a Ray cluster (extra ray; default: local)")
     where.add_argument(
@@ -165,7 +175,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = p.parse_args(argv)
     _check_once(options.sweep)
     if options.config is not None:
-        options = p.parse_args([*_toml_flags(options.config, p), *argv])
+        options = p.parse_args([*flags(read_toml(options.config), options.config, p), *argv])
     if options.resume and options.overwrite:
         p.error("--resume goes on with a run, --overwrite throws it away: give one of them")
     given = [f"--{name}" for name in CLUSTER[1:] if getattr(options, name) is not None]
@@ -179,35 +189,49 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def effective(options: argparse.Namespace) -> dict[str, Any]:
     """The configuration as results keep it: what decides figures, as it was given."""
-    left_out = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", *CLUSTER}
+    left_out = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", "grid", *CLUSTER}
     return {k: v for k, v in sorted(vars(options).items()) if k not in left_out}
 
 
-def _toml_flags(path: Path, p: argparse.ArgumentParser) -> list[str]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's table.
+
+    Raises:
+        UserError: unreadable.
+    """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
-    actions = {a.dest: a for a in p._actions if a.option_strings and a.dest not in ("help", "config", "list")}
+
+
+def flags(table: dict[str, Any], path: Path, p: argparse.ArgumentParser) -> list[str]:
+    """A table's options as a command line has them.
+
+    Raises:
+        UserError: keys that are no options, or values that do not fit.
+    """
+    actions = {a.dest: a for a in p._actions if a.option_strings and a.dest not in ("help", "config", "list", "grid")}
     unknown = [key for key in table if key.replace("-", "_") not in actions]
     if unknown:
         raise UserError(f"{path}: unknown keys {', '.join(unknown)}; valid: {', '.join(actions)}")
-    flags: list[str] = []
+    words: list[str] = []
     for key, value in table.items():
         action = actions[key.replace("-", "_")]
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"{path}: {key} must be true or false, not {value!r}")
-            flags += [action.option_strings[0]] if value else []
-        elif key == "sweep" and isinstance(value, dict):
-            flags += [f"--sweep={name}={_listed(values)}" for name, values in value.items()]
+            words += [action.option_strings[0]] if value else []
+        elif key in ("sweep", "resources") and isinstance(value, dict):
+            given = [f"{name}={_listed(values)}" for name, values in value.items()]
+            words += [f"--{key}={','.join(given)}"] if key == "resources" else [f"--sweep={one}" for one in given]
         elif isinstance(value, (dict, bool)):
             raise UserError(f"{path}: {key} must be a number, a string or a list, not {value!r}")
         else:
-            flags += [f"{action.option_strings[0]}={_listed(value)}"]
-    return flags
+            words += [f"{action.option_strings[0]}={_listed(value)}"]
+    return words
 
 
 def _listed(value: Any) -> str:

@@ -282,7 +282,7 @@ class Reranker:
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
         """Puts documents' vectors into the cache, so that ranking them later costs no forward."""
         if self.encoder is not None and self.cache is not None:
-            own = detail if self.cross_cache is self.cache else min(detail, Detail.TOKENS)
+            own = detail if self.cross_cache in (None, self.cache) else min(detail, Detail.TOKENS)
             ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, detail=own, progress=progress, keep=False)
         if isinstance(self.cross, OneWayCrossEncoder) and self.cross_cache is not None and self.cross_cache is not self.cache and detail is Detail.STATES:
             ensure(self.cross.encoder, self.cross_cache, texts, max_tokens=self.max_tokens, detail=detail, progress=progress, keep=False)

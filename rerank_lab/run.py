@@ -73,6 +73,52 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def read_run(path: Path) -> Run:
+    """Reads a TREC run, or a Parquet file with the columns query, document and score.
+
+    Raises:
+        UserError: as read_trec; of Parquet: unreadable, columns missing, a score that is not finite, or a repeated document.
+    """
+    try:
+        with path.open("rb") as file:
+            parquet = file.read(4) == b"PAR1"
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return _read_parquet(path) if parquet else read_trec(path)
+
+
+def _read_parquet(path: Path) -> Run:
+    import pyarrow.parquet as pq
+
+    wanted = ["query", "document", "score"]
+    try:
+        names = pq.read_schema(path).names
+        missing = [name for name in wanted if name not in names]
+        frame = None if missing else pq.read_table(path, columns=wanted + ["method"] * ("method" in names)).to_pandas()
+    except (OSError, ValueError) as error:  # pyarrow's own are of these
+        raise UserError(f"{path}: no Parquet file that can be read ({str(error).partition(chr(10))[0]})") from None
+    if frame is None:
+        raise UserError(f"{path}: needs the columns query, document and score, and has {', '.join(names)}")
+    if "method" in frame and frame["method"].nunique() > 1:
+        raise UserError(f"{path}: holds rankings of several methods ({', '.join(map(str, frame['method'].unique()[:3]))} …); write one method's rows alone")
+    try:
+        scores = frame["score"].to_numpy(dtype=np.float64)
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: the column score holds no numbers") from None
+    empty = frame["query"].isna() | frame["document"].isna()
+    for row in np.flatnonzero(empty.to_numpy() | ~(np.abs(scores) <= LARGEST))[:1]:
+        raise UserError(f"{path}: row {row + 1} has {'no query or document' if empty.iloc[row] else f'a score that is not finite in fp32, {scores[row]}'}")
+    queries, documents = frame["query"].astype(str), frame["document"].astype(str).to_numpy()
+    run: Run = {}
+    for query, rows in queries.groupby(queries, sort=False).indices.items():
+        own = documents[rows]
+        if len(set(own)) < len(own):
+            raise UserError(f"{path}: document {next(d for d in own if (own == d).sum() > 1)} stands twice for query {query}")
+        ranks = order(scores[rows])
+        run[str(query)] = Ranked([str(own[i]) for i in ranks], scores[rows][ranks].astype(np.float32))
+    return run
+
+
 def read_trec(path: Path) -> Run:
     """Reads a TREC run (query Q0 document rank score tag), ordered by score, then as the file has it.
 

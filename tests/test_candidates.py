@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -214,3 +216,37 @@ def test_the_oracle_orders_by_grade_then_as_it_was(beir: Beir) -> None:
 def test_an_unknown_source_is_refused_with_those_known(beir: Beir, source: str) -> None:
     with pytest.raises(UserError, match=f"candidates '{source}' are not known; valid: bm25, dense, run:FILE"):
         find(beir(), source)
+
+
+def test_a_parquet_file_is_read_as_the_trec_run_is(beir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = beir()
+    rows = [("q1", "d2", 0.5), ("q2", "d3", 2.0), ("q1", "d1", 1.5), ("q1", "d4", 0.5), ("nobody", "d1", 1.0)]
+    trec = find(folder, run_file(folder, *(f"{q} Q0 {d} 0 {score} x" for q, d, score in rows)))
+    frame = pd.DataFrame(rows, columns=["query", "document", "score"])
+    frame.to_parquet(tmp_path / "first.parquet")
+    parquet = find(folder, f"run:{tmp_path / 'first.parquet'}")
+    assert parquet.about["hash"] == trec.about["hash"]
+    assert {q: r.documents for q, r in parquet.run.items()} == {"q1": ["d1", "d2", "d4"], "q2": ["d3"]}
+    assert parquet.run["q1"].scores.tolist() == [1.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.rename(columns={"score": "s"}), "needs the columns query, document and score, and has query, document, s"),
+        (lambda f: f.assign(score=[1.0, math.nan, 2.0]), "row 2 has a score that is not finite"),
+        (lambda f: f.assign(query=["q1", None, "q2"]), "row 2 has no query"),
+        (lambda f: f.assign(score=["a", "b", "c"]), "score holds no numbers"),
+        (lambda f: f.assign(query="q1", document="d1"), "document d1 stands twice for query q1"),
+        (lambda f: f.assign(method=["fast", "best", "best"]), "several methods (fast, best"),
+    ],
+)
+def test_a_parquet_file_that_is_no_run_is_refused(beir: Callable[..., Path], tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    frame = change(pd.DataFrame({"query": ["q1", "q1", "q2"], "document": ["d1", "d2", "d3"], "score": [3.0, 2.0, 1.0]}))
+    frame.to_parquet(tmp_path / "first.parquet")
+    with pytest.raises(UserError, match=re.escape(message)):
+        find(beir(), f"run:{tmp_path / 'first.parquet'}")
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes((tmp_path / "first.parquet").read_bytes()[:-40])
+    with pytest.raises(UserError, match="no Parquet file that can be read"):
+        find(beir("other"), f"run:{cut}")

@@ -1,0 +1,206 @@
+"""--grid: collections × models × methods × settings as one run, a results folder a cell.
+
+A TOML file holds options as --config does; each key of its table [grid] has a list of values, and every combination is a cell.
+Cells share the cache, and a collection is encoded once for all that read it: in the richest detail that any of them wants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.journal import RESULTS
+from rerank_lab.methods import METHODS
+from rerank_lab.models import backbone_of
+from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.options import CLUSTER, flags, parse, parser, read_toml
+from rerank_lab.results import interval
+from rerank_lab.run import write_atomically
+
+log = logging.getLogger("rerank_lab")
+GRID, SCHEMA = "grid.json", 1
+FIXED = {"grid", "config", "list", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "kernels", "threads", *CLUSTER}  # the same for all cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation of a grid.
+
+    Attributes:
+        name: of its folder, unlike the others'.
+        values: option → value, as the axes have it.
+        options: as the command line would give them.
+    """
+
+    name: str
+    values: dict[str, Any]
+    options: argparse.Namespace
+
+
+def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any]], list[Cell]]:
+    """The axes of a grid and its cells, collections slowest.
+
+    Args:
+        path: the TOML file.
+        argv: flags of the command line, which win over the file.
+        out: the folder of the grid.
+
+    Raises:
+        UserError: a file that is unreadable, has no table [grid], or unknown keys; an axis that the command line fixes.
+    """
+    table = read_toml(path)
+    axes = {key.replace("-", "_"): values for key, values in table.pop("grid", {}).items()} if isinstance(table.get("grid", {}), dict) else {}
+    if not axes:
+        raise UserError(f'{path}: no table [grid] with lists of values, as in dataset = ["numpydoc", "path/to/scifact"]')
+    known = {a.dest: a for a in parser()._actions if a.option_strings and a.dest not in FIXED | {"help", "sweep"}}
+    for key, values in axes.items():
+        if key not in known:
+            raise UserError(f"{path}: [grid] {key} cannot be an axis; valid: {', '.join(known)}")
+        if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
+            raise UserError(f"{path}: [grid] {key} must be a list of values, each once, not {values!r}")
+        if any(word.partition("=")[0] in known[key].option_strings for word in argv):
+            raise UserError(f"{known[key].option_strings[0]} is an axis of {path}: change it there, or leave the flag out")
+    order = sorted(axes, key=lambda key: key not in ("dataset", "split"))
+    every = flags(table, path, parser())
+    cells, names = [], set[str]()
+    for values in itertools.product(*(axes[key] for key in order)):
+        own = dict(zip(order, values))
+        stem = ",".join(_short(key, value) for key, value in own.items() if len(axes[key]) > 1 or key == "dataset") or "cell"
+        name = next(n for n in itertools.chain([stem], (f"{stem},{i}" for i in itertools.count(2))) if n not in names)
+        names.add(name)
+        cells.append(Cell(name, own, parse([*every, *flags(own, path, parser()), *argv, f"--out={out / name}"])))
+    return {key: axes[key] for key in order}, cells
+
+
+def run(
+    options: argparse.Namespace, argv: Sequence[str], out: Path, evaluate: Callable[[argparse.Namespace], str], check: Callable[[argparse.Namespace], object]
+) -> str:
+    """Evaluates every cell that is not finished; what stdout shows.
+
+    Args:
+        options, argv: of the command line.
+        out: the folder of the grid.
+        evaluate: makes one cell's folder.
+        check: raises UserError where a cell's options cannot be run.
+
+    Raises:
+        UserError: wrong input that shows before anything runs. ModelError: some cells failed; the others are finished.
+    """
+    axes, cells = read(options.grid, _without_grid(argv), out)
+    problems = dict.fromkeys(problem for cell in cells for problem in _problems(cell, check))
+    if problems:
+        raise UserError("; ".join(problems))
+    _begin(out, axes, cells, options)
+    for cell, detail in zip(cells, details(cells)):
+        cell.options.detail = detail
+    failed = {}
+    with tqdm(total=len(cells), desc="grid", unit="cell", disable=None) as bar:
+        for cell in cells:
+            bar.set_postfix_str(cell.name)
+            try:
+                evaluate(cell.options)
+            except (UserError, ModelError) as error:
+                failed[cell.name] = str(error)
+                log.warning("%s: failed, going on with the others: %s", cell.name, error)
+            bar.update()
+    text = "\n".join([*_table(out, cells), "", f"Written to {out}", f"As a page with plots: python -m rerank_lab.report {out}", ""])
+    if failed:
+        said = "; ".join(f"{name}: {problem}" for name, problem in failed.items())
+        raise ModelError(f"{len(failed)} of {len(cells)} cells ({said}); the same command with --resume does these again")
+    return text
+
+
+def details(cells: Sequence[Cell]) -> Iterator[Detail]:
+    """For each cell the richest detail that any cell wants which reads the same texts by the same model."""
+    shared = ("dataset", "split", "model", "subspace", "device", "runtime", "precision", "max_tokens_per_doc")
+    keys = [tuple(repr(getattr(cell.options, name)) for name in shared) for cell in cells]
+    wanted = [_detail(cell.options) for cell in cells]
+    return (max(d for k, d in zip(keys, wanted) if k == key) for key in keys)
+
+
+def _detail(options: argparse.Namespace) -> Detail:
+    """What the methods of a cell read of a document."""
+    cross = options.model_cross != "none"
+    one_way = cross and backbone_of(options.model_cross) == options.model
+    found = Detail.POOLED
+    for label in options.methods or [name for name, kind in METHODS.items() if cross or "cross-encoder" not in kind.roles] + ["best+cross"] * cross:
+        name = label.partition(":")[0]
+        kind = METHODS.get(name.removesuffix("+cross"))
+        if kind is not None:
+            crossed = name.endswith("+cross") or "cross-encoder" in kind.roles
+            found = max(found, Detail.STATES if crossed and one_way else Detail.TOKENS if kind.tokens else Detail.POOLED)
+    return found
+
+
+def _without_grid(argv: Sequence[str]) -> list[str]:
+    """The flags that cells take too."""
+    taken, kept = argparse.ArgumentParser(add_help=False, allow_abbrev=False), list(argv)
+    taken.add_argument("--grid"), taken.add_argument("--out")
+    return taken.parse_known_args(kept)[1]
+
+
+def _problems(cell: Cell, check: Callable[[argparse.Namespace], object]) -> Iterator[str]:
+    try:
+        check(cell.options)
+    except UserError as error:
+        yield str(error)
+
+
+def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[Cell], options: argparse.Namespace) -> None:
+    """Writes what the grid is, or checks that it is the one that was begun."""
+    about = {"schema": SCHEMA, "axes": axes, "cells": [{"name": cell.name, "values": cell.values} for cell in cells]}
+    path = out / GRID
+    if path.exists() and not options.overwrite:
+        if not options.resume:
+            raise UserError(f"{out} holds a grid: --resume to go on, --overwrite to replace, or another --out")
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} does not read back ({error}); start again with --overwrite") from None
+        if before != json.loads(json.dumps(about)):
+            raise UserError(f"{path} is of another grid; give it as it was, --overwrite, or another --out")
+    elif out.exists() and not path.exists() and any(out.iterdir()) and not options.overwrite:
+        raise UserError(f"--out {out} holds something else than a grid; another --out, or --overwrite")
+    try:
+        write_atomically(path, json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def _table(out: Path, cells: Sequence[Cell]) -> list[str]:
+    """A line a cell: its best mean and whose it is."""
+    lines = []
+    for cell in cells:
+        try:
+            result = json.loads((out / cell.name / RESULTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            lines += textwrap.wrap(f"{cell.name}: not finished", 80, subsequent_indent="    ")
+            continue
+        primary = result["config"]["measures"][0]
+        top = max(result["rows"], key=lambda row: row["measures"][primary])
+        said = f"{cell.name}: {primary} {interval(top['measures'][primary], top['ci95'][primary])} by {top['method']}"
+        lines += textwrap.wrap(said, 80, subsequent_indent="    ")
+    return lines
+
+
+def _short(key: str, value: Any) -> str:
+    """A value as a part of a folder's name."""
+    if isinstance(value, list):
+        value = "+".join(map(str, value))
+    text = str(value)
+    if key in ("dataset", "model", "model_cross", "subspace"):
+        text = Path(text.partition(":")[2] if text.startswith(("hf:", "irds:")) else text).name.removesuffix(".zip").removesuffix(".safetensors")
+    elif isinstance(value, (bool, int, float)):
+        text = f"{key}={text}"
+    return re.sub(r"[^\w.=+-]+", "-", text).strip("-.")[:60] or "x"
