@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import pickle
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -72,30 +73,34 @@ class OnRay:
         self._said = redirect_stdout(_Said())
         self._said.__enter__()  # Ray prints what befalls its workers to stdout, where the results go
         self._own = not ray.is_initialized()
-        if self._own:
-            self._connect(address)
+        try:
+            if self._own:
+                self._connect(address)
+            self._room()
+        except (UserError, ModelError):
+            self.close()
+            raise
         for name in ("ray", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.max_errored_blocks = -1  # what is lost with a worker is done in another round
-        try:
-            self._room()
-        except UserError:
-            self.close()
-            raise
 
     def _connect(self, address: str) -> None:
+        if "://" in address:
+            raise UserError(f"--address {address}: run the command on a machine of the cluster, with --address auto or HOST:PORT")
         options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.CRITICAL}
         if address == "local":
             cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             room = {k: v * (self.workers or 1) for k, v in self.resources.items() if k not in ("CPU", "GPU", "memory")}
             options |= {"num_cpus": max(cpus, self.workers or 1), "include_dashboard": False, "object_store_memory": 200_000_000, "resources": room}
+        host, _, port = address.rpartition(":")
         try:
+            if host:  # Ray itself waits minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             with _without_stderr():  # of Ray's own libraries, which write past Python
                 self.ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            self._said.__exit__(None, None, None)
+        except (OSError, ValueError, RuntimeError) as error:
             remedy = "ray start --head begins one; --address local needs none"
             raise UserError(f"--address {address}: no Ray cluster answers ({str(error).partition(chr(10))[0]}); {remedy}") from None
 
@@ -145,8 +150,11 @@ class OnRay:
         key = (plan, self._key(reranker), reranker.max_tokens)
         if any(done[:3] == key and done[3] >= detail for done in self._encoded):
             return
-        self._release()
-        left, stalled = set(range(-(-total // CHUNK[detail]))), 0
+        checks = [(corpus.texts, plan, n, detail) for n in range(-(-total // BLOCK))]
+        left, stalled = {chunk for _, chunks in self._calls(reranker, "lacking", checks) for chunk in chunks}, 0
+        if left:
+            self._release()
+        total = min(total, len(left) * CHUNK[detail])
         with counting(title) as progress:
             while left:
                 before = len(left)

@@ -20,7 +20,7 @@ from rerank_lab.methods import DROPPED, Method, Pool, make_method
 from rerank_lab.methods.base import Flops
 from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
-from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure
+from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure, text_key
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.run import order
@@ -281,11 +281,20 @@ class Reranker:
 
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
         """Puts documents' vectors into the cache, so that ranking them later costs no forward."""
+        for encoder, cache, own in self._makers(detail):
+            ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=own, progress=progress, keep=False)
+
+    def lacks(self, texts: Sequence[str], *, detail: Detail) -> list[bool]:
+        """Which of these documents `encode` would have to read."""
+        makers = [(cache, own, min(self.max_tokens, encoder.limit)) for encoder, cache, own in self._makers(detail)]
+        return [not all(cache.has(text_key(text, limit), own) for cache, own, limit in makers) for text in texts]
+
+    def _makers(self, detail: Detail) -> Iterator[tuple[BiEncoder, VectorCache, Detail]]:
+        """Who makes vectors of documents, into which cache, in which detail."""
         if self.encoder is not None and self.cache is not None:
-            own = detail if self.cross_cache in (None, self.cache) else min(detail, Detail.TOKENS)
-            ensure(self.encoder, self.cache, texts, max_tokens=self.max_tokens, detail=own, progress=progress, keep=False)
+            yield self.encoder, self.cache, detail if self.cross_cache in (None, self.cache) else min(detail, Detail.TOKENS)
         if isinstance(self.cross, OneWayCrossEncoder) and self.cross_cache is not None and self.cross_cache is not self.cache and detail is Detail.STATES:
-            ensure(self.cross.encoder, self.cross_cache, texts, max_tokens=self.max_tokens, detail=detail, progress=progress, keep=False)
+            yield self.cross.encoder, self.cross_cache, detail
 
     def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: Progress = lambda done, total: None) -> Tensor:
         """Pooled vectors, N × d, through the cache."""

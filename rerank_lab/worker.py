@@ -123,7 +123,14 @@ def _search(worker: Worker, ranks: Ranks, texts: Texts, plan: str, n: int, queri
     return [(values.cpu().numpy(), places.cpu().numpy()) for values, places in search_block(query_batches(reranker, queries), block, fetch)]
 
 
-WORK: dict[str, Callable[..., Any]] = {"rank": _rank, "cold": _cold, "about": _about, "search": _search}
+def _lacking(worker: Worker, ranks: Ranks, texts: Texts, plan: str, n: int, detail: Detail) -> list[int]:
+    """The chunks in block n of a plan that hold texts whose vectors are not all in the cache."""
+    size = CHUNK[detail]
+    lacks = reranker_of(ranks).lacks(texts.read(planned(worker.cache, plan, n, BLOCK)), detail=detail)
+    return sorted({n * BLOCK // size + i // size for i, lacking in enumerate(lacks) if lacking})
+
+
+WORK: dict[str, Callable[..., Any]] = {"rank": _rank, "cold": _cold, "about": _about, "lacking": _lacking, "search": _search}
 
 
 def planned(cache: Store, plan: str, n: int, size: int) -> np.ndarray:

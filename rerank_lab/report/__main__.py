@@ -22,12 +22,12 @@ from tqdm import tqdm
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.shards import default_folder
 from rerank_lab.options import natural
-from rerank_lab.report import content, render
+from rerank_lab.report import content, grid, render
 from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
 from rerank_lab.report.compare import comparison
 from rerank_lab.report.examples import Source, aligned, examples, loaded_model
 from rerank_lab.report.figures import saved
-from rerank_lab.report.load import Loaded, collection, load, newest
+from rerank_lab.report.load import Loaded, collection, is_grid, load, newest
 from rerank_lab.report.verdict import sentence, verdict
 from rerank_lab.run import write_atomically
 
@@ -37,6 +37,8 @@ examples:
       the newest results, beside them: report.md, report.html, figures/
   python -m rerank_lab.report results/a results/b --out reports/ab
       several evaluations on one page
+  python -m rerank_lab.report results/grid
+      a grid of evaluations, whole: what each of its axes changes
   python -m rerank_lab.report --compare results/fp32 results/bf16 --out cmp
       the same candidates twice: what changed, and whether it mattered
   python -m rerank_lab.report results/a --latex
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="results folders (default: the newest in results/)")
+    p.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="results folders, or the folder of one grid (default: the newest in results/)")
     p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results of the same candidates instead: B against A")
     p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the results folder, where there is one alone)")
     p.add_argument("--latex", action="store_true", help="write report.tex too: the table of each evaluation")
@@ -95,8 +97,13 @@ def make(options: argparse.Namespace) -> str:
     """Writes what the options describe; what to say of it."""
     if options.compare:
         return _compare(options)
+    folders = options.results or [newest(Path("results"))]
+    if grids := [folder for folder in folders if is_grid(folder)]:
+        if len(folders) > 1:
+            raise UserError(f"{grids[0]} is a grid, which has a page of its own: name it alone, or name cells of it")
+        return _grid(grids[0], options)
     given = {name: path for name, _, path in (text.partition("=") for text in options.dataset)}
-    every = load(options.results or [newest(Path("results"))])
+    every = load(folders)
     names = [one.result["dataset"]["name"] for one in every]
     if wrong := [text for text in options.dataset if "=" not in text or text.partition("=")[0] not in names]:
         raise UserError(f"--dataset {wrong[0]!r}: write NAME=PATH, NAME one of {', '.join(names)}")
@@ -125,6 +132,20 @@ def make(options: argparse.Namespace) -> str:
     return "\n".join([*map(wrapped, said), _write(out, "report", report, extra)])
 
 
+def _grid(folder: Path, options: argparse.Namespace) -> str:
+    beside = [name for name in ("bench", "dataset", "cache") if getattr(options, name)]
+    beside += [name for name, none in (("quote", ("all", "none")), ("examples", (10, 0))) if getattr(options, name) not in none]  # its page has neither
+    if beside:
+        raise UserError(f"{folder} is a grid, which takes --out, --command and --latex alone beside it, not {', '.join(beside)}; its cells take them")
+    found = grid.read(folder)
+    if found.unfinished:
+        print(f"rerank_lab: {grid.unfinished(found)}", file=sys.stderr)
+    report = grid.page(found, options.command)
+    extra = {"report.tex": render.latex(grid.across(found), "Every row of the grid.", "tab:grid")} if options.latex else {}
+    said = ["".join(grid.finding(one)) for one in found.collections]
+    return "\n".join([*map(wrapped, said), _write(options.out or folder, "report", report, extra)])
+
+
 def _compare(options: argparse.Namespace) -> str:
     defaults = vars(parser().parse_args([]))
     beside = [name for name in ("results", "latex", "bench", "quote", "dataset", "examples", "cache") if getattr(options, name) != defaults[name]]
@@ -132,6 +153,8 @@ def _compare(options: argparse.Namespace) -> str:
         raise UserError(f"--compare takes --out and --command alone beside it, not {', '.join(beside)}")
     if options.out is None:
         raise UserError("--compare needs --out DIR")
+    if grids := [str(folder) for folder in options.compare if is_grid(folder)]:
+        raise UserError(f"--compare takes two results, and {grids[0]} is a grid: name two of its cells")
     a, b = (load([folder])[0] for folder in options.compare)
     report = comparison(a, b, options.command)
     said = ["".join(block.parts) for block in report.blocks if isinstance(block, Text) and isinstance(block.parts[0], Strong)]

@@ -14,6 +14,8 @@ from rerank_lab.report.content import command, number
 from rerank_lab.report.load import Loaded
 from rerank_lab.results import ALPHA, interval, p_text
 
+MACHINE = ("cpu", "cpus", "threads", "device")  # of the environment: what latencies are compared within
+
 
 def compared(a: Loaded, b: Loaded) -> dict[str, dict[str, Any]]:
     """Label → paired tests of b against a on a's first measure, for the methods that both ran.
@@ -88,7 +90,7 @@ def _sentence(label: str, vs: Mapping[str, Any], measure: str) -> list[str]:
 
 
 def _same_machine(a: Loaded, b: Loaded) -> bool:
-    return all(a.result["environment"][key] == b.result["environment"][key] for key in ("cpu", "cpus", "threads", "device"))
+    return all(a.result["environment"][key] == b.result["environment"][key] for key in MACHINE)
 
 
 def _ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:
@@ -99,7 +101,7 @@ def _changes(a: Loaded, b: Loaded) -> Block:
     """Everything of configuration, models and environment that differs."""
     rows: list[list[Cell]] = []
     for part in ("config", "models", "environment"):
-        one, other = (_flat(x.result[part]) for x in (a, b))
+        one, other = (flat(x.result[part]) for x in (a, b))
         rows += [
             [Cell(f"{part}: {key}"), Cell(one.get(key, "absent"), quoted=True), Cell(other.get(key, "absent"), quoted=True)]
             for key in sorted({*one, *other})
@@ -108,11 +110,12 @@ def _changes(a: Loaded, b: Loaded) -> Block:
     return Table(["what", "A", "B"], rows, kind="wide") if rows else Text(["Nothing of configuration, models and environment."])
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Names with dots → values as text, of what is nested."""
     found: dict[str, str] = {}
     for key, inner in value.items():
         if isinstance(inner, Mapping):
-            found |= _flat(inner, f"{prefix}{key}.")
+            found |= flat(inner, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = inner if isinstance(inner, str) else json.dumps(inner)
     return found

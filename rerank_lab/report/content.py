@@ -19,7 +19,7 @@ LIMITS = "Kernels and the machine's limits"
 DOUBT = (
     "How to read it: an interval is the 95% bootstrap interval of a mean over queries; Δ is paired by query, its p from a randomisation test, "
     "Holm-corrected over the methods (intervals are not corrected). The method in bold is the cheapest of those that cannot be told from the highest "
-    "mean, by tests corrected over all pairs; that is no proof of being equal, and from 9,999 random swaps a p near .05 is known to about .01. "
+    "mean, by tests corrected over all pairs; that is no proof of being equal, and from random swaps a p near .05 is known to about .01. "
     "Latency is the median of one query at a time, its documents' vectors cached; compare times within one table alone. Grey marks in the plot are "
     "dominated: another method is at least as good and no slower."
 )
@@ -30,12 +30,16 @@ def overview(every: Sequence[Loaded], made_by: str) -> list[Block]:
     blocks: list[Block] = [Text(sentence(one), item=len(every) > 1) for one in every]
     blocks.append(main_table(every[0]) if len(every) == 1 else _across(every))
     blocks.append(Row([Plot(f"pareto-{one.stem}", figures.pareto(one), figures.described(one)) for one in every if _timed(one)]))
+    return [*blocks, *footing(every, made_by)]
+
+
+def footing(every: Sequence[Loaded], made_by: str) -> list[Block]:
+    """How to read the first screen, and what made it."""
     servers = any(is_remote(label) for one in every for label in one.rows)
-    blocks.append(Text([DOUBT + (" Hollow marks are servers, timed over HTTP; they are not weighed against methods that ran here." if servers else "")]))
+    doubt = DOUBT + (" Hollow marks are servers, timed over HTTP; they are not weighed against methods that ran here." if servers else "")
     environments = (one.result["environment"] for one in every)
     where = dict.fromkeys(f"commit {env['commit'] or 'unknown'} on {env['cpu']}, {env['cpus']} CPUs, device {env['device']}" for env in environments)
-    blocks.append(Text([f"Made by {made_by}; evaluated at {' and at '.join(where)}."]))
-    return blocks
+    return [Text([doubt]), Text([f"Made by {made_by}; evaluated at {' and at '.join(where)}."])]
 
 
 def main_table(one: Loaded) -> Table:

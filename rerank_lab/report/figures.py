@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,11 +15,12 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from rerank_lab.methods import BEST_CROSS, METHODS
-from rerank_lab.report.load import Loaded
+from rerank_lab.report.load import Loaded, method
 from rerank_lab.report.verdict import compared, frontier
 from rerank_lab.results import interval, is_remote, p_text
 from rerank_lab.timing import PHASES
@@ -28,6 +30,7 @@ DOMINATED = "#9a9a9a"
 INK = "#333333"
 PHASE_LOOKS = [("#d9d9d9", ""), ("#56B4E9", "////"), ("#0072B2", ""), ("#333333", "")]
 CORNERS = [(dx, dy, side) for dy in (5, -12, 18, -25, 31, -38, 44, -51) for dx, side in ((6, "left"), (-6, "right"), (26, "left"), (-26, "right"))]
+CROWD = 10  # rows that a Pareto plot names all, where their names are short
 P = ParamSpec("P")
 
 
@@ -50,22 +53,31 @@ def saved(figure: Figure, kind: str) -> bytes:
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Label → colour and mark: those of the known methods, then what is left of the cycle, over and over."""
+    """Label → colour and mark of its method: those of the known ones, then what is left of the cycle, over and over."""
     known = [*METHODS, BEST_CROSS]
     styles = list(matplotlib.rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"])
     fixed = dict(zip(known, styles))
     spare = cycle(styles[len(known) :] + styles[: len(known)])
-    others = [label for label in labels if label not in fixed]
-    return {label: dict(look) for label, look in {**fixed, **dict(zip(others, islice(spare, len(others))))}.items()}
+    others = [name for name in dict.fromkeys(map(method, labels)) if name not in fixed]
+    own = {**fixed, **dict(zip(others, islice(spare, len(others))))}
+    return {label: dict(own[method(label)]) for label in [*known, *labels]}
 
 
 @styled
 def pareto(one: Loaded) -> Figure:
-    """Quality with its 95% interval against median latency; what is dominated stands grey."""
-    figure = Figure()
-    axes = figure.subplots()
+    """Quality with its 95% interval against median latency; what is dominated stands grey. In a crowd the others are numbered, and named below."""
     best, weighed, look = frontier(one), {row["method"] for row in compared(one)}, looks(list(one.rows))
     timed = {label: row for label, row in one.rows.items() if row["latency_ms"]}
+    names = {label: short(label) for label in timed}
+    crowd = len(timed) > CROWD or any("\n" in name for name in names.values())
+    figure = Figure(figsize=(4.8, 3.4 + 0.18 * len(best))) if crowd else Figure()
+    if crowd:
+        names = {label: str(n) for n, label in enumerate(best, 1)}
+        marks = {f"{names[label]}  {label}": look[label] for label in best}
+        for name, label in {method(label): label for label in timed if method(label) not in map(method, best)}.items():
+            marks[name] = look[label] | ({"markerfacecolor": "white"} if is_remote(name) else {"color": DOMINATED})
+        figure.legend([Line2D([], [], ls="", **mark) for mark in marks.values()], [*marks], loc="outside lower left", handletextpad=0.2)
+    axes = figure.subplots()
     at = {label: (row["latency_ms"]["p50"], row["measures"][one.primary]) for label, row in timed.items()}
     axes.set_xscale("log")
     axes.grid(True)
@@ -74,9 +86,9 @@ def pareto(one: Loaded) -> Figure:
     axes.step(*steps, where="post", color=INK, lw=1, ls=(0, (4, 2)), marker="", zorder=1)
     for label, row in timed.items():
         colour = look[label]["color"] if label in best or label not in weighed else DOMINATED
-        face = "white" if is_remote(label) else colour
+        face = "white" if is_remote(method(label)) else colour
         ci, value = row["ci95"][one.primary], row["measures"][one.primary]
-        error = None if ci is None else np.array([[max(0, value - ci[0])], [max(0, ci[1] - value)]])
+        error = None if ci is None or label not in names else np.array([[max(0, value - ci[0])], [max(0, ci[1] - value)]])
         axes.errorbar(
             at[label][0],
             value,
@@ -90,13 +102,13 @@ def pareto(one: Loaded) -> Figure:
             zorder=3,
         )
     _log_ticks(axes, [p[0] for p in at.values()])
-    remote = "\n(servers, hollow: over HTTP, what they had seen is not known)" if any(map(is_remote, timed)) else ""
+    remote = "\n(servers, hollow: over HTTP, what they had seen is not known)" if any(is_remote(method(label)) for label in timed) else ""
     axes.set_xlabel(f"median latency of a query, ms, documents seen before{remote}")
     axes.set_ylabel(f"{one.primary}, 95% interval")
     axes.set_title(one.name)
-    bars = {label: row["ci95"][one.primary] or [at[label][1]] * 2 for label, row in timed.items()}
+    bars = {label: row["ci95"][one.primary] or [at[label][1]] * 2 for label, row in timed.items() if label in names}
     level = [*zip(steps[0], steps[0][1:], steps[1])]
-    _name_points(figure, axes, at, bars, level, {label: INK if label in best else "#6b6b6b" for label in at})
+    _name_points(figure, axes, at, bars, level, names, {label: INK if label in best else "#6b6b6b" for label in names})
     return figure
 
 
@@ -110,9 +122,9 @@ def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 def _name_points(
     figure: Figure, axes: Axes, at: Mapping[str, tuple[float, float]], bars: Mapping[str, Sequence[float]],
-    level: Sequence[tuple[float, float, float]], colours: Mapping[str, str],
+    level: Sequence[tuple[float, float, float]], names: Mapping[str, str], colours: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Each mark's name at the corner where it hides least of other names, marks, intervals (`bars`, low and high) and lines (`level`: from, to, at)."""
+    """Each name at the corner where it hides least of others, marks, intervals (`bars`, low and high) and lines (`level`: from, to, at)."""
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -121,11 +133,11 @@ def _name_points(
     lines = [Bbox([place((at[label][0], bar[0])), place((at[label][0], bar[1]))]) for label, bar in bars.items()]
     lines += [Bbox([place((a, y)), place((b, y))]) for a, b, y in level]
     frame, taken = axes.get_window_extent(renderer), list[Any]()
-    for label, point in sorted(at.items(), key=lambda item: item[1]):
+    for label, point in sorted(((label, at[label]) for label in names), key=lambda item: item[1]):
         look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": colours[label], "zorder": 5}
         tried: list[tuple[float, Any, tuple[int, int, str]]] = []
         for far, (dx, dy, side) in enumerate(CORNERS):
-            note = axes.annotate(short(label), point, (dx, dy), ha=side, **look)
+            note = axes.annotate(names[label], point, (dx, dy), ha=side, **look)
             box = note.get_window_extent(renderer)
             note.remove()
             hidden = 0.1 * far + sum(box.overlaps(line) for line in lines) + 3 * sum(box.overlaps(mark) for mark in marks)
@@ -134,7 +146,7 @@ def _name_points(
         _, box, (dx, dy, side) = min(tried, key=lambda one: one[0])
         taken.append(box.padded(1))
         leader = {"arrowstyle": "-", "lw": 0.7, "color": colours[label], "shrinkA": 0, "shrinkB": 4} if abs(dx) > 6 or not -12 <= dy <= 5 else None
-        axes.annotate(short(label), point, (dx, dy), ha=side, arrowprops=leader, bbox={"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}, **look)
+        axes.annotate(names[label], point, (dx, dy), ha=side, arrowprops=leader, bbox={"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}, **look)
 
 
 @styled
@@ -164,7 +176,7 @@ def forest(deltas: Mapping[str, Mapping[str, Any]], measure: str, title: str, ag
     right.tick_params(length=0)
     right.spines["right"].set_visible(False)
     axes.annotate("Holm p", (1, 1), (4, 2), xycoords="axes fraction", textcoords="offset points", fontsize=8.5, color=INK)
-    axes.set_xlabel(f"difference in {measure} from {against}, 95% interval")
+    axes.set_xlabel(f"difference in {measure} from {against}, 95% interval" if len(against) < 30 else f"difference in {measure}, 95% interval, from\n{against}")
     axes.set_title(title)
     return figure
 
@@ -191,7 +203,7 @@ def strips(changes: Mapping[str, np.ndarray], measure: str, title: str, against:
         )
         axes.set_xlim(0, len(change))
     panels[-1].set_xlabel(f"queries of {title}, sorted by difference")
-    figure.supylabel(f"{measure} less {against}'s", fontsize=9)
+    figure.supylabel(textwrap.fill(f"{measure} less {against}'s", 12 + 12 * len(changes)), fontsize=9)
     return figure
 
 
@@ -260,8 +272,11 @@ def swept(one: Loaded, setting: str) -> Figure:
 
 
 def short(label: str) -> str:
-    """A label that fits beside an axis; what tells long ones apart stands at both ends."""
-    return label if len(label) <= 26 else f"{label[:11]}…{label[-14:]}"
+    """A label that fits beside an axis, values in brackets below where they must; what tells long ones apart stands at both ends."""
+    if len(label) <= 26:
+        return label
+    name, values = method(label), label[len(method(label)) :].strip()
+    return "\n".join(part if len(part) <= room else f"{part[:11]}…{part[-14:]}" for part, room in ((name, 26), (values, 30)) if part)
 
 
 UNITS = {"stage1_top_k": ", documents that stage 1 keeps", "max_tokens_per_doc": ", tokens kept of a document", "top_k": ", candidates a query"}

@@ -40,6 +40,7 @@ SHAPE: dict[str, Any] = {
         "setting": str, "value": NUMBER, "method": str, "measures": {"*": NUMBER}, "recall": NUMBER, "oracle_ndcg@10": NUMBER, "truncated_share": NUMBER,
     }],
 }  # fmt: skip
+GRID = "grid.json"  # in the folder of a grid of evaluations
 SAME = 1e-9  # means of measures over queries, summed in another order
 
 
@@ -112,15 +113,27 @@ def anchor(title: str) -> str:
 
 
 def newest(root: Path) -> Path:
-    """The results folder that was finished last.
+    """The results folder that was finished last, or the grid that it is of.
 
     Raises:
         UserError: none is there.
     """
-    done = sorted(root.glob(f"*/{RESULTS}"), key=lambda path: path.stat().st_mtime)
+    cells = (path for path in root.glob(f"*/*/{RESULTS}") if is_grid(path.parent.parent))
+    done = sorted([*root.glob(f"*/{RESULTS}"), *cells], key=lambda path: path.stat().st_mtime)
     if not done:
         raise UserError(f"no finished results in {root}: name a results folder, or make one: python -m rerank_lab.eval")
-    return done[-1].parent
+    folder = done[-1].parent
+    return folder.parent if is_grid(folder.parent) else folder
+
+
+def is_grid(folder: Path) -> bool:
+    """Whether a folder holds the cells of a grid."""
+    return (folder / GRID).is_file()
+
+
+def method(label: str) -> str:
+    """A row's method; in a grid its values stand behind it in brackets."""
+    return label.partition(" (")[0]
 
 
 def collection(one: Loaded, given: dict[str, str]) -> Dataset:
@@ -173,13 +186,13 @@ def _result(path: Path) -> dict[str, Any]:
         newer = isinstance(schema, int) and schema > SCHEMA
         remedy = "a newer rerank_lab made it: upgrade" if newer else "run the evaluation again with --overwrite"
         raise UserError(f"{path}: schema {schema!r}, and this version reads schema {SCHEMA}; {remedy}")
-    problem = next(_misfits(result, SHAPE, ""), None) or next(_inconsistent(result), None)
+    problem = next(misfits(result, SHAPE, ""), None) or next(_inconsistent(result), None)
     if problem:
         raise UserError(f"{path}: {problem}; run the evaluation again with --overwrite")
     return dict(result)
 
 
-def _misfits(value: Any, shape: Any, place: str) -> Iterator[str]:
+def misfits(value: Any, shape: Any, place: str) -> Iterator[str]:
     """What is missing, or of another kind."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
@@ -191,13 +204,13 @@ def _misfits(value: Any, shape: Any, place: str) -> Iterator[str]:
                 if own not in value:
                     yield f"{place}{own} is missing"
                 elif not (name.endswith("?") and value[own] is None):
-                    yield from _misfits(value[own], inner, f"{place}{own}" + ("." if isinstance(inner, dict) else ""))
+                    yield from misfits(value[own], inner, f"{place}{own}" + ("." if isinstance(inner, dict) else ""))
     elif isinstance(shape, list):
         if not isinstance(value, list):
             yield f"{place} is no list"
             return
         for n, one in enumerate(value):
-            yield from _misfits(one, shape[0], f"{place}[{n}].")
+            yield from misfits(one, shape[0], f"{place}[{n}].")
     elif shape is not ANY and (not isinstance(value, shape) or isinstance(value, bool)):
         yield f"{place.removesuffix('.')} is {json.dumps(value)[:40]}"
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from rerank_lab import stats
 from rerank_lab.report.blocks import Strong
-from rerank_lab.report.load import Loaded
+from rerank_lab.report.load import Loaded, method
 from rerank_lab.results import ALPHA, interval, is_remote, p_text
+
+SWAPS = 500  # a test of a family: a corrected p near .05 is known to about .01
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def verdict(one: Loaded) -> Verdict:
     highest = max(labels, key=lambda label: (round(one.rows[label]["measures"][one.primary], 12), -cost[label]))
     values = {label: one.measure(label).to_numpy() for label in labels}
     pairs = [*combinations(labels, 2)]
-    corrected = dict(zip(map(frozenset, pairs), stats.holm([stats.paired_randomization(values[a], values[b], one.seed) for a, b in pairs])))
+    corrected = dict(zip(map(frozenset, pairs), stats.holm(randomized([values[a] - values[b] for a, b in pairs], len(pairs), one.seed))))
     change = {label: values[label] - values[highest] for label in labels if label != highest}
     below = {
         label: Versus(float(less.mean()), stats.bootstrap_interval(less, one.seed), corrected[frozenset((label, highest))]) for label, less in change.items()
@@ -61,7 +66,26 @@ def verdict(one: Loaded) -> Verdict:
 def compared(one: Loaded) -> list[dict[str, Any]]:
     """The rows that are weighed against each other: those timed, and without servers where methods ran here."""
     rows = [row for row in one.result["rows"] if row["latency_ms"]] or one.result["rows"]
-    return [row for row in rows if not is_remote(row["method"])] or rows
+    return [row for row in rows if not is_remote(method(row["method"]))] or rows
+
+
+def randomized(changes: Sequence[np.ndarray], family: int, seed: int) -> list[float]:
+    """p of the paired randomisation test of each row of differences, with swaps enough for Holm's correction over a family.
+
+    Args:
+        changes: one a test, with one difference a query; the same queries in all.
+        family: how many tests are corrected together.
+        seed: of the swaps; where a test needs more than stats.RESAMPLES of them, all tests share each.
+    """
+    swaps = SWAPS * family
+    if swaps <= stats.RESAMPLES:
+        return [stats.paired_randomization(change, np.zeros(len(change)), seed) for change in changes]
+    rng, columns = np.random.default_rng(seed), np.stack(changes, axis=1)
+    reached, counts = np.abs(columns.sum(0)) - 1e-9, np.ones(len(changes))
+    for start in range(0, swaps, 1000):
+        signs = 2.0 * rng.integers(0, 2, (min(1000, swaps - start), len(columns))) - 1
+        counts += (np.abs(signs @ columns) >= reached).sum(0)
+    return [float(p) for p in counts / (swaps + 1)]
 
 
 def frontier(one: Loaded) -> list[str]:
@@ -76,8 +100,8 @@ def frontier(one: Loaded) -> list[str]:
     return kept
 
 
-def sentence(one: Loaded) -> list[str]:
-    """The finding of one collection, as parts of a paragraph."""
+def sentence(one: Loaded, what: str = "methods") -> list[str]:
+    """The finding of one collection, as parts of a paragraph; `what` its rows are."""
     found, measure, use = verdict(one), one.primary, one.rows[verdict(one).use]
     vs = use["vs"]
     if vs is None:
@@ -93,7 +117,7 @@ def sentence(one: Loaded) -> list[str]:
         end = f". The highest mean is {found.highest}'s, {gap} above{_times(one, found.highest, found.use)}: "
         end += f"{_queries(use['queries'])} not tell that from chance, all pairs counted (Holm p {p_text(other.p)})."
     else:
-        end = f", the highest mean of {len(found.below) + 1} methods." if found.below else "."
+        end = f", the highest mean of {len(found.below) + 1} {what}." if found.below else "."
     return [Strong(one.name), ": ", Strong(found.use), start + end, *_cheaper(one, found)]
 
 
@@ -109,9 +133,10 @@ def _cheaper(one: Loaded, found: Verdict) -> list[str]:
 
 
 def ratio(one: Loaded, label: str, other: str) -> float | None:
-    """How many times as long a method takes as another, by median; None where one of them was not timed, or over HTTP alone."""
-    a, b = one.rows[label]["latency_ms"], one.rows[other]["latency_ms"]
-    return a["p50"] / b["p50"] if a and b and is_remote(label) == is_remote(other) else None
+    """How many times as long a method takes as another, by median; None where one was not timed, or over HTTP alone, or on another machine."""
+    a, b = one.rows[label], one.rows[other]
+    alike = is_remote(method(label)) == is_remote(method(other)) and a.get("machine") == b.get("machine")
+    return a["latency_ms"]["p50"] / b["latency_ms"]["p50"] if alike and a["latency_ms"] and b["latency_ms"] else None
 
 
 def _times(one: Loaded, label: str, other: str) -> str:
