@@ -32,7 +32,7 @@ from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.store import Store
 from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import WARM_UP, Asked, Ranks, bar, counting
-from rerank_lab.worker import PLANS, Encoder, Setup, Worker, reranker_of
+from rerank_lab.worker import PLANS, Encoder, Setup, Worker, out_of_memory, reranker_of
 
 log = logging.getLogger("rerank_lab")
 QUERIES = 16  # ranked by one call
@@ -158,15 +158,16 @@ class OnRay:
         with counting(title) as progress:
             while left:
                 before = len(left)
-                self._round(reranker, corpus.texts, plan, detail, left, lambda done: progress(done, total))
+                problem = self._round(reranker, corpus.texts, plan, detail, left, lambda done: progress(done, total))
                 stalled = stalled + 1 if len(left) == before else 0
                 if left and stalled == TRIES:
-                    raise ModelError(f"{title}: {TRIES} times in a row no worker has finished any of {before} chunks; their logs are in Ray's session folder")
+                    why = problem or "their logs are in Ray's session folder"
+                    raise ModelError(f"{title}: {TRIES} times in a row no worker has finished any of {before} chunks ({why})")
         self._turn += 1
         self._encoded.add((*key, detail))
 
-    def _round(self, reranker: Reranker, texts: Texts, plan: str, detail: Detail, left: set[int], progress: Callable[[int], object]) -> None:
-        """Gives all chunks that are left to a pool of actors; takes those out of `left` that were done."""
+    def _round(self, reranker: Reranker, texts: Texts, plan: str, detail: Detail, left: set[int], progress: Callable[[int], object]) -> str:
+        """Gives all chunks that are left to a pool of actors, and takes those out of `left` that were done; what went wrong with another."""
         from ray.data import ActorPoolStrategy
 
         ray, count, size = self.ray, self._room(), len(left)
@@ -187,16 +188,17 @@ class OnRay:
                 elif row["kind"] == "model":
                     raise ModelError(row["problem"])
                 elif row["kind"]:
-                    problems[row["problem"]] += 1
+                    problems[row["problem"] + (": fewer workers a node (--resources) leave each more" if row["kind"] == "memory" else "")] += 1
                 else:
                     left.remove(row["chunk"])
                     progress(row["texts"])
         except ray.exceptions.RayError as error:
             log.warning("encoding stopped: %s", _short(error))
         for problem, times in problems.items():
-            log.warning("%d chunks ran out of memory (%s); done again. Fewer workers a node (--resources) leave each more", times, problem)
-        if left and len(left) < size:
-            log.warning("%d of %d chunks were lost with their workers and are done again", len(left), size)
+            log.warning("%d chunks failed and are done again (%s)", times, problem)
+        if (lost := len(left) - sum(problems.values())) > 0 and len(left) < size:
+            log.warning("%d of %d chunks were lost with their workers and are done again", lost, size)
+        return next(iter(problems), "")
 
     def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[Found]:
         assert isinstance(corpus, Corpus)
@@ -253,9 +255,9 @@ class OnRay:
                         answer = ray.get(ref)
                     except ray.exceptions.RayTaskError as error:
                         cause = error.cause
-                        if not isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+                        if not out_of_memory(cause):
                             raise cause if isinstance(cause, (UserError, ModelError, OSError)) else ModelError(_short(error)) from None
-                        lost = f"{type(cause).__name__}: {cause}".strip(": ")
+                        lost = f"out of memory: {_short(cause)}"
                     except ray.exceptions.RayError as error:
                         lost = _short(error)
                     else:

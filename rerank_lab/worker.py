@@ -93,6 +93,11 @@ def opened(what: bytes, expected: dict[str, Any] | None) -> Ranks:
     return ranks
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says so: torch has one of its own for GPUs, and none for the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 def reranker_of(ranks: Ranks) -> Reranker:
     """The Reranker that ranks, or that stands behind what does."""
     return ranks if isinstance(ranks, Reranker) else cast(Reranker, ranks.reranker)  # type: ignore[attr-defined]
@@ -162,10 +167,10 @@ class Encoder:
                 made: list[int] = []
                 self.reranker.encode(texts, detail=self.detail, progress=lambda done, total: made.append(done))
                 encoded = sum(made)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                problem, kind = f"{type(error).__name__}: {error}".strip(": "), "memory"
             except ModelError as error:
                 problem, kind = str(error), "model"
+            except (RuntimeError, MemoryError, OSError, ValueError, LookupError) as error:  # the other chunks can be done, and this one again elsewhere
+                problem, kind = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".strip(": "), "memory" if out_of_memory(error) else "other"
         return {
             "chunk": [chunk], "texts": [count], "encoded": [encoded], "node": [self.worker.node], "pid": [os.getpid()], "again": [self.again],
             "problem": [problem], "kind": [kind if problem else ""],

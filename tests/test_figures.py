@@ -26,6 +26,7 @@ def measures(result: dict[str, Any], name: str) -> dict[str, float]:
     return {row["method"]: row["measures"][name] for row in result["rows"]}
 
 
+@pytest.mark.slow
 def test_cranfield(collection: Callable[[str], Path], tmp_path: Path) -> None:
     ndcg = measures(evaluated(collection("cranfield"), tmp_path / "out", "--methods", "fast,best"), "nDCG@10")
     assert ndcg["fast"] == pytest.approx(0.3736, abs=0.001)

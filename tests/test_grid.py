@@ -1,0 +1,112 @@
+"""--grid: every combination, a folder each, everything encoded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from rerank_lab import grid
+from rerank_lab.eval import main
+from rerank_lab.models.bi_encoder import Detail, Vectors
+from rerank_lab.models.cache import VectorCache
+from tests.conftest import DOCUMENTS, QUERIES
+from tests.test_eval import failing, load
+
+BASE = 'methods = ["fast", "best"]\ncold-queries = 0\nno-kernel-check = true\n'
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Keys of all texts that were put into the cache."""
+    real, found = VectorCache.add, list[bytes]()
+
+    def counted(self: VectorCache, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> None:
+        found.extend(keys)
+        real(self, keys, vectors, detail)
+
+    monkeypatch.setattr(VectorCache, "add", counted)
+    return found
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        (tmp_path / "grid.toml").write_text(text)
+        return str(tmp_path / "grid.toml")
+
+    return write
+
+
+def test_every_combination_is_a_folder_and_equals_a_run_of_its_own(
+    beir: Callable[..., Path], write: Callable[[str], str], tmp_path: Path, encoded: list[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = beir("a"), beir("b", documents={**DOCUMENTS, "d7": ("", "Nothing else.")})
+    # The first cells want less of a document than the last ones, which read the same texts.
+    axes = f'[grid]\ndataset = ["{a}", "{b}"]\nmax_tokens_per_doc = [4, 64]\nmethods = [["fast"], ["fast", "best", "standard"]]\n'
+    out, file = tmp_path / "out", write(BASE.replace("methods", "measures").replace('"fast", "best"', '"nDCG@3"') + axes)
+    assert main(["--grid", file, "--out", str(out)]) == 0
+    assert len(encoded) == len(set(encoded)) == 2 * (len(DOCUMENTS) + 1) + len(QUERIES), "each text once for each number of tokens, and each query"
+    about = json.loads((out / "grid.json").read_text())
+    assert [list(cell["values"]) for cell in about["cells"]] == [["dataset", "max_tokens_per_doc", "methods"]] * 8
+    names = [cell["name"] for cell in about["cells"]]
+    assert names[0] == "a,max_tokens_per_doc=4,fast" and len(set(names)) == 8 == len([p for p in out.iterdir() if p.is_dir()])
+    said = capsys.readouterr().out
+    assert all(f"{name}: nDCG@3" in said.replace("\n    ", " ") for name in names) and max(map(len, said.split("\n\n")[0].splitlines())) <= 80
+    alone = ["--dataset", str(b), "--max-tokens-per-doc", "64", "--methods", "fast,best,standard", "--measures", "nDCG@3", "--cold-queries", "0"]
+    assert main([*alone, "--no-kernel-check", "--out", str(tmp_path / "alone")]) == 0
+    own, cell = load(tmp_path / "alone"), load(out / "b,max_tokens_per_doc=64,fast+best+standard")
+    assert [row["measures"] for row in own["rows"]] == [row["measures"] for row in cell["rows"]] and own["config"] == cell["config"]
+
+
+def test_detail_is_shared_by_those_that_read_the_same(beir: Callable[..., Path], write: Callable[[str], str], tmp_path: Path) -> None:
+    def wanted(text: str) -> list[Detail]:
+        return list(grid.details(grid.read(Path(write(text)), [], tmp_path)[1]))
+
+    assert wanted('[grid]\nmethods = [["fast"], ["best"], ["optimal"]]\n') == [Detail.STATES] * 3
+    assert wanted('[grid]\nmethods = [["fast"], ["best:tau=0.05"]]\n') == [Detail.TOKENS] * 2
+    assert wanted('methods = "best+cross"\n[grid]\nmodel_cross = ["minilm-cross", "none"]\n') == [Detail.STATES] * 2
+    assert wanted('[grid]\nmethods = [["fast"], ["best"]]\nmax_tokens_per_doc = [8, 9]\n') == [Detail.TOKENS] * 4
+    assert wanted('methods = "fast"\n[grid]\nprecision = ["fp32", "bf16"]\n') == [Detail.POOLED] * 2
+    assert wanted("[grid]\ntau = 1\n".replace("tau = 1", 'split = ["test", "train"]')) == [Detail.STATES] * 2
+
+
+def test_a_cell_that_fails_leaves_the_others_and_resume_does_it_again(
+    beir: Callable[..., Path], write: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], encoded: list[bytes]
+) -> None:
+    good, later = beir("good"), tmp_path / "later"
+    out, file = tmp_path / "out", write(f'{BASE}[grid]\ndataset = ["{later}", "{good}"]\n')
+    assert main(["--grid", file, "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 cells" in said and "later" in said and "--resume" in said and (out / "good" / "results.json").is_file()
+    assert "holds a grid" in failing(capsys, "--grid", file, "--out", str(out))
+    beir("later", documents={"x1": ("", "Another text."), "d1": DOCUMENTS["d1"]})
+    before = (out / "good" / "results.json").read_bytes()
+    assert main(["--grid", file, "--out", str(out), "--resume"]) == 0
+    assert (out / "good" / "results.json").read_bytes() == before and (out / "later" / "results.json").is_file()
+    other = write(f'{BASE}[grid]\ndataset = ["{good}"]\n')
+    assert "another grid" in failing(capsys, "--grid", other, "--out", str(out), "--resume")
+    assert main(["--grid", other, "--out", str(out), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        (BASE, [], "no table [grid]"),
+        ("[grid]\n", [], "no table [grid]"),
+        ("[grid]\nmodle = ['a']\n", [], "modle cannot be an axis; valid: "),
+        ("[grid]\nout = ['a']\n", [], "out cannot be an axis"),
+        ("[grid]\ntop-k = 3\n", [], "must be a list of values"),
+        ("[grid]\ntop-k = [3, 3]\n", [], "each once"),
+        ("[grid]\ntop-k = [3, 4]\n", ["--top-k", "5"], "--top-k is an axis"),
+        ("[grid]\nmethods = [['fast'], ['fats'], ['bset']]\n", [], "'fats' is not known"),
+        ("topk = 1\n[grid]\ntop-k = [3]\n", [], "unknown keys topk"),
+        ("[grid]\ntop-k = [0]\n", [], "at least 1"),
+        ("[grid\n", [], "grid.toml"),
+    ],
+)
+def test_wrong_grids(text: str, flags: list[str], message: str, write: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in failing(capsys, "--grid", write(text), "--out", str(tmp_path / "out"), *flags)
+    assert not (tmp_path / "out").exists()
