@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.shards import ABOUT, abandoned, default_folder, shards, vectors_folder
+from rerank_lab.models.shards import ABOUT, abandoned, default_place, shards, vectors_folder
+from rerank_lab.models.store import PLANS, TEXTS, Store, is_url
 from rerank_lab.options import weight
 
 EPILOG = """\
@@ -36,11 +37,13 @@ class Held:
 
     Attributes:
         key: names the folder.
+        place: the folder.
         about: model and arithmetic, as far as it is known.
         files: path, bytes and last use (seconds since 1970) of each shard.
     """
 
     key: str
+    place: Path
     about: str
     files: list[tuple[Path, int, float]]
 
@@ -52,7 +55,7 @@ class Held:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m rerank_lab.cache", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("action", choices=("info", "clear"))
-    p.add_argument("--cache", type=Path, metavar="DIR", help="the folder (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    p.add_argument("--cache", metavar="DIR", help="the folder (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     p.add_argument("--model", metavar="KEY", help="only the model whose key begins so")
     p.add_argument("--older-than", type=weight, default=0.0, metavar="DAYS", help="clear: only what was not used for so long (default: everything)")
     return p
@@ -62,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     options = parser().parse_args(argv)
     try:
-        folder = options.cache or default_folder()
+        place = options.cache or default_place()
+        if is_url(place):
+            raise UserError(f"--cache {place}: shows and clears folders; for this one use the tools of its file system")
+        folder = Store(place).folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--cache {folder}: a file, not a folder")
         found = models(folder)
@@ -89,7 +95,10 @@ def models(folder: Path) -> list[Held]:
             label = f"{about['model']} ({about['arithmetic']}, {about['token_dimensions']} dimensions a token)"
         except (OSError, ValueError, KeyError, TypeError):
             label = "unknown model"
-        found.append(Held(place.name, label, files))
+        found.append(Held(place.name, place, label, files))
+    for name, label in ((TEXTS, "texts of collections, for workers of a cluster"), (PLANS, "what such workers were to encode")):
+        if own := [(path, path.stat().st_size, path.stat().st_mtime) for path in (folder / name).glob("*") if path.is_file()]:
+            found.append(Held(name, folder / name, label, own))
     return sorted(found, key=lambda held: -held.size)
 
 
@@ -100,7 +109,7 @@ def info(folder: Path, found: Sequence[Held]) -> int:
         count = f"{len(held.files):,} file{'' if len(held.files) == 1 else 's'}"
         print(f"{held.key}  {_bytes(held.size):>9}  {count}, {last}\n  {held.about}")
     free = next((shutil.disk_usage(place).free for place in (folder, *folder.resolve().parents) if place.is_dir()), 0)
-    print(f"{folder}: {_bytes(sum(held.size for held in found))} of vectors, {_bytes(free)} free on the disk")
+    print(f"{folder}: {_bytes(sum(held.size for held in found))} in all, {_bytes(free)} free on the disk")
     return 0
 
 
@@ -115,11 +124,10 @@ def clear(folder: Path, found: Sequence[Held], days: float) -> int:
                     freed, count = freed + size, count + 1
                 except OSError as error:
                     failed.append(f"{path}: {error.strerror}")
-        place = vectors_folder(folder) / held.key
-        if [path.name for path in place.glob("*")] in ([], [ABOUT]):
+        if [path.name for path in held.place.glob("*")] in ([], [ABOUT]):
             with suppress(OSError):  # somebody is just writing there
-                (place / ABOUT).unlink(missing_ok=True)
-                place.rmdir()
+                (held.place / ABOUT).unlink(missing_ok=True)
+                held.place.rmdir()
     print(f"{folder}: {_bytes(freed)} in {count:,} file{'' if count == 1 else 's'} deleted" if count else f"{folder}: nothing to delete")
     for line in failed:
         print(f"rerank_lab: {line}", file=sys.stderr)

@@ -12,9 +12,8 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rerank_lab.models.store import Store
+from rerank_lab.models.store import TEXTS, Store
 
-FOLDER = "texts"
 PART = 16_384, 1 << 25  # texts and bytes of a file, whichever comes first
 
 
@@ -71,7 +70,7 @@ class Corpus(Mapping[str, str]):
     """
 
     def __init__(self, cache: Store):
-        self.store = cache.child(FOLDER)
+        self.store = cache.child(TEXTS)
         self.ids: list[str] = []
         self._places: dict[str, int] = {}
         self._digests = bytearray()

@@ -25,7 +25,6 @@ from rerank_lab import grid, kernel_check, results, rows, sweep
 from rerank_lab.candidates import Candidates, Found, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
-from rerank_lab.environment import kernels
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import Executor, Local, Work
 from rerank_lab.journal import Journal
@@ -33,7 +32,7 @@ from rerank_lab.measures import DEFAULT, known_measures, parse_measures
 from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.bi_encoder import Detail
-from rerank_lab.models.shards import default_folder
+from rerank_lab.models.shards import default_place
 from rerank_lab.models.store import Store, is_url
 from rerank_lab.options import effective, parse
 from rerank_lab.reranker import EXACT, Reranker
@@ -163,12 +162,13 @@ def _evaluate(
         log.warning("%s: %s", dataset.name, note)
     local = {label: method for label, method in methods.items() if label not in remote}
     reranker = _reranker(options, local)
+    log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
     try:
-        kernels(reranker.device)
+        about = executor.about(reranker)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"--kernels {options.kernels}: {error}") from None
-    log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
-    about = executor.about(reranker)
     own = {label: reranker.using(method, cross=runs_cross(label, method)) for label, method in local.items()}
     detail = max((row.detail for row in own.values()), default=None)
     detail = max((d for d in (detail, options.detail) if d is not None), default=None)
@@ -280,7 +280,7 @@ def _cache(options: argparse.Namespace) -> str | None:
     """Where vectors are kept: a folder, absolute since workers have folders of their own, or a URL."""
     if options.no_cache:
         return None
-    place = str(options.cache or default_folder())
+    place = str(options.cache or default_place())
     return place if is_url(place) else str(Path(place).absolute())
 
 

@@ -120,7 +120,11 @@ class Work:
 
 
 def about(reranker: Reranker) -> dict[str, Any]:
-    """What results keep of models and machine, and the types of number that kernels read there; asked where the models are."""
+    """What results keep of models and machine, and the types of number that kernels read there; asked where the models are.
+
+    Raises:
+        ValueError: the chosen kernels do not run there.
+    """
     environment = describe(reranker.device) | {"vector_cache": reranker.cache_state, "peak_memory_per_method": reset_peak_memory()}
     return {"models": reranker.fingerprints(), "environment": environment, "types": types(reranker.device)}
 

@@ -29,10 +29,10 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import merged
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
-from rerank_lab.models.store import Store
+from rerank_lab.models.store import PLANS, Store
 from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import WARM_UP, Asked, Ranks, bar, counting
-from rerank_lab.worker import PLANS, Encoder, Setup, Worker, out_of_memory, reranker_of
+from rerank_lab.worker import Encoder, Setup, Worker, out_of_memory, reranker_of
 
 log = logging.getLogger("rerank_lab")
 QUERIES = 16  # ranked by one call
@@ -135,12 +135,14 @@ class OnRay:
         return Corpus(self.cache)
 
     def about(self, reranker: Reranker) -> dict[str, Any]:
-        (found,) = self._calls(reranker, "about", [()])
+        (found,) = self._calls(reranker, "about", 1, lambda n: ())
         result = cast("dict[str, Any]", found[1])
+        self.machines = Counter()
         self._expected[self._key(reranker)] = result["models"]
         nodes = [node for node in self.ray.nodes() if node["Alive"]]
         result["environment"]["executor"] = {
-            "name": "ray", "version": self.ray.__version__, "workers": self._room(), "resources": self.resources, "nodes": len(nodes)
+            "name": "ray", "version": self.ray.__version__, "workers": self._room(), "resources": self.resources, "nodes": len(nodes),
+            "calls": self.machines,  # by machine, as they are made
         }  # fmt: skip
         return result
 
@@ -150,8 +152,8 @@ class OnRay:
         key = (plan, self._key(reranker), reranker.max_tokens)
         if any(done[:3] == key and done[3] >= detail for done in self._encoded):
             return
-        checks = [(corpus.texts, plan, n, detail) for n in range(-(-total // BLOCK))]
-        left, stalled = {chunk for _, chunks in self._calls(reranker, "lacking", checks) for chunk in chunks}, 0
+        checks = self._calls(reranker, "lacking", -(-total // BLOCK), lambda n: (corpus.texts, plan, n, detail))
+        left, stalled = {chunk for _, chunks in checks for chunk in chunks}, 0
         if left:
             self._release()
         total = min(total, len(left) * CHUNK[detail])
@@ -204,24 +206,27 @@ class OnRay:
         assert isinstance(corpus, Corpus)
         self.encode(reranker, corpus, ids, Detail.POOLED, "encode corpus")
         plan, total = self._plan(corpus, ids)
-        calls = [(corpus.texts, plan, n, list(queries), fetch) for n in range(-(-total // BLOCK))]
-        found = dict(bar(self._calls(reranker, "search", calls), "dense retrieval", len(calls)))
-        blocks = ([(torch.tensor(values), torch.tensor(places)) for values, places in found[n]] for n in range(len(calls)))
+        count = -(-total // BLOCK)
+        calls = self._calls(reranker, "search", count, lambda n: (corpus.texts, plan, n, list(queries), fetch))
+        found = dict(bar(calls, "dense retrieval", count))
+        blocks = ([(torch.tensor(values), torch.tensor(places)) for values, places in found[n]] for n in range(count))
         return merged(blocks, fetch)
 
     def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         assert isinstance(corpus, Corpus)
-        blocks = [queries[start : start + QUERIES] for start in range(0, len(queries), QUERIES)]
-        calls = [
-            (corpus.texts, [(q, corpus.positions(q.candidates.documents)) for q in block], WARM_UP if n < self._room() else 0) for n, block in enumerate(blocks)
-        ]
-        for _, records in self._calls(ranks, "rank", calls):
+        room = self._room()
+
+        def arguments(n: int) -> tuple[Any, ...]:
+            block = queries[n * QUERIES : (n + 1) * QUERIES]
+            return corpus.texts, [(query, corpus.positions(query.candidates.documents)) for query in block], WARM_UP if n < room else 0
+
+        for _, records in self._calls(ranks, "rank", -(-len(queries) // QUERIES), arguments):
             yield from records
 
     def cold(self, label: str, ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str], about: Mapping[str, Any]) -> dict[str, Any]:
         assert isinstance(corpus, Corpus)
         placed = [(query, corpus.positions(query.candidates.documents)) for query in queries]
-        ((_, found),) = self._calls(ranks, "cold", [(corpus.texts, placed, label, dict(about))])
+        ((_, found),) = self._calls(ranks, "cold", 1, lambda n: (corpus.texts, placed, label, dict(about)))
         return dict(found)
 
     def close(self) -> None:
@@ -232,10 +237,10 @@ class OnRay:
             self.ray.shutdown()
         self._said.__exit__(None, None, None)
 
-    def _calls(self, ranks: Ranks, work: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Has each call made by some worker, those of dead ones again; (its number, what it gave), in the order in which they end."""
+    def _calls(self, ranks: Ranks, work: str, count: int, arguments: Callable[[int], tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Has so many calls made by some worker each, those of dead ones again; (number, what it gave), in the order in which they end."""
         ray, what, expected = self.ray, self._pickled(ranks), self._expected.get(self._key(reranker_of(ranks)))
-        waiting, stalled = deque(range(len(calls))), 0
+        waiting, stalled = deque(range(count)), 0
         held: dict[Any, tuple[Hand, int]] = {}
         try:
             while waiting or held:
@@ -243,7 +248,7 @@ class OnRay:
                 while waiting and (free := [hand for hand in self._crew if hand.ready and hand.holds < AHEAD]):
                     hand, n = min(free, key=lambda hand: hand.holds), waiting.popleft()
                     hand.holds += 1
-                    held[hand.actor.call.remote(work, what, expected, self._turn, *calls[n])] = hand, n
+                    held[hand.actor.call.remote(work, what, expected, self._turn, *arguments(n))] = hand, n
                 beginning = {hand.hello: hand for hand in self._crew if not hand.ready}
                 done, _ = ray.wait([*beginning, *held], num_returns=1, timeout=60.0)
                 if not done and not held:
@@ -256,20 +261,20 @@ class OnRay:
                     except ray.exceptions.RayTaskError as error:
                         cause = error.cause
                         if not out_of_memory(cause):
-                            raise cause if isinstance(cause, (UserError, ModelError, OSError)) else ModelError(_short(error)) from None
+                            raise cause if isinstance(cause, (ValueError, ModelError, OSError)) else ModelError(_short(error)) from None
                         lost = f"out of memory: {_short(cause)}"
                     except ray.exceptions.RayError as error:
                         lost = _short(error)
                     else:
                         if n < 0:
-                            hand.ready, hand.node = True, answer["node"]
-                            self.machines[answer["machine"]] += 1
+                            hand.ready, hand.node, hand.machine = True, answer["node"], answer["machine"]
                         elif answer[0] == "failed":
                             waiting.appendleft(n)
                             self._exclude(hand.node, answer[1])
                             waiting.extendleft(self._leave([other for other in self._crew if other.node == hand.node], held))
                         else:
                             hand.holds, stalled = hand.holds - 1, 0
+                            self.machines[hand.machine] += 1
                             yield n, answer[1]
                         continue
                     again = [*([n] if n >= 0 else []), *self._leave([hand], held)]
@@ -350,7 +355,7 @@ class Hand:
     Attributes:
         actor: its handle.
         hello: answers when it is ready.
-        node: where it is, once it is ready.
+        node, machine: where it is, and what that is, once it is ready.
         holds: calls that it was given and has not answered.
     """
 
@@ -358,6 +363,7 @@ class Hand:
     hello: Any
     ready: bool = False
     node: str = ""
+    machine: str = ""
     holds: int = 0
 
 

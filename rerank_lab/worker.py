@@ -19,11 +19,10 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import about, query_batches, search_block
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
-from rerank_lab.models.store import Store
+from rerank_lab.models.store import PLANS, Store
 from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import Asked, Ranks, cold, rank
 
-PLANS = "plans"
 Placed = tuple[Asked, np.ndarray]  # a query, and the positions of its candidates' texts
 
 

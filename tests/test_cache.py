@@ -22,7 +22,7 @@ from rerank_lab.models import shards as files
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.cache import VectorCache, ensure, text_key
 from rerank_lab.models.forward import Tokens
-from rerank_lab.models.shards import default_folder
+from rerank_lab.models.shards import default_place
 from tests.conftest import DOCUMENTS, ROOT
 
 TEXTS = [*(text for _, text in DOCUMENTS.values()), ""]
@@ -316,7 +316,7 @@ def test_states_hold_what_less_detail_asks_for(encoder: BiEncoder, encoded: list
 
 def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RERANK_LAB_CACHE", "/own")
-    assert default_folder() == Path("/own")
+    assert default_place() == "/own"
     monkeypatch.delenv("RERANK_LAB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert default_folder() == Path("/xdg/rerank_lab")
+    assert default_place() == "/xdg/rerank_lab"

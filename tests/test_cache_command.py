@@ -31,7 +31,7 @@ def test_info_tells_each_model_its_bytes_and_last_use(filled: Path, encoder: BiE
     assert encoder.key() in out and "all-MiniLM-L6-v2 (fp32, 128 dimensions a token)" in out and "1 file, last used just now" in out
     assert "unknown model" in out and "2 files" in out
     total = sum(path.stat().st_size for path in shards(filled))
-    assert f"{filled}: {total / 1000:.1f} kB of vectors" in out and "free on the disk" in out
+    assert f"{filled}: {total / 1000:.1f} kB in all" in out and "free on the disk" in out
     assert max(len(line) for line in out.splitlines() if str(filled) not in line) <= 80
 
 
@@ -59,7 +59,7 @@ def test_clear_spares_what_is_not_the_caches_or_is_being_written(filled: Path, c
 
 def test_an_empty_or_missing_folder_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--cache", str(tmp_path / "none")]) == 0
-    assert "0 B of vectors" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    assert "0 B in all" in capsys.readouterr().out and not (tmp_path / "none").exists()
 
 
 def test_wrong_input_is_2(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,11 +30,9 @@ ABOUT, VECTORS = "about.json", "vectors"
 ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
 
 
-def default_folder() -> Path:
-    """RERANK_LAB_CACHE, else rerank_lab in the user's cache folder."""
-    if folder := os.environ.get("RERANK_LAB_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rerank_lab"
+def default_place() -> str:
+    """RERANK_LAB_CACHE, a folder or a URL, else rerank_lab in the user's cache folder."""
+    return os.environ.get("RERANK_LAB_CACHE") or str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rerank_lab")
 
 
 def vectors_folder(folder: Path) -> Path:

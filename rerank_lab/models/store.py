@@ -15,6 +15,7 @@ from typing import Any
 
 from rerank_lab.errors import UserError
 
+TEXTS, PLANS = "texts", "plans"  # folders of a cache beside the vectors
 MIRROR = "RERANK_LAB_MIRROR"  # where copies are kept: a folder on a disk of this machine
 
 

@@ -20,7 +20,7 @@ except ImportError as error:
 from tqdm import tqdm
 
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.shards import default_folder
+from rerank_lab.models.shards import default_place
 from rerank_lab.options import natural
 from rerank_lab.report import content, grid, render
 from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset", action="append", default=[], metavar="NAME=PATH", help="where a collection lies now, if no longer where the evaluation had it")
     p.add_argument("--examples", type=natural, default=10, metavar="N", help="queries shown that gained and that lost most, 0 for none (default: 10)")
     p.add_argument("--command", metavar="TEXT", help="what the report names as the command that made it (default: this one)")
-    p.add_argument("--cache", type=Path, metavar="DIR", help="vector cache, for token alignments (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    p.add_argument("--cache", metavar="DIR|URL", help="vector cache, for token alignments (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     return p
 
 
@@ -175,7 +175,7 @@ def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], q
     try:
         dataset = collection(one, given)
         if quote and any(map(aligned, one.rows)):
-            reranker = loaded_model(one, str(options.cache or default_folder()))
+            reranker = loaded_model(one, options.cache or default_place())
     except (UserError, ModelError) as error:
         if dataset is None and one.result["dataset"]["name"] in given:
             raise

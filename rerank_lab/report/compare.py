@@ -90,7 +90,14 @@ def _sentence(label: str, vs: Mapping[str, Any], measure: str) -> list[str]:
 
 
 def _same_machine(a: Loaded, b: Loaded) -> bool:
-    return all(a.result["environment"][key] == b.result["environment"][key] for key in MACHINE)
+    return timed_on(a) == timed_on(b)
+
+
+def timed_on(one: Loaded) -> dict[str, str]:
+    """What latencies are compared within: the processor, and who else was at work on it."""
+    environment = one.result["environment"]
+    cluster = environment.get("executor")
+    return {key: str(environment[key]) for key in MACHINE} | {"executor": f"{cluster['name']} with {cluster['workers']} workers" if cluster else "local"}
 
 
 def _ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> float | None:

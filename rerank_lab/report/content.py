@@ -229,6 +229,8 @@ def _made(one: Loaded) -> list[Block]:
     env, data, first = one.result["environment"], one.result["dataset"], one.result["candidates"]
     versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items())
     machine = f"{env['cpu']}, {env['cpus']} CPUs, {env['threads']} threads, device {env['device']}, kernels {env['kernels']}"
+    if cluster := env.get("executor"):
+        machine += f", Ray {cluster['version']} with {cluster['workers']} workers"
     made = f"at commit {env['commit'] or 'unknown'} on {machine}, Python {env['python']}, {versions}. "
     return [Code(command(one.result["config"])), Text([f"{made}Collection {data['hash'][:16]}, candidates {first['hash'][:16]}."])]
 

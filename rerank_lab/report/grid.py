@@ -15,7 +15,7 @@ from rerank_lab import stats
 from rerank_lab.errors import UserError
 from rerank_lab.report import content, figures
 from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Quoted, Row, Section, Strong, Table, Text
-from rerank_lab.report.compare import MACHINE, flat
+from rerank_lab.report.compare import flat, timed_on
 from rerank_lab.report.content import number
 from rerank_lab.report.load import GRID, Loaded, anchor, load, misfits
 from rerank_lab.report.verdict import frontier, randomized, ratio, sentence, verdict
@@ -153,13 +153,13 @@ def _named(axis: str, values: Sequence[Any]) -> dict[str, str]:
 
 def _machines(cells: Sequence[Done]) -> dict[tuple[Any, ...], str]:
     """What the cells ran on → what tells it from the others."""
-    found = {_machine(cell.one): cell.one.result["environment"] for cell in cells}
-    telling = [key for key in MACHINE if len({env[key] for env in found.values()}) > 1]
-    return {machine: ", ".join(f"{key} {env[key]}" for key in telling) for machine, env in found.items()}
+    found = {_machine(cell.one): timed_on(cell.one) for cell in cells}
+    telling = [key for key in next(iter(found.values())) if len({env[key] for env in found.values()}) > 1]
+    return {own: ", ".join(f"{key} {env[key]}" for key in telling) for own, env in found.items()}
 
 
 def _machine(one: Loaded) -> tuple[Any, ...]:
-    return tuple(one.result["environment"][key] for key in MACHINE)
+    return tuple(timed_on(one).values())
 
 
 def _titles(groups: Sequence[Sequence[Done]]) -> list[str]:
