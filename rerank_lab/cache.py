@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         place = options.cache or default_place()
         if is_url(place):
-            raise UserError(f"--cache {place}: shows and clears folders; for this one use the tools of its file system")
+            raise UserError(f"--cache {Store(place).shown}: shows and clears folders; for this one use the tools of its file system")
         folder = Store(place).folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--cache {folder}: a file, not a folder")

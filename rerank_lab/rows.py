@@ -97,7 +97,7 @@ def cold(label: str, reranker: Ranks, queries: Sequence[Asked], corpus: Mapping[
                 return kept
             raise ValueError
     except (OSError, ValueError, AttributeError, TypeError):
-        log.warning("timings: %s/%s does not read back; measured again", store and store.place, name)
+        log.warning("timings: %s/%s does not read back; measured again", store and store.shown, name)
     reset_peak_memory()
     for query in bar(queries, f"{label}, documents new"):
         start = time.perf_counter()
@@ -110,7 +110,7 @@ def cold(label: str, reranker: Ranks, queries: Sequence[Asked], corpus: Mapping[
         try:
             store.write(name, json.dumps(found).encode())
         except OSError as error:
-            log.warning("timings: %s/%s cannot be written (%s)", store.place, name, error.strerror)
+            log.warning("timings: %s/%s cannot be written (%s)", store.shown, name, error.strerror)
     return found
 
 

@@ -155,7 +155,7 @@ class VectorCache:
             except (OSError, SafetensorError):  # another process may just be clearing the folder
                 path = self._write(self.store, keys, vectors, detail)
         except (OSError, SafetensorError) as error:
-            log.warning("vector cache: %s cannot be written (%s); going on without it", self.store.place, error)
+            log.warning("vector cache: %s cannot be written (%s); going on without it", self.store.shown, error)
             self.folder = None
             self.add(keys, vectors, detail)
             return

@@ -5,11 +5,14 @@ A file is written under a temporary name and renamed, and is never changed after
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import tempfile
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ class Store:
 
     Attributes:
         folder: where its files are read from and first written to: itself, or the copy here.
+        shown: the place for messages, without a password that its URL may hold.
 
     Raises:
         UserError: a URL that fsspec does not know, or that cannot be opened.
@@ -40,6 +44,7 @@ class Store:
 
     def __init__(self, place: str | Path):
         self.place = str(place)
+        self.shown = re.sub(r"(://)[^/@]*@", r"\1", self.place)
         self._fs: Any = None
         self._root = ""
         if not is_url(place):
@@ -50,7 +55,7 @@ class Store:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.place)
         except (ValueError, ImportError, OSError) as error:
-            raise UserError(f"{self.place}: fsspec cannot open it: {str(error).partition(chr(10))[0]}") from error
+            raise UserError(f"{self.shown}: fsspec cannot open it: {str(error).partition(chr(10))[0]}") from error
         mirrors = Path(os.environ.get(MIRROR) or Path(tempfile.gettempdir()) / f"rerank_lab-{os.getuid() if hasattr(os, 'getuid') else 0}")
         self.folder = mirrors / hashlib.sha256(self.place.encode()).hexdigest()[:24]
 
@@ -67,11 +72,10 @@ class Store:
         """Names of its files with their bytes; nothing where there is no such folder yet."""
         if not self.remote:
             return {p.name: p.stat().st_size for p in self.folder.iterdir() if p.is_file()} if self.folder.is_dir() else {}
-        try:
+        with suppress(FileNotFoundError), self._speaking("cannot be listed"):
             self._fs.invalidate_cache(self._root)
             return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in self._fs.ls(self._root, detail=True) if entry["type"] == "file"}
-        except FileNotFoundError:
-            return {}
+        return {}
 
     def fetch(self, name: str) -> Path:
         """A file's path here, copied from elsewhere where it is not here yet.
@@ -84,7 +88,8 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
             try:
-                self._fs.get_file(f"{self._root}/{name}", str(temporary))
+                with self._speaking(f"{name} cannot be read"):
+                    self._fs.get_file(f"{self._root}/{name}", str(temporary))
                 os.replace(temporary, path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -94,7 +99,8 @@ class Store:
     def head(self, name: str, size: int, start: int = 0) -> bytes:
         """A part of a file, not all of it."""
         if self.remote and not (self.folder / name).exists():
-            return bytes(self._fs.cat_file(f"{self._root}/{name}", start=start, end=start + size))
+            with self._speaking(f"{name} cannot be read"):
+                return bytes(self._fs.cat_file(f"{self._root}/{name}", start=start, end=start + size))
         with (self.folder / name).open("rb") as file:
             file.seek(start)
             return file.read(size)
@@ -102,11 +108,12 @@ class Store:
     def publish(self, name: str) -> None:
         """Puts a file that was written to `folder` where others see it, whole or not at all."""
         if self.remote:
-            self._fs.makedirs(self._root, exist_ok=True)
             temporary = f"{self._root}/{uuid.uuid4().hex}.tmp"
             try:
-                self._fs.put_file(str(self.folder / name), temporary)
-                self._fs.mv(temporary, f"{self._root}/{name}")
+                with self._speaking(f"{name} cannot be written"):
+                    self._fs.makedirs(self._root, exist_ok=True)
+                    self._fs.put_file(str(self.folder / name), temporary)
+                    self._fs.mv(temporary, f"{self._root}/{name}")
             except BaseException:
                 with suppress(Exception):
                     self._fs.rm_file(temporary)
@@ -128,5 +135,15 @@ class Store:
         """Deletes a file here and elsewhere; one that is gone already is fine."""
         (self.folder / name).unlink(missing_ok=True)
         if self.remote:
-            with suppress(FileNotFoundError):
+            with suppress(OSError), self._speaking(f"{name} cannot be deleted"):
                 self._fs.rm_file(f"{self._root}/{name}")
+
+    @contextmanager
+    def _speaking(self, what: str) -> Iterator[None]:
+        """Each file system raises of its own kind; here it is OSError, with the place."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(errno.EIO, f"{what} ({type(error).__name__}: {str(error).partition(chr(10))[0]})", self.shown) from error
