@@ -11,6 +11,7 @@ import signal
 import sys
 import textwrap
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -78,11 +79,10 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> str:
     """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
     if options.grid is None:
         _checked(options)
-    with closing(_executor(options)) as executor, _ended_as_interrupted():
+    with _ended_as_interrupted(), closing(_executor(options)) as executor, _ended_as_interrupted():  # Ray sets a handler of its own
         if options.grid is None:
             return evaluate(options, executor)
-        out = options.out or Path("results") / f"{datetime.date.today():%Y-%m-%d}-{options.grid.stem}"
-        return grid.run(options, argv, out, partial(evaluate, executor=executor), _checked)
+        return grid.run(options, argv, _out_folder(options, options.grid.stem), partial(evaluate, executor=executor), _checked)
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def evaluate(options: argparse.Namespace, executor: Executor) -> str:
     methods, baseline = _checked(options)
     if options.methods is None and options.model_cross == "none":
         print(f"{', '.join(name for name in METHODS if name not in methods)} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
-    out = _out_folder(options)
+    out = _out_folder(options, _stem(options.dataset))
     journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
     config = effective(options) | {"methods": list(methods), "baseline": baseline}
     if journal.finished:
@@ -199,8 +199,13 @@ def _evaluate(
 
     done = {label: collected[label]["records"] for label in own}
     points = list(sweep.run(options.sweep, local, own, done, work, deep, encode))
+    who = Counter(record["by"] for part in collected.values() for record in part["records"])
+    if len(who) > 1:
+        said = " and ".join(f"{name} ({times})" for name, times in who.items())
+        dataset.notes.append(f"the run went on elsewhere: rankings were timed by {said}; compare their latencies with care")
+        log.warning("%s", dataset.notes[-1])
     found = {
-        "environment": about["environment"],
+        "environment": about["environment"] | {"timed_by": dict(who)},
         "config": config,
         "dataset": {"name": dataset.name, "split": dataset.split, "hash": dataset.hash, "notes": dataset.notes} | dataset.facts,
         "models": about["models"],
@@ -233,12 +238,16 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]
     return methods, problems
 
 
-def _out_folder(options: argparse.Namespace) -> Path:
+def _stem(dataset: str) -> str:
+    """A collection in a folder's name."""
+    scheme, _, rest = dataset.partition(":")
+    place = Path(rest if scheme in ("hf", "irds") else dataset)
+    return re.sub(r"[^\w.-]", "_", (place.resolve() if place.exists() else place).name.removesuffix(".zip"))
+
+
+def _out_folder(options: argparse.Namespace, stem: str) -> Path:
     if options.out is not None:
         return Path(options.out)
-    scheme, _, rest = options.dataset.partition(":")
-    place = Path(rest if scheme in ("hf", "irds") else options.dataset)
-    stem = re.sub(r"[^\w.-]", "_", (place.resolve() if place.exists() else place).name.removesuffix(".zip"))
     wanted = Path("results") / f"{datetime.date.today():%Y-%m-%d}-{stem}"
     if options.resume:
         ours = [p for p in Path("results").glob("*") if re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{re.escape(stem)}(-\d+)?", p.name)]
@@ -261,19 +270,22 @@ def _endpoint(url: str, label: str, method: Method, options: argparse.Namespace)
 def _reranker(options: argparse.Namespace, methods: dict[str, Method], *, exact: bool = False) -> Reranker:
     """The models; `exact`: under torch in fp32, whatever the options say."""
     needs_cross = any(runs_cross(label, method) for label, method in methods.items())
-    return Reranker(
+    elsewhere = options.executor == "ray"  # what is here then describes models that run on workers, whose device this machine need not have
+    made = Reranker(
         options.model,
         next(iter(methods.values()), "fast"),
         options.model_cross if needs_cross else None,
         max_tokens_per_doc=options.max_tokens_per_doc,
         fuse_first_stage=options.fuse_first_stage,
-        cache_dir=None if options.executor == "ray" else _cache(options),  # the workers' affair
+        cache_dir=None if elsewhere else _cache(options),
         cache_bytes=int(options.cache_gb * 1e9),
         subspace=options.subspace,
-        device=options.device,
+        device="cpu" if elsewhere else options.device,
         runtime="torch" if exact else options.runtime,
         precision="fp32" if exact else options.precision,
     )
+    made.arguments["device"] = options.device
+    return made
 
 
 def _cache(options: argparse.Namespace) -> str | None:

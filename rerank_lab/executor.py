@@ -1,7 +1,7 @@
 """Where the work of an evaluation is done: in this process, or on a cluster (on_ray.py). What is done is the same code.
 
 An executor places four kinds of work: texts to encode, a corpus to search, queries to rank, and a question to the models.
-The batches that a model reads follow from the texts alone, never from who reads them, so that rankings are the same everywhere.
+Texts are encoded in chunks of the corpus in its own order, whoever encodes them, so that rankings are the same everywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ Texts = Mapping[str, str]  # id → text
 
 
 class Executor(Protocol):
-    """Who does the work."""
+    """Who does the work.
+
+    Attributes:
+        name: as results call it.
+    """
+
+    name: str
 
     def corpus(self) -> Corpus | None:
         """Where a collection's texts are put so that everybody who works reaches them; None: in memory."""
@@ -61,6 +67,8 @@ class Local:
     Args:
         cache: where timings are kept, beside the vectors; None: nowhere.
     """
+
+    name = "local"
 
     def __init__(self, cache: Store | None = None):
         self.cache = cache
@@ -108,8 +116,8 @@ class Work:
         executor = Local() if isinstance(ranks, Endpoint) else self.executor  # a server is its own machine
         for record in bar(executor.rank(ranks, left, self.dataset.corpus), label, total=len(left)) if left else ():
             if record["query"] not in done:
-                self.journal.append(label, record)
-                done[record["query"]] = record
+                done[record["query"]] = record | {"by": executor.name}
+                self.journal.append(label, done[record["query"]])
         return [done[query.id] for query in queries]
 
     def cold(self, label: str, ranks: Ranks, count: int) -> dict[str, Any]:

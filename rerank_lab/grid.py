@@ -7,16 +7,20 @@ Cells share the cache, and a collection is encoded once for all that read it: in
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import logging
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from rerank_lab.errors import ModelError, UserError
@@ -60,7 +64,10 @@ def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any
         UserError: a file that is unreadable, has no table [grid], or unknown keys; an axis that the command line fixes.
     """
     table = read_toml(path)
-    axes = {key.replace("-", "_"): values for key, values in table.pop("grid", {}).items()} if isinstance(table.get("grid", {}), dict) else {}
+    given = table.pop("grid", None)
+    axes = {key.replace("-", "_"): values for key, values in given.items()} if isinstance(given, dict) else {}
+    if len(axes) < len(given or ()):
+        raise UserError(f"{path}: a key of [grid] stands there twice, with - and with _")
     if not axes:
         raise UserError(f'{path}: no table [grid] with lists of values, as in dataset = ["numpydoc", "path/to/scifact"]')
     known = {a.dest: a for a in parser()._actions if a.option_strings and a.dest not in FIXED | {"help", "sweep"}}
@@ -69,6 +76,8 @@ def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any
             raise UserError(f"{path}: [grid] {key} cannot be an axis; valid: {', '.join(known)}")
         if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
             raise UserError(f"{path}: [grid] {key} must be a list of values, each once, not {values!r}")
+        for value in values:
+            flags({key: value}, path, parser())
         if any(word.partition("=")[0] in known[key].option_strings for word in argv):
             raise UserError(f"{known[key].option_strings[0]} is an axis of {path}: change it there, or leave the flag out")
     order = sorted(axes, key=lambda key: key not in ("dataset", "split"))
@@ -76,7 +85,7 @@ def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any
     cells, names = [], set[str]()
     for values in itertools.product(*(axes[key] for key in order)):
         own = dict(zip(order, values))
-        stem = ",".join(_short(key, value) for key, value in own.items() if len(axes[key]) > 1 or key == "dataset") or "cell"
+        stem = _capped(",".join(_short(key, value) for key, value in own.items() if len(axes[key]) > 1 or key == "dataset") or "cell")
         name = next(n for n in itertools.chain([stem], (f"{stem},{i}" for i in itertools.count(2))) if n not in names)
         names.add(name)
         cells.append(Cell(name, own, parse([*every, *flags(own, path, parser()), *argv, f"--out={out / name}"])))
@@ -95,7 +104,7 @@ def run(
         check: raises UserError where a cell's options cannot be run.
 
     Raises:
-        UserError: wrong input that shows before anything runs. ModelError: some cells failed; the others are finished.
+        UserError: wrong input, that shows before anything runs, or of some cells. ModelError: some cells failed. The others are finished.
     """
     axes, cells = read(options.grid, _without_grid(argv), out)
     problems = dict.fromkeys(problem for cell in cells for problem in _problems(cell, check))
@@ -104,20 +113,21 @@ def run(
     _begin(out, axes, cells, options)
     for cell, detail in zip(cells, details(cells)):
         cell.options.detail = detail
-    failed = {}
+    failed: dict[str, Exception] = {}
     with tqdm(total=len(cells), desc="grid", unit="cell", disable=None) as bar:
         for cell in cells:
             bar.set_postfix_str(cell.name)
             try:
                 evaluate(cell.options)
-            except (UserError, ModelError) as error:
-                failed[cell.name] = str(error)
-                log.warning("%s: failed, going on with the others: %s", cell.name, error)
+            except (UserError, ModelError, MemoryError, OSError, torch.OutOfMemoryError) as error:
+                failed[cell.name] = error
+                log.warning("%s: failed, going on with the others: %s", cell.name, str(error) or type(error).__name__)
             bar.update()
     text = "\n".join([*_table(out, cells), "", f"Written to {out}", f"As a page with plots: python -m rerank_lab.report {out}", ""])
     if failed:
-        said = "; ".join(f"{name}: {problem}" for name, problem in failed.items())
-        raise ModelError(f"{len(failed)} of {len(cells)} cells ({said}); the same command with --resume does these again")
+        print(text)
+        kind = UserError if all(isinstance(error, UserError) for error in failed.values()) else ModelError
+        raise kind(f"{len(failed)} of {len(cells)} cells: {', '.join(failed)} (why stands above); the same command with --resume does these again")
     return text
 
 
@@ -161,6 +171,10 @@ def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[Cell], opti
     """Writes what the grid is, or checks that it is the one that was begun."""
     about = {"schema": SCHEMA, "axes": axes, "cells": [{"name": cell.name, "values": cell.values} for cell in cells]}
     path = out / GRID
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file, not a folder")
+    if options.overwrite:
+        _forget(out, path, cells)
     if path.exists() and not options.overwrite:
         if not options.resume:
             raise UserError(f"{out} holds a grid: --resume to go on, --overwrite to replace, or another --out")
@@ -178,6 +192,16 @@ def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[Cell], opti
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
+def _forget(out: Path, path: Path, cells: Sequence[Cell]) -> None:
+    """Makes cells unfinished before any of them is done again, and removes those of an older grid, so that nothing old is taken for new."""
+    with suppress(OSError, ValueError, TypeError, KeyError):  # damaged: then only those that are listed now
+        for name in {cell["name"] for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]} - {cell.name for cell in cells}:
+            if (out / name / RESULTS).is_file() or (out / name / "partial").is_dir():
+                shutil.rmtree(out / name)
+    for cell in cells:
+        (out / cell.name / RESULTS).unlink(missing_ok=True)
+
+
 def _table(out: Path, cells: Sequence[Cell]) -> list[str]:
     """A line a cell: its best mean and whose it is."""
     lines = []
@@ -192,6 +216,11 @@ def _table(out: Path, cells: Sequence[Cell]) -> list[str]:
         said = f"{cell.name}: {primary} {interval(top['measures'][primary], top['ci95'][primary])} by {top['method']}"
         lines += textwrap.wrap(said, 80, subsequent_indent="    ")
     return lines
+
+
+def _capped(name: str) -> str:
+    """A name that file systems bear, with the report's own files under it."""
+    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _short(key: str, value: Any) -> str:

@@ -11,12 +11,13 @@ import copy
 import hashlib
 import io
 import logging
+import math
 import os
 import pickle
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,10 +30,12 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import merged
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
+from rerank_lab.models.shards import VECTORS
 from rerank_lab.models.store import PLANS, Store
+from rerank_lab.quiet import Said, short, without_stderr
 from rerank_lab.reranker import BLOCK, Reranker
-from rerank_lab.rows import WARM_UP, Asked, Ranks, bar, counting
-from rerank_lab.worker import Encoder, Setup, Worker, out_of_memory, reranker_of
+from rerank_lab.rows import Asked, Ranks, bar, counting
+from rerank_lab.worker import Encoder, Setup, Worker, out_of_memory, probe, reranker_of
 
 log = logging.getLogger("rerank_lab")
 QUERIES = 16  # ranked by one call
@@ -54,6 +57,8 @@ class OnRay:
         UserError: Ray is not installed, no such cluster, or no room in it for one worker.
     """
 
+    name = "ray"
+
     def __init__(self, address: str, cache: str, *, workers: int | None, resources: Mapping[str, float], kernels: str, threads: int | None):
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -70,13 +75,15 @@ class OnRay:
         self._expected: dict[str, Any] = {}
         self._encoded: set[tuple[Any, ...]] = set()
         self._turn = 0
-        self._said = redirect_stdout(_Said())
+        self._said = redirect_stdout(Said())
         self._said.__enter__()  # Ray prints what befalls its workers to stdout, where the results go
         self._own = not ray.is_initialized()
         try:
             if self._own:
                 self._connect(address)
-            self._room()
+            if (room := self._room()) < (workers or 0):
+                log.warning("--workers %d: the cluster has room for %d", workers, room)
+            self._shared()
         except (UserError, ModelError):
             self.close()
             raise
@@ -92,17 +99,33 @@ class OnRay:
         options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.CRITICAL}
         if address == "local":
             cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            wanted = math.ceil((self.workers or 1) * self.resources.get("CPU", 0))
             room = {k: v * (self.workers or 1) for k, v in self.resources.items() if k not in ("CPU", "GPU", "memory")}
-            options |= {"num_cpus": max(cpus, self.workers or 1), "include_dashboard": False, "object_store_memory": 200_000_000, "resources": room}
+            options |= {"num_cpus": max(cpus, wanted), "include_dashboard": False, "object_store_memory": 200_000_000, "resources": room}
         host, _, port = address.rpartition(":")
         try:
             if host:  # Ray itself waits minutes
                 socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-            with _without_stderr():  # of Ray's own libraries, which write past Python
+            with without_stderr():  # of Ray's own libraries, which write past Python
                 self.ray.init(**options)
         except (OSError, ValueError, RuntimeError) as error:
             remedy = "ray start --head begins one; --address local needs none"
             raise UserError(f"--address {address}: no Ray cluster answers ({str(error).partition(chr(10))[0]}); {remedy}") from None
+
+    def _shared(self) -> None:
+        """Sees whether the cache can be written.
+
+        Raises:
+            UserError: it cannot, or others would not see it.
+        """
+        if self.cache.place.startswith("memory:"):
+            raise UserError("--cache memory://: each process has its own; workers share vectors through a folder or URL that all of them reach")
+        try:
+            self.cache.child(PLANS).write("probe", b"")
+            self.cache.child(PLANS).remove("probe")
+            (self.cache if self.cache.remote else self.cache.child(VECTORS)).folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--cache {self.cache.shown} cannot be written: {error.strerror or error}") from None
 
     def _room(self) -> int:
         """Workers that fit into the nodes that work, at most as many as asked for.
@@ -195,7 +218,8 @@ class OnRay:
                     left.remove(row["chunk"])
                     progress(row["texts"])
         except ray.exceptions.RayError as error:
-            log.warning("encoding stopped: %s", _short(error))
+            log.warning("encoding stopped: %s", short(error))
+            self._diagnose()
         for problem, times in problems.items():
             log.warning("%d chunks failed and are done again (%s)", times, problem)
         if (lost := len(left) - sum(problems.values())) > 0 and len(left) < size:
@@ -214,11 +238,10 @@ class OnRay:
 
     def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         assert isinstance(corpus, Corpus)
-        room = self._room()
 
         def arguments(n: int) -> tuple[Any, ...]:
             block = queries[n * QUERIES : (n + 1) * QUERIES]
-            return corpus.texts, [(query, corpus.positions(query.candidates.documents)) for query in block], WARM_UP if n < room else 0
+            return corpus.texts, [(query, corpus.positions(query.candidates.documents)) for query in block]
 
         for _, records in self._calls(ranks, "rank", -(-len(queries) // QUERIES), arguments):
             yield from records
@@ -261,10 +284,12 @@ class OnRay:
                     except ray.exceptions.RayTaskError as error:
                         cause = error.cause
                         if not out_of_memory(cause):
-                            raise cause if isinstance(cause, (ValueError, ModelError, OSError)) else ModelError(_short(error)) from None
-                        lost = f"out of memory: {_short(cause)}"
+                            raise cause if isinstance(cause, (ValueError, ModelError, OSError)) else ModelError(short(error)) from None
+                        lost = f"out of memory: {short(cause)}"
                     except ray.exceptions.RayError as error:
-                        lost = _short(error)
+                        lost = short(error)
+                        if n < 0:
+                            self._diagnose()
                     else:
                         if n < 0:
                             hand.ready, hand.node, hand.machine = True, answer["node"], answer["machine"]
@@ -322,6 +347,19 @@ class OnRay:
             log.warning("node %s cannot work and is left out: %s", node[:8], problem)
             self._room()
 
+    def _diagnose(self) -> None:
+        """Leaves out the nodes where no worker can begin, if there are any."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        asked = self.ray.remote(probe)
+        nodes = [node["NodeID"] for node in self.ray.nodes() if node["Alive"] and node["NodeID"] not in self.bad]
+        for node in nodes:
+            placed = asked.options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+            try:
+                self.ray.get(placed.remote(self.setup), timeout=60.0)
+            except self.ray.exceptions.RayError as error:
+                self._exclude(node, short(error))
+
     def _pickled(self, ranks: Ranks) -> bytes:
         """What ranks, to be loaded where the shared cache is at hand."""
         travelling = copy.copy(ranks)
@@ -365,31 +403,3 @@ class Hand:
     node: str = ""
     machine: str = ""
     holds: int = 0
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-class _Said(io.TextIOBase):
-    """What Ray prints, in the log."""
-
-    def write(self, text: str) -> int:
-        for line in text.splitlines():
-            if line.strip():
-                log.info("ray: %s", line.strip())
-        return len(text)
-
-
-def _short(error: BaseException) -> str:
-    """The first sentence of what Ray says, which goes on for a page."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         description="Which reranking method is best on a collection, by how much, and at what cost.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("--list", action="store_true", help="print models, methods with their settings, collections and measures, then exit")
     data = p.add_argument_group("what to evaluate on")
@@ -174,8 +175,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p = parser()
     options = p.parse_args(argv)
     _check_once(options.sweep)
-    if options.config is not None:
-        options = p.parse_args([*flags(read_toml(options.config), options.config, p), *argv])
+    first: list[str] = []
+    for path in (options.config, options.grid):
+        if path is not None:
+            first += flags({key: value for key, value in read_toml(path).items() if path is options.config or key != "grid"}, path, p)
+    options = p.parse_args([*first, *argv])
     if options.resume and options.overwrite:
         p.error("--resume goes on with a run, --overwrite throws it away: give one of them")
     given = [f"--{name}" for name in CLUSTER[1:] if getattr(options, name) is not None]
@@ -217,6 +221,8 @@ def flags(table: dict[str, Any], path: Path, p: argparse.ArgumentParser) -> list
     unknown = [key for key in table if key.replace("-", "_") not in actions]
     if unknown:
         raise UserError(f"{path}: unknown keys {', '.join(unknown)}; valid: {', '.join(actions)}")
+    if twice := [key for key in table if "-" in key and key.replace("-", "_") in table]:
+        raise UserError(f"{path}: {twice[0]} stands there twice, with - and with _")
     words: list[str] = []
     for key, value in table.items():
         action = actions[key.replace("-", "_")]
@@ -227,8 +233,8 @@ def flags(table: dict[str, Any], path: Path, p: argparse.ArgumentParser) -> list
         elif key in ("sweep", "resources") and isinstance(value, dict):
             given = [f"{name}={_listed(values)}" for name, values in value.items()]
             words += [f"--{key}={','.join(given)}"] if key == "resources" else [f"--sweep={one}" for one in given]
-        elif isinstance(value, (dict, bool)):
-            raise UserError(f"{path}: {key} must be a number, a string or a list, not {value!r}")
+        elif any(isinstance(one, bool) or not isinstance(one, (str, int, float)) for one in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{path}: {key} must be a number, a string or a list of such, not {value!r}")
         else:
             words += [f"{action.option_strings[0]}={_listed(value)}"]
     return words
@@ -244,8 +250,8 @@ def _resources(value: str) -> dict[str, float]:
     for part in value.split(","):
         name, equals, amount = part.partition("=")
         name = {"cpu": "CPU", "gpu": "GPU"}.get(name.strip().lower(), name.strip())
-        if not equals or not name or name in found:
-            raise argparse.ArgumentTypeError(f"{value!r} is no NAME=NUMBER,…, each name once")
+        if not equals or not name or name in found or name == "object_store_memory":
+            raise argparse.ArgumentTypeError(f"{value!r} is no NAME=NUMBER,…, each name once: CPU, GPU, memory or a resource of yours")
         found[name] = positive(amount)
     return found
 

@@ -89,16 +89,18 @@ def read_run(path: Path) -> Run:
 
 def _read_parquet(path: Path) -> Run:
     import pyarrow.parquet as pq
+    from pyarrow.types import is_nested as nested
 
     wanted = ["query", "document", "score"]
     try:
-        names = pq.read_schema(path).names
-        missing = [name for name in wanted if name not in names]
+        schema = pq.read_schema(path)
+        names = schema.names
+        missing = [name for name in wanted if name not in names or nested(schema.field(name).type)]
         frame = None if missing else pq.read_table(path, columns=wanted + ["method"] * ("method" in names)).to_pandas()
     except (OSError, ValueError) as error:  # pyarrow's own are of these
         raise UserError(f"{path}: no Parquet file that can be read ({str(error).partition(chr(10))[0]})") from None
     if frame is None:
-        raise UserError(f"{path}: needs the columns query, document and score, and has {', '.join(names)}")
+        raise UserError(f"{path}: needs the columns query, document and score, a value each, and has {', '.join(names)}")
     if "method" in frame and frame["method"].nunique() > 1:
         raise UserError(f"{path}: holds rankings of several methods ({', '.join(map(str, frame['method'].unique()[:3]))} …); write one method's rows alone")
     try:

@@ -21,7 +21,7 @@ from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.store import PLANS, Store
 from rerank_lab.reranker import BLOCK, Reranker
-from rerank_lab.rows import Asked, Ranks, cold, rank
+from rerank_lab.rows import WARM_UP, Asked, Ranks, cold, rank
 
 Placed = tuple[Asked, np.ndarray]  # a query, and the positions of its candidates' texts
 
@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, setup: Setup):
         import ray
 
-        self.setup, self.cache, self.seen = setup, Store(setup.cache), 0
+        self.setup, self.cache, self.seen, self.ranked = setup, Store(setup.cache), 0, b""
         self.node: str = ray.get_runtime_context().get_node_id()
         if setup.threads:
             torch.set_num_threads(setup.threads)
@@ -76,6 +76,7 @@ class Worker:
             ranks = opened(what, expected)
         except (UserError, ModelError, OSError, RuntimeError, ImportError) as error:
             return "failed", str(error) or type(error).__name__
+        self.warm, self.ranked = what == self.ranked, what if work == "rank" else self.ranked
         if turn != self.seen:
             reranker_of(ranks).refresh()
             self.seen = turn
@@ -108,8 +109,8 @@ def chosen(texts: Texts, queries: Sequence[Placed]) -> dict[str, str]:
     return dict(zip(places, texts.read(list(places.values()))))
 
 
-def _rank(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[Placed], warm_up: int) -> list[dict[str, Any]]:
-    return list(rank(ranks, [query for query, _ in queries], chosen(texts, queries), warm_up))
+def _rank(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[Placed]) -> list[dict[str, Any]]:
+    return list(rank(ranks, [query for query, _ in queries], chosen(texts, queries), 0 if worker.warm else WARM_UP))
 
 
 def _cold(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[Placed], label: str, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +144,11 @@ def planned(cache: Store, plan: str, n: int, size: int) -> np.ndarray:
     return np.asarray(positions[n * size : (n + 1) * size])
 
 
+def probe(setup: Setup) -> None:
+    """Does what a worker does first; that it returns says that one can begin there."""
+    Worker(setup)
+
+
 class Encoder:
     """Encodes chunks of texts into the cache; an actor of Ray Data's pool."""
 
@@ -166,6 +172,8 @@ class Encoder:
                 made: list[int] = []
                 self.reranker.encode(texts, detail=self.detail, progress=lambda done, total: made.append(done))
                 encoded = sum(made)
+                if self.reranker.cache_state != "disk":
+                    raise OSError(f"{self.worker.cache.shown} cannot be written")
             except ModelError as error:
                 problem, kind = str(error), "model"
             except (RuntimeError, MemoryError, OSError, ValueError, LookupError) as error:  # the other chunks can be done, and this one again elsewhere

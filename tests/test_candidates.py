@@ -233,7 +233,7 @@ def test_a_parquet_file_is_read_as_the_trec_run_is(beir: Callable[..., Path], tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.rename(columns={"score": "s"}), "needs the columns query, document and score, and has query, document, s"),
+        (lambda f: f.rename(columns={"score": "s"}), "needs the columns query, document and score, a value each, and has query, document, s"),
         (lambda f: f.assign(score=[1.0, math.nan, 2.0]), "row 2 has a score that is not finite"),
         (lambda f: f.assign(query=["q1", None, "q2"]), "row 2 has no query"),
         (lambda f: f.assign(score=["a", "b", "c"]), "score holds no numbers"),

@@ -76,11 +76,13 @@ def test_detail_is_shared_by_those_that_read_the_same(beir: Callable[..., Path],
 def test_a_cell_that_fails_leaves_the_others_and_resume_does_it_again(
     beir: Callable[..., Path], write: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str], encoded: list[bytes]
 ) -> None:
-    good, later = beir("good"), tmp_path / "later"
+    good, later = beir("good"), beir("later")
+    (later / "corpus.jsonl").write_text("no JSON\n")
     out, file = tmp_path / "out", write(f'{BASE}[grid]\ndataset = ["{later}", "{good}"]\n')
-    assert main(["--grid", file, "--out", str(out)]) == 1
-    said = capsys.readouterr().err
-    assert "1 of 2 cells" in said and "later" in said and "--resume" in said and (out / "good" / "results.json").is_file()
+    assert main(["--grid", file, "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert "corpus.jsonl:1: not JSON" in said.err and "1 of 2 cells: later" in said.err and "--resume" in said.err
+    assert "good: nDCG@10" in said.out and "later: not finished" in said.out and (out / "good" / "results.json").is_file()
     assert "holds a grid" in failing(capsys, "--grid", file, "--out", str(out))
     beir("later", documents={"x1": ("", "Another text."), "d1": DOCUMENTS["d1"]})
     before = (out / "good" / "results.json").read_bytes()
@@ -88,7 +90,16 @@ def test_a_cell_that_fails_leaves_the_others_and_resume_does_it_again(
     assert (out / "good" / "results.json").read_bytes() == before and (out / "later" / "results.json").is_file()
     other = write(f'{BASE}[grid]\ndataset = ["{good}"]\n')
     assert "another grid" in failing(capsys, "--grid", other, "--out", str(out), "--resume")
-    assert main(["--grid", other, "--out", str(out), "--overwrite"]) == 0
+    (good / "corpus.jsonl").write_text("no JSON\n")
+    assert main(["--grid", other, "--out", str(out), "--overwrite"]) == 2
+    assert not (out / "later").exists() and not (out / "good" / "results.json").exists(), "nothing old is taken for new"
+    assert main(["--grid", other, "--out", str(out), "--resume"]) == 2 and "not finished" in capsys.readouterr().out
+
+
+def test_options_of_the_file_hold_for_the_run_too(beir: Callable[..., Path], write: Callable[[str], str], tmp_path: Path) -> None:
+    file = write(f'{BASE}cache = "{tmp_path / "cache"}"\nout = "{tmp_path / "out"}"\n[grid]\ndataset = ["{beir()}"]\n')
+    assert main(["--grid", file]) == 0
+    assert (tmp_path / "out" / "small" / "results.json").is_file() and any((tmp_path / "cache" / "vectors").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -104,9 +115,25 @@ def test_a_cell_that_fails_leaves_the_others_and_resume_does_it_again(
         ("[grid]\nmethods = [['fast'], ['fats'], ['bset']]\n", [], "'fats' is not known"),
         ("topk = 1\n[grid]\ntop-k = [3]\n", [], "unknown keys topk"),
         ("[grid]\ntop-k = [0]\n", [], "at least 1"),
+        ("[grid]\ntop-k = [3]\ntop_k = [4]\n", [], "twice, with - and with _"),
+        ("top-k = 3\ntop_k = 4\n[grid]\nseed = [1]\n", [], "twice, with - and with _"),
+        ("[grid]\nsplit = [2020-01-01]\n", [], "must be a number, a string"),
+        ("[grid]\nmethods = [[['fast']]]\n", [], "must be a number, a string"),
+        ("[grid]\ntop-k = [3, 4]\n", ["--top", "5"], "--top"),
         ("[grid\n", [], "grid.toml"),
     ],
 )
 def test_wrong_grids(text: str, flags: list[str], message: str, write: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in failing(capsys, "--grid", write(text), "--out", str(tmp_path / "out"), *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_a_file_is_refused_and_long_names_are_cut(
+    beir: Callable[..., Path], write: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "a file, not a folder" in failing(capsys, "--grid", write("[grid]\nseed = [1, 2]\n"), "--out", str(tmp_path / "file"))
+    axes = {"candidates": "c" * 90, "model": "m" * 90, "subspace": "r" * 90}
+    text = "[grid]\n" + "".join(f'{key} = ["{value}", "{value}2"]\n' for key, value in axes.items())
+    names = [cell.name for cell in grid.read(Path(write(text)), [], tmp_path)[1]]
+    assert max(map(len, names)) <= 120 and len(set(names)) == 8

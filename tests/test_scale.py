@@ -191,7 +191,10 @@ def test_the_report_shows_what_the_model_says() -> None:
                 row = rows[f"{method}, {precision}", str(workers)]
                 assert script.duration(model.times(F, case)["encode"]) in row and model.bottleneck(F, case)[1] in row
     assert "| 1,000 documents encoded, bf16, TOKENS | 5.2 s | 6 s | 1.15 |" in text, "1,000 documents of 64 tokens at 2 ms and 50 µs a token"
-    assert "took 40 and 24 s (measured)" in text and "65,000 at most (measured): enough for 33 million documents" in text
+    assert (
+        "leaves 40 and 24 s to encode (measured): two workers were 1.67 times as fast" in text
+        and "65,000 at most (measured): enough for 33 million documents" in text
+    )
     assert "nan" not in text and "{" not in text and str(Path.home()) not in text
 
 

@@ -352,10 +352,13 @@ def ensure(
         clock: where the time that tokenising takes is booked; after the first chunk it is what the encoder waits for.
     """
     keys = [text_key(text, min(max_tokens, encoder.limit), kind) for text in texts]
-    missing = {key: text for key, text in zip(keys, texts) if not cache.has(key, detail)}
-    new = list(missing)
-    chunks = [new[start : start + CHUNK[detail]] for start in range(0, len(new), CHUNK[detail])]
-    tokenised = in_advance(partial(encoder.tokenize, [missing[key] for key in chunk], kind, max_tokens) for chunk in chunks)
+    distinct = dict(zip(keys, texts))
+    new, size = [key for key in distinct if not cache.has(key, detail)], CHUNK[detail]
+    lacking, every = set(new), list(distinct)
+    # What is read together stands together in the texts, wherever they are read and whatever is here already.
+    parts = ([key for key in every[start : start + size] if key in lacking] for start in range(0, len(every), size))
+    chunks = [part for part in parts if part]
+    tokenised = in_advance(partial(encoder.tokenize, [distinct[key] for key in chunk], kind, max_tokens) for chunk in chunks)
     clock = clock or Clock()
     for chunk in chunks:
         with clock.phase("tokenise"):

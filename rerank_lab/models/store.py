@@ -54,7 +54,7 @@ class Store:
 
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.place)
-        except (ValueError, ImportError, OSError) as error:
+        except Exception as error:  # each file system raises of its own kind
             raise UserError(f"{self.shown}: fsspec cannot open it: {str(error).partition(chr(10))[0]}") from error
         mirrors = Path(os.environ.get(MIRROR) or Path(tempfile.gettempdir()) / f"rerank_lab-{os.getuid() if hasattr(os, 'getuid') else 0}")
         self.folder = mirrors / hashlib.sha256(self.place.encode()).hexdigest()[:24]
