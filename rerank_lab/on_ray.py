@@ -35,7 +35,7 @@ from rerank_lab.models.store import PLANS, Store
 from rerank_lab.quiet import Said, short, without_stderr
 from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import Asked, Ranks, bar, counting
-from rerank_lab.worker import Encoder, Setup, Worker, out_of_memory, probe, reranker_of
+from rerank_lab.worker import Encoder, Setup, Worker, key, out_of_memory, probe, reranker_of
 
 log = logging.getLogger("rerank_lab")
 QUERIES = 16  # ranked by one call
@@ -161,7 +161,7 @@ class OnRay:
         (found,) = self._calls(reranker, "about", 1, lambda n: ())
         result = cast("dict[str, Any]", found[1])
         self.machines = Counter()
-        self._expected[self._key(reranker)] = result["models"]
+        self._expected[key(reranker)] = result["models"]
         nodes = [node for node in self.ray.nodes() if node["Alive"]]
         result["environment"]["executor"] = {
             "name": "ray", "version": self.ray.__version__, "workers": self._room(), "resources": self.resources, "nodes": len(nodes),
@@ -172,8 +172,8 @@ class OnRay:
     def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
         assert isinstance(corpus, Corpus)
         plan, total = self._plan(corpus, ids)
-        key = (plan, self._key(reranker), reranker.max_tokens)
-        if any(done[:3] == key and done[3] >= detail for done in self._encoded):
+        encoded = (plan, key(reranker), reranker.max_tokens)
+        if any(done[:3] == encoded and done[3] >= detail for done in self._encoded):
             return
         checks = self._calls(reranker, "lacking", -(-total // BLOCK), lambda n: (corpus.texts, plan, n, detail))
         left, stalled = {chunk for _, chunks in checks for chunk in chunks}, 0
@@ -189,7 +189,7 @@ class OnRay:
                     why = problem or "their logs are in Ray's session folder"
                     raise ModelError(f"{title}: {TRIES} times in a row no worker has finished any of {before} chunks ({why})")
         self._turn += 1
-        self._encoded.add((*key, detail))
+        self._encoded.add((*encoded, detail))
 
     def _round(self, reranker: Reranker, texts: Texts, plan: str, detail: Detail, left: set[int], progress: Callable[[int], object]) -> str:
         """Gives all chunks that are left to a pool of actors, and takes those out of `left` that were done; what went wrong with another."""
@@ -197,7 +197,7 @@ class OnRay:
 
         ray, count, size = self.ray, self._room(), len(left)
         pool = min(count, size)
-        arguments = (self.setup, self._pickled(reranker), self._expected.get(self._key(reranker)), texts, plan, int(detail))
+        arguments = (self.setup, self._pickled(reranker), self._expected.get(key(reranker)), texts, plan, int(detail))
         found = ray.data.from_items(sorted(left), override_num_blocks=min(size, max(64 * pool, 200))).map_batches(
             Encoder, fn_constructor_args=arguments, batch_size=1, compute=ActorPoolStrategy(size=pool),
             max_restarts=-1, max_task_retries=TRIES, **self._options(),
@@ -262,7 +262,7 @@ class OnRay:
 
     def _calls(self, ranks: Ranks, work: str, count: int, arguments: Callable[[int], tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Has so many calls made by some worker each, those of dead ones again; (number, what it gave), in the order in which they end."""
-        ray, what, expected = self.ray, self._pickled(ranks), self._expected.get(self._key(reranker_of(ranks)))
+        ray, what, expected = self.ray, self._pickled(ranks), self._expected.get(key(reranker_of(ranks)))
         waiting, stalled = deque(range(count)), 0
         held: dict[Any, tuple[Hand, int]] = {}
         try:
@@ -305,12 +305,8 @@ class OnRay:
                     again = [*([n] if n >= 0 else []), *self._leave([hand], held)]
                     waiting.extendleft(reversed(again))
                     stalled += 1
-                    log.warning(
-                        "a worker on node %s is gone (%s); %s done again",
-                        hand.node[:8] or "?",
-                        lost,
-                        f"{len(again)} calls of {work} are" if again else "nothing is",
-                    )
+                    said = f"{len(again)} calls of {work} are" if again else "nothing is"
+                    log.warning("a worker on node %s is gone (%s); %s done again", hand.node[:8] or "?", lost, said)
                 if stalled == 2 * TRIES:
                     raise ModelError(f"{work}: workers end one after another without finishing anything; the last: {lost}")
         finally:
@@ -369,10 +365,6 @@ class OnRay:
             return pickle.dumps(own)
         travelling.reranker = own  # type: ignore[attr-defined]
         return pickle.dumps(travelling)
-
-    def _key(self, reranker: Reranker) -> str:
-        """What tells models apart."""
-        return repr(sorted(reranker.arguments.items()))
 
     def _plan(self, corpus: Corpus, ids: Sequence[str]) -> tuple[str, int]:
         """Puts the positions of the distinct texts of these documents where workers find them; the file's name, and how many there are."""

@@ -103,6 +103,11 @@ def reranker_of(ranks: Ranks) -> Reranker:
     return ranks if isinstance(ranks, Reranker) else cast(Reranker, ranks.reranker)  # type: ignore[attr-defined]
 
 
+def key(reranker: Reranker) -> str:
+    """What tells loaded models apart."""
+    return repr(sorted(reranker.arguments.items()))
+
+
 def chosen(texts: Texts, queries: Sequence[Placed]) -> dict[str, str]:
     """id → text of all candidates of these queries, which come with the candidates' positions."""
     places = {d: p for query, positions in queries for d, p in zip(query.candidates.documents, positions.tolist())}

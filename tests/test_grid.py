@@ -136,4 +136,4 @@ def test_an_out_that_is_a_file_is_refused_and_long_names_are_cut(
     axes = {"candidates": "c" * 90, "model": "m" * 90, "subspace": "r" * 90}
     text = "[grid]\n" + "".join(f'{key} = ["{value}", "{value}2"]\n' for key, value in axes.items())
     names = [cell.name for cell in grid.read(Path(write(text)), [], tmp_path)[1]]
-    assert max(map(len, names)) <= 120 and len(set(names)) == 8
+    assert max(map(len, names)) <= 125 and len(set(names)) == 8

@@ -95,6 +95,8 @@ def test_times_are_those_of_the_formulas() -> None:
     assert taken["network, rank"] == pytest.approx(2 * one / 1e9), "both workers are on one node"
     assert model.network(F, CASE) == pytest.approx((1024 * 54_200, 2 * one))
     assert model.times(F, replace(CASE, workers=16))["network, encode"] == pytest.approx(1024 * (1000 + 53_200) / 2 / 1e9), "half on each of two nodes"
+    assert model.times(F, replace(CASE, workers=12))["network, encode"] == pytest.approx(1024 * (1000 + 53_200) * 8 / 12 / 1e9), "the fuller of two nodes"
+    assert model.times(F, replace(CASE, documents=4096))["listing"] == pytest.approx(8 * 8 / 2 * 1e-5 / 2)
 
 
 def test_memory_and_limits_are_those_of_the_formulas() -> None:
@@ -162,8 +164,8 @@ def unmarked(text: str) -> list[str]:
         columns = (columns or line) if line.startswith("|") else ""
         cells = columns.split("|")[2:-1]
         labelled = bool(cells) and all(KINDS.search(cell) for cell in cells)
-        for sentence in [line] if columns else re.split(r"(?<=[.)]\.) |(?<=[a-z]\.) ", line):
-            plain = re.sub(r"`[^`]*`|fp32|bf16|int8|^\d\. ", "", sentence)
+        for sentence in [line] if columns else re.split(r"(?<=[.:;]) ", line):
+            plain = re.sub(r"`[^`]*`|fp32|bf16|int8|^\d\.$", "", sentence)
             if re.search(r"\d", plain) and not (KINDS.search(sentence) or KINDS.search(heading) or labelled):
                 odd.append(sentence)
     return odd
