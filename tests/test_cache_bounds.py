@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rerank_lab.models import cache as cache_module
 from rerank_lab.models import shards as files
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.cache import VectorCache, ensure, text_key
 from tests.conftest import ROOT
 from tests.test_cache import assert_same, encoded, get, made, shards
@@ -149,3 +150,44 @@ def test_the_folder_is_kept_to_its_bound_by_dropping_files(encoder: BiEncoder, e
     shards(tmp_path)[0].unlink()  # by another process
     again.trim()
     assert len(again) == len(shards(tmp_path)) == 0
+
+
+def test_files_that_are_mapped_are_bounded_and_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "MAPS", 4)
+    for seed in range(10):
+        VectorCache("m", tmp_path).add(*made(seed), Detail.TOKENS)
+    cache, read, checked = VectorCache("m", tmp_path), files.read, list[tuple[str, bool]]()
+
+    def watched(path: Path, check: bool = True) -> Vectors | None:
+        checked.append((path.name, check))
+        return read(path, check)
+
+    monkeypatch.setattr(files, "read", watched)
+
+    def mapped() -> int:
+        return sum(shard.vectors is not None for shard in cache._shards.values())
+
+    for seed in [*range(10), 0, 9]:
+        keys, vectors = made(seed)
+        assert all(cache.has(key, Detail.TOKENS) for key in keys)
+        assert torch.equal(cache.gather(keys, Detail.TOKENS).pooled, vectors.pooled)
+        cache.trim()
+        assert mapped() <= 4
+    assert len(cache) == sum(len(made(seed)[0]) for seed in range(10)), "what is not mapped is not forgotten"
+    assert sum(check for _, check in checked) == len({name for name, _ in checked}) == 10 and (checked[-1][1], len(checked)) == (False, 11)
+
+
+def test_the_folder_is_looked_at_when_enough_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, real = list[Path](), files.shards
+
+    def look(folder: Path) -> list[tuple[tuple[int, str, int], Path]]:
+        looks.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr(files, "shards", look)
+    cache = VectorCache("m", tmp_path, disk_bytes=10**6)
+    for seed in range(20):
+        cache.add(*made(seed), Detail.TOKENS)
+        cache.trim()
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert 1 <= len(looks) - 1 <= 2 + size / 10**4 < 20

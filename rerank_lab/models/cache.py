@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -35,6 +36,8 @@ from rerank_lab.timing import Clock
 log = logging.getLogger(__name__)
 CHUNK = {Detail.POOLED: 512, Detail.TOKENS: 512, Detail.STATES: 64}  # texts a shard, tens of megabytes at most
 MEMORY_BYTES = 2 << 30
+MAPS = 32_768  # files that stay mapped; Linux lets a process have 65,530
+LOOK = 0.01  # of the bound, so much must be written before the folder is looked at again
 TOUCH = 60.0  # seconds between two notes of a shard's use
 DISK_BYTES = 16 << 30
 
@@ -57,6 +60,7 @@ class Shard:
         vectors: None until something of it is wanted.
         used: when it was last, on the cache's own count.
         touched: when that was last noted in the file's time.
+        checked: whether the file was found whole.
     """
 
     keys: list[bytes]
@@ -66,6 +70,7 @@ class Shard:
     vectors: Vectors | None = None
     used: int = 0
     touched: float = 0.0
+    checked: bool = False
 
     @classmethod
     def held(cls, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Shard:
@@ -112,7 +117,8 @@ class VectorCache:
         self._places: dict[bytes, tuple[int, int]] = {}
         self._next, self._dropped = 0, False
         self._held, self._count = 0, 0
-        self._grown = True  # since the folder was last looked at
+        self._unseen = math.inf  # bytes written since the folder was last looked at
+        self._mapped = 0
         self._known: set[str] = set()
         if self.folder is not None and self.folder.is_dir():
             for path in shards.abandoned(self.folder):
@@ -159,8 +165,8 @@ class VectorCache:
             self.folder = None
             self.add(keys, vectors, detail)
             return
-        self._grown = True
         number = self._open(path.name)
+        self._unseen += 0 if number is None else self._shards[number].size
         if number is None or not self._reads_back(number):  # another process may have dropped the file already
             self._register(Shard.held(keys, vectors, detail))
 
@@ -245,11 +251,13 @@ class VectorCache:
         if shard.vectors is None:
             assert shard.path is not None and self.store is not None
             try:
-                shard.vectors = shards.read(self.store.fetch(shard.path.name))
+                shard.vectors = shards.read(self.store.fetch(shard.path.name), check=not shard.checked)
                 if shard.vectors is None:
                     self.store.remove(shard.path.name)
-                elif self.store.remote:
-                    self._grown = True
+                else:
+                    self._mapped += 1
+                    self._unseen += shard.size if self.store.remote and not shard.checked else 0
+                    shard.checked = True
             except (OSError, RuntimeError) as error:
                 shards.leave(shard.path, error)
             if shard.vectors is None:
@@ -276,9 +284,18 @@ class VectorCache:
                 held = sorted((shard.used, number) for number, shard in self._shards.items() if shard.path is None)
                 while self._held > self.memory_bytes:
                     self._drop(held.pop(0)[1])
-            if self.folder is not None and self._grown:
-                self._grown = False
+            if self._mapped > MAPS:
+                self._unmap()
+            if self.folder is not None and self._unseen > LOOK * self.disk_bytes:
+                self._unseen = 0
                 self._trim_folder(self.folder)
+
+    def _unmap(self) -> None:
+        """Lets half of the files go that were not used for longest; they are mapped again, unchecked, when they are wanted."""
+        mapped = sorted((shard.used, number) for number, shard in self._shards.items() if shard.path is not None and shard.vectors is not None)
+        for _, number in mapped[: max(0, len(mapped) - MAPS // 2)]:
+            self._shards[number].vectors = None
+        self._mapped = min(len(mapped), MAPS // 2)
 
     def _trim_folder(self, folder: Path) -> None:
         own = {shard.path: number for number, shard in self._shards.items() if shard.path is not None}
@@ -307,7 +324,7 @@ class VectorCache:
                 return
             total -= size
             if path in own:
-                self._shards[own[path]].vectors = None
+                self._shards[own[path]].vectors, self._shards[own[path]].checked = None, False
             path.unlink(missing_ok=True)
 
     def _warn(self, bound: int, where: str) -> None:
