@@ -47,6 +47,7 @@ class Worker:
         import ray
 
         self.setup, self.cache, self.seen, self.ranked = setup, Store(setup.cache), 0, b""
+        self.texts: dict[Texts, Texts] = {}  # each with the files that it has open
         self.node: str = ray.get_runtime_context().get_node_id()
         if setup.threads:
             torch.set_num_threads(setup.threads)
@@ -80,7 +81,8 @@ class Worker:
         if turn != self.seen:
             reranker_of(ranks).refresh()
             self.seen = turn
-        return "done", WORK[work](self, ranks, *arguments)
+        known = [self.texts.setdefault(a, a) if isinstance(a, Texts) else a for a in arguments]
+        return "done", WORK[work](self, ranks, *known)
 
 
 def opened(what: bytes, expected: dict[str, Any] | None) -> Ranks:

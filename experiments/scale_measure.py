@@ -1,0 +1,399 @@
+"""What experiments/scale.py measures, each section in a process of its own: python experiments/scale_measure.py SECTION SETTINGS
+
+A section that computes runs on one core, to which its process is bound, and its seconds are CPU seconds of that core: others may share the
+machine, and what a worker is short of is the core. `wall` is beside them where a run is checked. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.util
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, islice, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import bench_scale
+from rerank_lab import corpus as corpora
+from rerank_lab import results
+from rerank_lab.candidates import Candidates, make_candidates
+from rerank_lab.corpus import Corpus
+from rerank_lab.datasets import load_dataset
+from rerank_lab.journal import Journal
+from rerank_lab.measures import DEFAULT
+from rerank_lab.methods import make_method
+from rerank_lab.models import load_bi_encoder, load_cross_encoder, shards
+from rerank_lab.models.bi_encoder import Detail, Vectors
+from rerank_lab.models.cache import VectorCache, text_key
+from rerank_lab.models.store import Store
+from rerank_lab.on_ray import QUERIES
+from rerank_lab.reranker import Reranker
+from rerank_lab.rows import Asked, asked, rank
+from rerank_lab.run import Ranked
+from rerank_lab.timing import peak_memory_mb
+from rerank_lab.worker import chosen
+
+MODEL, CROSS, TOP_K = "all-MiniLM-L6-v2", "minilm-cross", 100
+METHODS = {"fast": Detail.POOLED, "best": Detail.TOKENS, "standard": Detail.STATES, "optimal": Detail.STATES, "best+cross": Detail.STATES}
+RUNTIME = {"int8": "onnx"}  # torch.compile's int8 compiles for minutes before it encodes
+LIMITS = (64, 128, 512)  # tokens kept of a document; the model's own limit is below the last
+CHECK_TOKENS, RAY_TOKENS, MADE_TOKENS = 64, 128, 24
+TINY = ((16, 8192), (2000, 2), (66_000, 2))  # files, documents in each: what a document, a file and too many files cost
+Json = dict[str, Any]
+bench_scale.TOKENS = MADE_TOKENS  # a million of its 50 would take 14 GB
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What figures depend on besides the machine.
+
+    Attributes:
+        work: where files are kept.
+        dataset: as load_dataset takes it.
+        largest: made documents.
+        quick: a fraction of each size.
+    """
+
+    work: str
+    dataset: str
+    largest: int
+    quick: bool
+
+    def size(self, wanted: int, least: int = 2) -> int:
+        return max(least, wanted // 25) if self.quick else wanted
+
+    def folder(self, name: str, *, new: bool = False) -> Path:
+        path = Path(self.work) / name
+        if new:
+            shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def spent(work: Callable[[], Any]) -> tuple[float, float]:
+    """CPU and wall seconds."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def varied(s: Settings, count: int) -> list[str]:
+    """Distinct texts of the collection; past its end with a number in front."""
+    base = list(load_dataset(s.dataset).corpus.values())
+    return [base[n] if n < len(base) else f"{n} {base[n % len(base)]}" for n in range(count)]
+
+
+def models(precision: str) -> dict[str, Any]:
+    place = {"device": "cpu", "runtime": RUNTIME.get(precision, "auto"), "precision": precision}
+    encoder = load_bi_encoder(MODEL, **place)
+    return {"model": encoder, "model_cross": load_cross_encoder(CROSS, encoder=encoder, **place)}
+
+
+def told(file: str, name: str) -> int:
+    """A number of this process, as the system has it."""
+    return next(int(line.split()[1]) for line in Path("/proc/self", file).read_text().splitlines() if line.startswith(name))
+
+
+def own_bytes() -> int:
+    """Memory that is the process's own, mapped files left out."""
+    return 1024 * told("status", "RssAnon")
+
+
+def opened(key: str, folder: Path) -> tuple[VectorCache, float, int]:
+    """A cache, and the seconds and bytes that opening it takes; seconds of later times, when its pages are in memory."""
+    before = own_bytes()
+    cache = VectorCache(key, folder, disk_bytes=1 << 60)
+    held = own_bytes() - before
+    return cache, median(spent(lambda: VectorCache(key, folder, disk_bytes=1 << 60))[0] for _ in range(3)), held
+
+
+def stored(folder: Path) -> int:
+    """Bytes of the files of tensors in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def evicted(folder: Path) -> None:
+    """Has the system forget the pages of these files, so that they are read as if for the first time."""
+    os.sync()
+    for path in folder.rglob("*.safetensors"):
+        number = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(number)
+
+
+def texts(s: Settings) -> Json:
+    """Tokens and bytes of a document, and what a worker spends on the texts of its candidates: their files are opened anew in each call."""
+    own, encoder, found = varied(s, s.size(5000, 200)), load_bi_encoder(MODEL, device="cpu"), dict[str, Any]()
+    lengths = np.array([len(tokens) - encoder.specials for tokens in encoder.tokenize(own, "document", encoder.limit)])
+    for each in (corpora.PART[0], 10):
+        corpora.PART = each, corpora.PART[1]
+        place, drawn = s.folder("texts", new=True), random.Random(0)
+        corpus = Corpus(Store(place))
+        for n, text in enumerate(own):
+            corpus[f"{n:09d}"] = text
+        kept, taken = pickle.dumps(corpus.texts), []
+        for _ in range(6):
+            lists = [Asked(str(n), "", Ranked(drawn.sample(corpus.ids, TOP_K), np.zeros(TOP_K))) for n in range(QUERIES)]
+            placed = [(query, corpus.positions(query.candidates.documents)) for query in lists]
+            count = len({position // each for _, positions in placed for position in positions.tolist()})
+            taken.append([count, spent(partial(chosen, pickle.loads(kept), placed))[0]])
+        found[f"{each}"] = {"opened": median(row[0] for row in taken[1:]), "seconds": median(row[1] for row in taken[1:]), "bytes": stored(place) / len(own)}
+    return {"tokens": float(lengths.mean()), "pairs": QUERIES * TOP_K, "parts": list(found.values())}
+
+
+def encode(s: Settings, precision: str) -> Json:
+    """detail → [mean tokens, seconds, bytes] a document, a row for each of three chunks of texts and each token limit."""
+    size, loaded, found = s.size(24, 8), models(precision), {detail.name: list[Any]() for detail in Detail}
+    own, encoder = varied(s, 3 * size), loaded["model"]
+    for start, limit, detail in [(0, LIMITS[0], Detail.STATES), *product(range(0, 3 * size, size), LIMITS, Detail)]:  # the first warms up
+        part, place = own[start : start + size], s.folder("encode", new=True)
+        ready = Reranker(**loaded, method="standard", cache_dir=place, max_tokens_per_doc=limit)
+        seconds = spent(partial(ready.encode, part, detail=detail))[0]
+        tokens = sum(len(t) - encoder.specials for t in encoder.tokenize(part, "document", limit))
+        found[detail.name].append([value / size for value in (tokens, seconds, stored(place))])
+    del found[Detail.STATES.name][0]
+    return found
+
+
+def rank_seconds(s: Settings, precision: str) -> Json:
+    """method → [candidates, seconds a query], medians; documents seen before, from the map."""
+    own, loaded = varied(s, s.size(150, TOP_K)), models(precision)
+    corpus, queries, place = {str(n): text for n, text in enumerate(own)}, list(load_dataset(s.dataset).queries.values()), s.folder("rank", new=True)
+    Reranker(**loaded, method="standard", cache_dir=place).encode(own, detail=Detail.STATES)
+    first = Reranker(**loaded, method="standard", cache_dir=place)
+    found: Json = {method: [] for method in METHODS}
+    for method, size in product(METHODS, (25, TOP_K)):
+        settings = {"stage1_top_k": size // 2} if method == "optimal" else {}
+        ready, drawn = first.using(make_method(method.partition("+")[0], **settings), cross=method != "best"), random.Random(0)
+        rows = [Asked(str(n), queries[n], Ranked(drawn.sample(list(corpus), size), np.zeros(size))) for n in range(s.size(12, 4))]
+        records = rank(ready, rows, corpus, 2)
+        found[method].append([size, median([spent(partial(next, records))[0] for _ in rows][1:])])
+    return found
+
+
+def actor(s: Settings, precision: str, method: str) -> Json:
+    """A process with the models, from its start to its first answer."""
+    if importlib.util.find_spec("ray"):
+        import ray  # noqa: F401, as a worker has it
+    ready = Reranker(MODEL, method, device="cpu", precision=precision)
+    found = {"seconds": time.process_time(), "own_mb": own_bytes() / 1e6}  # since the process's start
+    ready.score("a query", varied(s, 32))
+    return found | {"peak_mb": peak_memory_mb() * 1.048576}
+
+
+def beir(folder: Path, documents: dict[str, str], queries: dict[str, str]) -> None:
+    """A collection in which each query has one judged document."""
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, texts in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"_id": i, "text": text}) + "\n" for i, text in texts.items()))
+    judged = zip(queries, cycle(documents))
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{d}\t1\n" for q, d in judged))
+
+
+def collect(s: Settings) -> Json:
+    """Writes what `driver` reads, in another process, so that its memory is its own."""
+    size, asks = s.size(100_000, 4000), s.size(2500, 100)
+    place, drawn, base = s.folder("driver", new=True), random.Random(0), list(load_dataset(s.dataset).queries.values())
+    documents = {f"doc-{n:09d}": text for n, text in enumerate(varied(s, size))}
+    queries = {f"q{n:07d}": f"{n} {base[n % len(base)]}" for n in range(asks)}
+    for name, part in (("documents", size), ("few", size // 5)):
+        beir(place / name, dict(islice(documents.items(), part)), dict(islice(queries.items(), 1)))
+    beir(place / "queries", dict(islice(documents.items(), 100)), queries)
+    rows = [(q, d, TOP_K - k) for q in queries for k, d in enumerate(drawn.sample(list(documents), TOP_K))]
+    (place / "run.trec").write_text("".join(f"{q} Q0 {d} {TOP_K + 1 - score} {score} x\n" for q, d, score in rows))
+    pd.DataFrame(rows, columns=["query", "document", "score"]).to_parquet(place / "run.parquet")
+    return {}
+
+
+def driver(s: Settings) -> Json:
+    """[seconds, bytes that stay, bytes at the peak] a document or a query of each step that the driver alone does."""
+    import pyarrow.parquet  # noqa: F401, before memory is looked at
+
+    place, found, kept = s.folder("driver"), dict[str, Any](), list[Any]()
+
+    def step(name: str, units: int, work: Callable[[], Any]) -> Any:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps let go of would hide what this one takes
+        before = own_bytes()
+        with bench_scale.watched() as peak:
+            start = time.process_time()
+            kept.append(work())
+            seconds = time.process_time() - start
+        held = max(0, own_bytes() - before)
+        found[name] = [seconds / units, held / units, max(held, 1_024_000 * peak[0] - before) / units]
+        return kept[-1]
+
+    def loaded(name: str) -> Any:
+        return load_dataset(str(place / name), corpus=Corpus(Store(s.folder(f"driver/store-{name}", new=True)))).corpus
+
+    def candidates_of(name: str) -> Candidates:
+        return make_candidates(f"run:{place / name}", data, TOP_K, search=lambda *asked: [], drop_identical=False, progress=lambda rows, title: rows)
+
+    few, corpus = (step(name, 1, partial(loaded, name)) for name in ("few", "documents"))
+    more = len(corpus) - len(few)  # between them, since a corpus holds texts until they fill a file
+    seconds, stays, _ = ((after - before) / more for before, after in zip(found.pop("few"), found.pop("documents")))
+    found["load"] = [seconds, stays, stays]
+    asks = sum(1 for _ in (place / "queries/queries.jsonl").open())
+    data = replace(step("queries", asks, lambda: load_dataset(str(place / "queries"))), corpus=corpus)
+    step("candidates, Parquet", asks, lambda: candidates_of("run.parquet"))
+    kept.pop()
+    candidates = step("candidates", asks, lambda: candidates_of("run.trec"))
+
+    def plan() -> Any:  # as eval._encode_candidates and OnRay._plan do
+        return corpus.distinct(corpus.positions(list({d: None for ranked in candidates.run.values() for d in ranked.documents})))
+
+    distinct = len(step("plan", 1, plan))
+    found["plan"] = [value / distinct for value in found["plan"]]
+    queries = asked(data, candidates)
+    step("calls", asks, lambda: [(q, corpus.positions(q.candidates.documents)) for q in queries])
+    journal = Journal(s.folder("driver/out", new=True), resume=False, overwrite=True)
+    journal.begin({})
+
+    def records() -> list[Json]:  # as they come from workers
+        gathered: list[Json] = []
+        for start in range(0, asks, QUERIES):
+            for one in pickle.loads(pickle.dumps([record(q) for q in queries[start : start + QUERIES]])):
+                journal.append("fast", one)
+                gathered.append(one)
+        return gathered
+
+    ranked = step("records", asks, records)
+    about = {"config": {"measures": list(DEFAULT), "baseline": "fast", "seed": 0}, "models": {"model": MODEL, "model_cross": None}}
+    cold: Json = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": ""}
+    parts = {name: {"records": ranked, "token_limit": 254, "cold": cold} for name in ("fast", "best")}
+
+    def summary(size: int) -> Any:
+        own = {name: part | {"records": ranked[:size]} for name, part in parts.items()}
+        few = replace(candidates, run=dict(islice(candidates.run.items(), size)))
+        return results.summarize(about, replace(data, qrels=dict(islice(data.qrels.items(), size))), few, {name: make_method(name) for name in own}, own)
+
+    summary(20)  # loads what it needs
+    step("summary", 2 * asks, lambda: summary(asks))
+    return found | {"journal_bytes": (journal.partial / "fast.jsonl").stat().st_size / asks}
+
+
+def record(query: Asked) -> Json:
+    """A line of the journal with everything that rows._record puts there."""
+    size, numbers = len(query.candidates.documents), np.random.default_rng(0).standard_normal(len(query.candidates.documents))
+    return {
+        "query": query.id, "documents": [str(d) for d in reversed(query.candidates.documents)], "scores": numbers.astype(np.float32).tolist(), "relevance": numbers.tolist(),
+        "candidates": size, "seconds": 0.0123456789, "phases": {"encode": 0.0123456789, "tokenise": 0.0012345678, "score": 0.0123456789, "rank": 0.001234567},
+        "flops": 10**9, "flops_new": 10**12, "truncated": 40, "peak_rss_mb": 1234.5678,
+    }  # fmt: skip
+
+
+def tiny(s: Settings, files: str, each: str) -> Json:
+    """Shards of hardly anything but keys."""
+    place, size = s.folder(f"tiny-{files}-{each}/vectors/tiny", new=True), int(each)
+    empty = torch.zeros(size, 0, dtype=torch.float16)
+    vectors = Vectors(torch.zeros(size, 1), torch.ones(size, dtype=torch.int64), torch.arange(size + 1), empty, empty)
+    for n in range(int(files)):
+        shards.write(place, [text_key(f"{n} {i}", 1) for i in range(size)], vectors, Detail.TOKENS)
+    return {}
+
+
+def index(s: Settings, files: str, each: str) -> Json:
+    """What opening so many shards, listing their folder and mapping them all costs."""
+    size, place = int(files), s.folder(f"tiny-{files}-{each}")
+    cache, seconds, held = opened("tiny", place)
+    listed = [spent(partial(shards.shards, place / shards.VECTORS / "tiny"))[0] for _ in range(3)]
+    before, maps = own_bytes(), Path("/proc/self/maps").read_text().count("\n")
+    mapped = next((n for n in range(size) if not cache.has(text_key(f"{n} 0", 1), Detail.TOKENS)), size)
+    grown = own_bytes() - before
+    del cache  # a process at its limit can hardly allocate
+    return {
+        "files": size, "documents": size * int(each), "seconds": seconds, "bytes": held, "list_seconds": median(listed), "mapped": mapped,
+        "map_bytes": grown, "limit": int(Path("/proc/sys/vm/max_map_count").read_text()), "maps_before": maps,
+    }  # fmt: skip
+
+
+def make(s: Settings, documents: str) -> Json:
+    """What `made` looks at."""
+    bench_scale.filled(s.folder(f"made-{documents}"), int(documents))
+    return {}
+
+
+def made(s: Settings, documents: str) -> Json:
+    """Opening made vectors, and reranking 100 of them: shards new to the process, seen before, and gone from memory."""
+    count, place, first = int(documents), s.folder(f"made-{documents}"), list[float]()
+    cache, seconds, held = opened(bench_scale.KEY, place)
+    drawn = [bench_scale.key(n) for n in random.Random(0).sample(range(count), TOP_K)]
+    for _ in range(4):
+        cache, read = VectorCache(bench_scale.KEY, place, disk_bytes=1 << 60), told("io", "rchar")
+        evicted(place)
+        first.append(spent(lambda: all(cache.has(key, Detail.TOKENS) for key in drawn))[0])  # noqa: B023
+        read = told("io", "rchar") - read
+    evicted(place)
+    query, cold = bench_scale.made(2**31, 2**31 + 2), told("io", "read_bytes")
+    query = replace(query.row(0), tokens=query.tokens[: bench_scale.QUERY], offsets=torch.tensor([0, bench_scale.QUERY]))
+
+    def again() -> Any:
+        return bench_scale.attended(query, cache.gather(drawn, Detail.TOKENS), 0)
+
+    again()
+    cold = told("io", "read_bytes") - cold
+    warm = median([spent(again)[0] for _ in range(8)][1:])
+    files = len(list(place.rglob("*.safetensors")))
+    return {
+        "documents": count, "files": files, "file_bytes": stored(place) / files, "seconds": seconds, "bytes": held,
+        "first_seconds": median(first[1:]), "first_bytes": read, "warm_seconds": warm, "cold_bytes": cold / TOP_K,
+    }  # fmt: skip
+
+
+def encoded(s: Settings, documents: str, precision: str, detail: str) -> Json:
+    """A run to check the model by: so many documents into an empty cache."""
+    count, place, loaded = int(documents), s.folder("encoded", new=True), models(precision)
+    ready = Reranker(**loaded, method="standard", cache_dir=place, cache_bytes=1 << 60, max_tokens_per_doc=CHECK_TOKENS)
+    own, encoder = varied(s, count), loaded["model"]
+    tokens = sum(len(t) - encoder.specials for t in encoder.tokenize(own, "document", CHECK_TOKENS))
+    ready.without_cache().encode(own[:4], detail=Detail[detail])  # warms up
+    cpu, wall = spent(lambda: ready.encode(own, detail=Detail[detail]))
+    return {"documents": count, "tokens": tokens / count, "seconds": cpu, "wall": wall, "bytes": stored(place)}
+
+
+def ray(s: Settings, workers: str) -> Json:
+    """Wall seconds of the whole command over new documents, and again over the same; with states, whose chunks are small enough to be divided."""
+    size, folder, data = s.size(1000, 100), s.folder(f"ray-{workers}", new=True), load_dataset(s.dataset)
+    place = folder / "data"
+    beir(place, dict(islice(data.corpus.items(), size)), dict(islice(data.queries.items(), QUERIES)))
+    command = [sys.executable, "-m", "rerank_lab.eval", "--dataset", str(place), "--methods", "standard", "--max-tokens-per-doc", str(RAY_TOKENS)]
+    command += ["--cold-queries", "0", "--no-kernel-check", "--cache", str(folder / "cache"), "--out", str(folder / "out"), "--overwrite"]
+    command += ["--executor", "ray", "--address", "local", "--workers", workers, "--resources", "CPU=1"]
+    taken = [spent(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))[1] for _ in range(2)]
+    return {"documents": size, "new": taken[0], "seen": taken[1]}
+
+
+WORK: dict[str, Callable[..., Json]] = {
+    "texts": texts, "encode": encode, "rank": rank_seconds, "actor": actor, "collect": collect, "driver": driver, "tiny": tiny, "index": index, "make": make, "made": made,
+    "encoded": encoded, "ray": ray,
+}  # fmt: skip
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1].split()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # of shards that `index` cannot map any more, and of quantisation
+    if name != "ray" and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    print(json.dumps(WORK[name](Settings(**json.loads(sys.argv[2])), *arguments)))
+
+
+if __name__ == "__main__":
+    main()
