@@ -33,16 +33,19 @@ from rerank_lab.datasets import load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import Detail
-from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.runtimes import choose
 from rerank_lab.options import count, positive
 from rerank_lab.options import parser as eval_options
 from rerank_lab.run import write_atomically
-from scale_measure import CHECK_TOKENS, LIMITS, MADE_TOKENS, METHODS, RAY_TOKENS, RUNTIME, TINY, TOP_K, Json, Settings
+from scale_measure import CHECK_TOKENS, LIMITS, MADE_TOKENS, RAY_TOKENS, RUNTIME, TINY
 from scale_model import (
+    METHODS,
+    TOP_K,
     Case,
     Figures,
+    Json,
     Line,
+    Settings,
     bottleneck,
     checks,
     driver_bytes,
@@ -69,33 +72,30 @@ NEED = 20e9  # bytes of disk for a million made documents, and what is encoded b
 FORMULAS = """\
 d documents, q queries of 100 candidates, w workers, n = min(w, workers a node), F = ⌈d / chunk⌉ shards of S bytes (chunk: 512, of states 64)
 T = F (1 − (1 − 1/F)^(100 q / w))     shards that one worker meets, its candidates anywhere
-O = touched files of texts a call of 16 queries / 16, likewise, a file holding 16,384 texts or 32 MiB
+O = touched files of texts a call of 16 queries / 16, likewise, of P that hold 16,384 texts or 32 MiB each
+M = min(32,768, max(T, F / w))        shards mapped at once, a setting; to map one again costs no reading and is left out
 
 driver           d (load + plan) + q (queries + candidates + calls + records + summary)
 start            2 processes + F · open a file + d · open a document
 encode           d (fixed + tokens · a token) / w
-listing          F² / 2 · list a file / w                                       after every chunk
+listing          max(1, min(F, 100) / w) · F / 2 · list a file                  once a hundredth of --cache-gb, which holds all
 rank             q (fixed + 100 · a pair) / w
-texts            q (100 · a text + O · open texts) / w
+texts            q · 100 · a text / w + min(P, q · O / w) · open texts
 checksums        T · S · check a byte                                           a shard new to a process is read whole
 network, encode  d (a text + its vectors) · n / w / bandwidth
 network, rank    n (T · S + (100 q / w − T) · a pair's bytes + 100 q / w · a text) / bandwidth       memory keeps none of it
-a worker         process + F · open a file + d · open a document + T · a mapped shard                bytes
-driver's memory  d · load + q (queries + candidates + calls + records) + max(d · plan, q · summary)  bytes
-files mapped     max(T, F / w)                                                  an encoder maps what it writes"""
+a worker         process + F · open a file + d · open a document + M · a mapped shard                bytes
+driver's memory  d · load + q (queries + candidates + calls + records) + max(d · plan, q · summary)  bytes"""
 ANSWER = """\
-1. **Time**, fp32, from texts to results: `fast` {fast_1} on 1 worker and {fast_64} on 64, `best` {best_1} and {best_64}, `standard` {standard_1} and {standard_64}, did none of the limits below end it (extrapolated). Scoring is the least of it: {scoring} of `best` on 64 (extrapolated).
-2. **The first limit is no time.** A process maps each shard that it meets, {maps} at most (measured): enough for {maps_tokens} documents with `fast` and `best`, {maps_states} with the others (extrapolated). Past that it cannot read its shards, and encodes their texts anew.
-3. **Then memory.** Each worker holds the key of every document, {worker} with its models, and {on_a_node} workers of a node {node} (extrapolated). {node_gb} GB (assumed) would do for {node_documents} documents (extrapolated). The driver takes {driver} (extrapolated).
-4. **Then the cache folder.** It is listed after every chunk, which is {chunk} documents with states (a setting): {listing} of each of 64 workers, beside {encoding} of encoding (extrapolated).
-5. **Then reading.** A shard that is new to a process is read whole for its checksum: 64 workers read {read} for `best`, whose vectors are {vectors} (extrapolated). Runs took {least:.2f} to {most:.2f} times what the model says of them (measured)."""
+1. **Time**, fp32, from texts to results: `fast` {fast_1} on 1 worker and {fast_64} on 64, `best` {best_1} and {best_64}, `standard` {standard_1} and {standard_64}, if memory and disk allow (extrapolated). Scoring is the least of it: {scoring} of `best` on 64 (extrapolated).
+2. **The first limit is memory.** Each worker holds the key of every document, {worker} with its models, and {on_a_node} workers of a node {node} (extrapolated). {node_gb} GB (assumed) would do for {node_documents} documents (extrapolated). The driver takes {driver} (extrapolated).
+3. **Then disk.** `fast` and `best` keep {vectors} of vectors, the others {states} (extrapolated).
+4. **Then reading.** A shard that is new to a process is read whole for its checksum: 64 workers read {read} for `best`, whose vectors are {vectors} (extrapolated). Runs took {least:.2f} to {most:.2f} times what the model says of them (measured)."""
 REMEDIES = """\
-- *Files mapped.* `sysctl vm.max_map_count` above the number of shards, {shards} with states (extrapolated), on every node. The cure would be larger chunks.
+- *Files.* {shards} shards with states (extrapolated). A process keeps 32,768 of them mapped (a setting), of {maps} that the system lets it (measured). Larger chunks would make fewer.
 - *Key index.* Fewer and larger workers share one (`--resources CPU=8`; how well threads use cores is not measured here). Or split the collection: a run and a cache for each part. Sorted on disk and mapped by all, the bare keys would be {keys} a node (extrapolated).
 - *Driver.* It holds the candidates, calls and records of all queries, and resamples all at the end. Nobody has judged {queries} queries (assumed): evaluate a sample, for intervals narrow with the root of its size.
-- *Listing.* The cure would be larger chunks, or a look at the folder once in many of them.
 - *Checksums and network.* Were each shard read by one worker alone, `standard` would read {states} and not {standard_read} (extrapolated): let one worker have the queries whose candidates lie together. The cure would be a checksum a block, or one check a node.
-- *Texts.* Every call of 16 queries (a setting) opens its candidates' files anew: {texts} of each of 64 workers (extrapolated). The cure would be to keep them open.
 - *Disk.* `--max-tokens-per-doc 128` makes states {states_128} instead of {states} (extrapolated). `--cache-gb` must hold all: its default of {cache_gb:g} GB (a setting) drops vectors past {cache_documents} documents with tokens (extrapolated).
 - *bf16.* Reranking gains what the table says. `eval --precision bf16` encodes and ranks in fp32 too, to say what changed: its cost is the sum of both rows."""
 TIMES = """\
@@ -103,7 +103,7 @@ Of one worker; *bytes* of all workers over the network, *network* the time of th
 CHECKED = """\
 Encoded at {tokens} tokens a document at most, made with {made} random token vectors each, so that it takes minutes (settings); wall time of encoding was {least:.1f} to {most:.1f} times its CPU time (measured). Where pages had left memory, the disk's read-ahead made a pair read {cold} documents (measured); the model counts what a pair wants."""
 ON_RAY = """\
-`eval --executor ray --address local`, `standard`, {one[documents]:,} documents of {tokens} tokens at most (settings); wall time with documents new, and seen: {one[new]:.0f} and {one[seen]:.0f} s with 1 worker, {two[new]:.0f} and {two[seen]:.0f} s with 2 (measured). That leaves {left_1:.0f} and {left_2:.0f} s to encode (measured): two workers were {faster:.2f} times as fast (measured). Two cores, which driver, Ray and others on the machine used too, show that both work and what a run costs at least; they do not show how many workers, many nodes or a folder over a network do."""
+On Ray, `eval --executor ray --address local --methods standard`, documents of {tokens} tokens at most (settings), 1 worker encoded for {one} s, 2 for {two} s (measured, CPU time, each from its start); the whole command took {wall_1:.0f} and {wall_2:.0f} s of wall time (measured). So work is divided; how wall time falls with workers two cores cannot show that driver, Ray and others used too, and nothing here shows many workers, many nodes or a folder over a network."""
 ASSUMED = """\
 - {link}; the shared folder is as fast as all nodes together; opening a file takes as long as on the disk here, a network's latency left out (assumed).
 - Documents and queries are like {dataset}'s; every document is some query's candidate, and candidates fall on documents at random (assumed). A worker's memory keeps no page of them (assumed).
@@ -175,11 +175,9 @@ def facts(f: Figures, case: Case, found: Json, about: Json) -> Json:
     ratios = [was / said for _, said, was, _ in checks(f, found)]
     cache_gb = float(eval_options().get_default("cache_gb"))
     return about | totals | {
-        "scoring": duration(times(f, best)["rank"]), "texts": duration(times(f, best)["texts"]), "maps": f"{f.maps:,}", "chunk": CHUNK[Detail.STATES],
-        "maps_tokens": whole(f.maps * CHUNK[Detail.TOKENS]), "maps_states": whole(f.maps * CHUNK[Detail.STATES]), "worker": size(worker_bytes(f, best)),
+        "scoring": duration(times(f, best)["rank"]), "maps": f"{f.maps:,}", "worker": size(worker_bytes(f, best)),
         "on_a_node": best.on_a_node, "node": size(best.on_a_node * worker_bytes(f, best)), "node_gb": f"{case.node_gb:g}",
-        "node_documents": whole(holds(f, best, "memory of a node")), "driver": size(driver_bytes(f, best)), "listing": duration(times(f, standard)["listing"]),
-        "encoding": duration(times(f, standard)["encode"]), "read": size(network(f, best)[1]), "vectors": size(store_bytes(f, d, Detail.TOKENS)),
+        "node_documents": whole(holds(f, best, "memory of a node")), "driver": size(driver_bytes(f, best)), "read": size(network(f, best)[1]), "vectors": size(store_bytes(f, d, Detail.TOKENS)),
         "least": min(ratios), "most": max(ratios), "shards": f"{files(d, Detail.STATES):,}", "keys": size(16 * d), "queries": f"{case.queries:,}",
         "states": size(store_bytes(f, d, Detail.STATES)), "standard_read": size(network(f, standard)[1]), "states_128": size(d * f.vectors[Detail.STATES].at(min(128, f.tokens))),
         "cache_gb": cache_gb, "cache_documents": whole(cache_gb * 1e9 / f.vectors[Detail.TOKENS].at(f.tokens)),
@@ -221,9 +219,8 @@ def checked(f: Figures, found: Json) -> str:
     parts = [table(["", "predicted (extrapolated)", "measured", "measured / predicted (measured)"], rows)]
     parts.append(CHECKED.format(tokens=CHECK_TOKENS, made=MADE_TOKENS, least=min(wall), most=max(wall), cold=cold))
     if len(runs := of(found, "ray")) > 1:
-        one, two = runs["1"], runs["2"]
-        first, second = one["new"] - one["seen"], two["new"] - two["seen"]
-        parts.append(ON_RAY.format(one=one, two=two, tokens=RAY_TOKENS, left_1=first, left_2=second, faster=first / second))
+        one, two = (" and ".join(f"{seconds:.0f}" for seconds in run["encoders"]) for run in runs.values())
+        parts.append(ON_RAY.format(one=one, two=two, tokens=RAY_TOKENS, wall_1=runs["1"]["wall"], wall_2=runs["2"]["wall"]))
     return "\n\n".join(parts)
 
 

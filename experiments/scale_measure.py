@@ -14,12 +14,12 @@ import logging
 import os
 import pickle
 import random
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -49,42 +49,14 @@ from rerank_lab.rows import Asked, asked, rank
 from rerank_lab.run import Ranked
 from rerank_lab.timing import peak_memory_mb
 from rerank_lab.worker import chosen
+from scale_model import METHODS, TOP_K, Json, Settings
 
-MODEL, CROSS, TOP_K = "all-MiniLM-L6-v2", "minilm-cross", 100
-METHODS = {"fast": Detail.POOLED, "best": Detail.TOKENS, "standard": Detail.STATES, "optimal": Detail.STATES, "best+cross": Detail.STATES}
+MODEL, CROSS = "all-MiniLM-L6-v2", "minilm-cross"
 RUNTIME = {"int8": "onnx"}  # torch.compile's int8 compiles for minutes before it encodes
 LIMITS = (64, 128, 512)  # tokens kept of a document; the model's own limit is below the last
 CHECK_TOKENS, RAY_TOKENS, MADE_TOKENS = 64, 128, 24
 TINY = ((16, 8192), (2000, 2), (66_000, 2))  # files, documents in each: what a document, a file and too many files cost
-Json = dict[str, Any]
 bench_scale.TOKENS = MADE_TOKENS  # a million of its 50 would take 14 GB
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What figures depend on besides the machine.
-
-    Attributes:
-        work: where files are kept.
-        dataset: as load_dataset takes it.
-        largest: made documents.
-        quick: a fraction of each size.
-    """
-
-    work: str
-    dataset: str
-    largest: int
-    quick: bool
-
-    def size(self, wanted: int, least: int = 2) -> int:
-        return max(least, wanted // 25) if self.quick else wanted
-
-    def folder(self, name: str, *, new: bool = False) -> Path:
-        path = Path(self.work) / name
-        if new:
-            shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True, exist_ok=True)
-        return path
 
 
 def spent(work: Callable[[], Any]) -> tuple[float, float]:
@@ -369,15 +341,39 @@ def encoded(s: Settings, documents: str, precision: str, detail: str) -> Json:
 
 
 def ray(s: Settings, workers: str) -> Json:
-    """Wall seconds of the whole command over new documents, and again over the same; with states, whose chunks are small enough to be divided."""
-    size, folder, data = s.size(1000, 100), s.folder(f"ray-{workers}", new=True), load_dataset(s.dataset)
-    place = folder / "data"
-    beir(place, dict(islice(data.corpus.items(), size)), dict(islice(data.queries.items(), QUERIES)))
-    command = [sys.executable, "-m", "rerank_lab.eval", "--dataset", str(place), "--methods", "standard", "--max-tokens-per-doc", str(RAY_TOKENS)]
-    command += ["--cold-queries", "0", "--no-kernel-check", "--cache", str(folder / "cache"), "--out", str(folder / "out"), "--overwrite"]
+    """The whole command over new documents: its wall time, and what each worker that encodes spends; with states, whose chunks are small enough to be divided."""
+    size, folder, data, spends = s.size(1000, 100), s.folder(f"ray-{workers}", new=True), load_dataset(s.dataset), dict[int, float]()
+    beir(folder / "data", dict(islice(data.corpus.items(), size)), dict(islice(data.queries.items(), QUERIES)))
+    command = [sys.executable, "-m", "rerank_lab.eval", "--dataset", str(folder / "data"), "--methods", "standard", "--max-tokens-per-doc", str(RAY_TOKENS)]
+    command += ["--cold-queries", "0", "--no-kernel-check", "--cache", str(folder / "cache"), "--out", str(folder / "out")]
     command += ["--executor", "ray", "--address", "local", "--workers", workers, "--resources", "CPU=1"]
-    taken = [spent(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))[1] for _ in range(2)]
-    return {"documents": size, "new": taken[0], "seen": taken[1]}
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+        while child.poll() is None:
+            spends |= encoders(child.pid)
+            time.sleep(0.1)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    found = [shards.read(path) for path in (folder / "cache" / shards.VECTORS).rglob("*.safetensors")]
+    tokens = sum(int(vectors.offsets[-1]) for vectors in found if vectors is not None)
+    return {"documents": size, "tokens": tokens / size, "wall": time.perf_counter() - start, "encoders": sorted(spends.values())}
+
+
+def encoders(parent: int) -> dict[int, float]:
+    """CPU seconds of the processes below another in which Ray Data encodes."""
+    rows: dict[int, tuple[str, int, float]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            head, _, tail = path.read_text().rpartition(")")
+            told, (number, _, name) = tail.split(), head.partition(" (")
+            rows[int(number)] = name, int(told[1]), (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+
+    def below(number: int) -> bool:
+        while number in rows and number != parent:
+            number = rows[number][1]
+        return number == parent
+
+    return {number: seconds for number, (name, _, seconds) in rows.items() if name.startswith("ray::MapWorker") and below(number)}
 
 
 WORK: dict[str, Callable[..., Json]] = {

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rerank_lab.corpus import PART
 from rerank_lab.models.bi_encoder import Detail
-from rerank_lab.models.cache import CHUNK
+from rerank_lab.models.cache import CHUNK, LOOK, MAPS
 from rerank_lab.on_ray import QUERIES
-from scale_measure import METHODS, TOP_K, Json
 
+TOP_K = 100
+METHODS = {"fast": Detail.POOLED, "best": Detail.TOKENS, "standard": Detail.STATES, "optimal": Detail.STATES, "best+cross": Detail.STATES}
 STEPS = ("load", "plan", "queries", "candidates", "calls", "records", "summary")  # of the driver, the first two a document
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What figures depend on besides the machine.
+
+    Attributes:
+        work: where files are kept.
+        dataset: as load_dataset takes it.
+        largest: made documents.
+        quick: a fraction of each size.
+    """
+
+    work: str
+    dataset: str
+    largest: int
+    quick: bool
+
+    def size(self, wanted: int, least: int = 2) -> int:
+        return max(least, wanted // 25) if self.quick else wanted
+
+    def folder(self, name: str, *, new: bool = False) -> Path:
+        path = Path(self.work) / name
+        if new:
+            shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
 
 
 class Line(NamedTuple):
@@ -137,8 +169,12 @@ def rank_bytes(f: Figures, case: Case) -> float:
 
 def text_opens(f: Figures, documents: int) -> float:
     """Files of texts that a query's share of a call opens."""
-    parts = -(-documents // int(min(PART[0], PART[1] / f.text_bytes)))
-    return touched(parts, QUERIES * TOP_K) / QUERIES
+    return touched(text_parts(f, documents), QUERIES * TOP_K) / QUERIES
+
+
+def text_parts(f: Figures, documents: int) -> int:
+    """Files of so many texts."""
+    return -(-documents // int(min(PART[0], PART[1] / f.text_bytes)))
 
 
 def network(f: Figures, case: Case) -> tuple[float, float]:
@@ -158,19 +194,24 @@ def times(f: Figures, case: Case) -> dict[str, float]:
         "driver": sum(f.driver[step].seconds * (d if step in STEPS[:2] else q) for step in f.driver),
         "start": 2 * _actor(f, case).seconds + shards * f.open_seconds.fixed + d * f.open_seconds.slope,
         "encode": d * f.encode[case.precision][detail].at(f.tokens) / w,
-        "listing": shards * shards / 2 * f.list_seconds / w,
+        "listing": max(1.0, min(shards, 1 / LOOK) / w) * shards / 2 * f.list_seconds,
         "rank": q * line.at(TOP_K) / w,
-        "texts": q * (TOP_K * f.text_seconds + text_opens(f, d) * f.text_open) / w,
+        "texts": q * TOP_K * f.text_seconds / w + min(text_parts(f, d), q * text_opens(f, d) / w) * f.text_open,
         "checksums": new * f.check_seconds,
         "network, encode": one * share / link,
         "network, rank": other * share / link,
     }
 
 
+def mapped(f: Figures, case: Case) -> float:
+    """Shards that a process has mapped at once; an encoder maps what it writes."""
+    return min(MAPS, max(shards_touched(f, case), files(case.documents, case.detail) / case.workers))
+
+
 def worker_bytes(f: Figures, case: Case) -> float:
     """Own memory of a process that ranks: models, key index, shards mapped."""
     shards = files(case.documents, case.detail)
-    return _actor(f, case).peak + shards * f.open_bytes.fixed + case.documents * f.open_bytes.slope + shards_touched(f, case) * f.map_bytes
+    return _actor(f, case).peak + shards * f.open_bytes.fixed + case.documents * f.open_bytes.slope + mapped(f, case) * f.map_bytes
 
 
 def driver_bytes(f: Figures, case: Case) -> float:
@@ -184,7 +225,7 @@ def strain(f: Figures, case: Case) -> dict[str, float]:
     """What is wanted over what there is: past 1 it does not fit."""
     memory = case.node_gb * 1e9
     return {
-        "files mapped": max(shards_touched(f, case), files(case.documents, case.detail) / case.workers) / f.maps,  # an encoder maps what it writes
+        "files mapped": mapped(f, case) / f.maps,
         "memory of a node": case.on_a_node * worker_bytes(f, case) / memory,
         "memory of the driver": driver_bytes(f, case) / memory,
     }
@@ -269,6 +310,9 @@ def checks(f: Figures, found: Json) -> list[tuple[str, float, float, str]]:
         rows.append((f"{what}, shards of {TOP_K} read for the first time", new, run["first_bytes"], "B"))
         rows.append((f"{what}, the same", new * f.check_seconds, run["first_seconds"], "s"))
         rows.append((f"{what}, {TOP_K} reranked, seen before", TOP_K * f.made_pair, run["warm_seconds"], "s"))
+    for workers, run in of(found, "ray").items():
+        each = f.actor["fp32"]["standard"].seconds + run["documents"] * f.encode["fp32"][Detail.STATES].at(run["tokens"]) / int(workers)
+        rows.append((f"{run['documents']:,} documents, STATES, the busiest of {workers} Ray workers", each, max(run["encoders"]), "s"))
     _, many, crowd = sorted(of(found, "index").values(), key=lambda row: int(row["files"]))
     index(f"{crowd['files']:,} shards", crowd)
     rows.append((f"{many['files']:,} shards listed", many["files"] * f.list_seconds, many["list_seconds"], "s"))

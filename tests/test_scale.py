@@ -50,23 +50,18 @@ def made(documents: int, files: int) -> dict[str, Any]:
 FOUND: dict[str, Any] = {
     "texts": {"tokens": 200.0, "pairs": 1600, "parts": [{"opened": 1, "seconds": 0.0081, "bytes": 1000.0}, {"opened": 101, "seconds": 0.0181, "bytes": 1010.0}]},
     "encode fp32": encoding(1e-4), "encode bf16": encoding(5e-5),
-    **{f"rank {p}": {m: [[25, 0.0075 * k], [100, 0.015 * k]] for k, m in enumerate(scale_measure.METHODS, 1)} for p in ("fp32", "bf16")},
+    **{f"rank {p}": {m: [[25, 0.0075 * k], [100, 0.015 * k]] for k, m in enumerate(model.METHODS, 1)} for p in ("fp32", "bf16")},
     **{f"actor {p} {m}": {"seconds": 5.0, "own_mb": 400.0, "peak_mb": 800.0} for p in ("fp32", "bf16") for m in ("best", "standard")},
     "driver": {step: [1e-5 * n, 100.0 * n, 150.0 * n] for n, step in enumerate((*model.STEPS, "candidates, Parquet"), 1)} | {"journal_bytes": 6000.0},
     "index 16 8192": index(16, 8192, 16), "index 2000 2": index(2000, 2, 2000), "index 66000 2": index(66_000, 2, 65_000),
     "made 4096": made(4096, 1), "made 1000000": made(1_000_000, 245),
     "encoded 1000 bf16 TOKENS": {"documents": 1000, "tokens": 64.0, "seconds": 6.0, "wall": 9.0, "bytes": 18_384_000, "files": 2},
-    "ray 1": {"documents": 1000, "new": 80.0, "seen": 40.0}, "ray 2": {"documents": 1000, "new": 65.0, "seen": 41.0},
+    "ray 1": {"documents": 1000, "tokens": 100.0, "wall": 60.0, "encoders": [26.0]},
+    "ray 2": {"documents": 1000, "tokens": 100.0, "wall": 50.0, "encoders": [14.0, 15.5]},
 }  # fmt: skip
 F = model.figures(FOUND)
 CASE = Case(documents=1024, queries=32, workers=2, method="best", precision="fp32", workers_a_node=8, gbits=8.0, node_gb=10.0)
-ALL = [
-    replace(CASE, method=m, precision=p, documents=d, queries=q)
-    for m in scale_measure.METHODS
-    for p in ("fp32", "bf16")
-    for d in (100, 10**8)
-    for q in (1, 10**6)
-]
+ALL = [replace(CASE, method=m, precision=p, documents=d, queries=q) for m in model.METHODS for p in ("fp32", "bf16") for d in (100, 10**8) for q in (1, 10**6)]
 
 
 def test_the_figures_are_what_was_measured() -> None:
@@ -103,10 +98,10 @@ def test_memory_and_limits_are_those_of_the_formulas() -> None:
     assert model.worker_bytes(F, CASE) == pytest.approx(800e6 + 2 * 1000 + 1024 * 200 + 2 * 5000, rel=1e-6)
     assert model.driver_bytes(F, CASE) == pytest.approx(1024 * 100 + 32 * 100 * (3 + 4 + 5 + 6) + max(1024 * 300, 32 * 1050))
     whole = replace(CASE, documents=10**8, queries=10**6, method="standard")
-    assert model.files(10**8, Detail.STATES) == 1_562_500 and model.strain(F, whole)["files mapped"] == pytest.approx(1_562_500 / 65_000)
-    assert model.strain(F, replace(whole, queries=1))["files mapped"] == pytest.approx(1_562_500 / 2 / 65_000), "who encodes maps what it writes"
+    assert model.files(10**8, Detail.STATES) == 1_562_500 and model.mapped(F, whole) == 32_768, "the rest was let go"
+    assert model.mapped(F, replace(whole, documents=64 * 1000, queries=1)) == 500, "who encodes maps what it writes"
+    assert model.times(F, replace(whole, workers=64))["listing"] == pytest.approx(100 / 64 * 1_562_500 / 2 * 1e-5), "once a hundredth"
     assert model.strain(F, whole)["memory of a node"] == pytest.approx(2 * model.worker_bytes(F, whole) / 10e9)
-    assert model.holds(F, whole, "files mapped") == pytest.approx(65_000 * 64, rel=0.01)
     assert model.pair_bytes(F, "optimal") == (model.pair_bytes(F, "standard") + model.pair_bytes(F, "fast")) / 2 == (2000 + 200 * 4864 + 2000) / 2
 
 
@@ -186,17 +181,15 @@ def test_every_number_of_the_report_is_called_what_it_is() -> None:
 def test_the_report_shows_what_the_model_says() -> None:
     text = page()
     rows = {tuple(line.strip("| ").split(" | ")[:2]): line for line in text.splitlines() if line.startswith("|")}
-    for method in scale_measure.METHODS:
+    for method in model.METHODS:
         for precision in ("fp32", "bf16"):
             for workers in (1, 8, 64):
                 case = replace(CASE, documents=10**8, queries=10**6, node_gb=256, method=method, precision=precision, workers=workers)
                 row = rows[f"{method}, {precision}", str(workers)]
                 assert script.duration(model.times(F, case)["encode"]) in row and model.bottleneck(F, case)[1] in row
     assert "| 1,000 documents encoded, bf16, TOKENS | 5.2 s | 6 s | 1.15 |" in text, "1,000 documents of 64 tokens at 2 ms and 50 µs a token"
-    assert (
-        "leaves 40 and 24 s to encode (measured): two workers were 1.67 times as fast" in text
-        and "65,000 at most (measured): enough for 33 million documents" in text
-    )
+    assert "| 1,000 documents, STATES, the busiest of 2 Ray workers | 15.5 s | 15.5 s | 1.00 |" in text, "5 s to start, half of 1,000 documents at 21 ms"
+    assert "2 for 14 and 16 s (measured" in text and "of 65,000 that the system lets it (measured)" in text
     assert "nan" not in text and "{" not in text and str(Path.home()) not in text
 
 
@@ -245,7 +238,7 @@ def test_a_disk_that_is_too_small_is_refused(
 
 
 def test_sections_measure(tmp_path: Path) -> None:
-    s = scale_measure.Settings(str(tmp_path), "numpydoc", 10_000, True)
+    s = model.Settings(str(tmp_path), "numpydoc", 10_000, True)
     scale_measure.tiny(s, "3", "4")
     found = scale_measure.index(s, "3", "4")
     assert (found["files"], found["documents"], found["mapped"]) == (3, 12, 3) and min(found["seconds"], found["list_seconds"], found["limit"]) > 0
