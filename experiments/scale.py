@@ -85,16 +85,17 @@ checksums        T · S · check a byte                                         
 network, encode  d (a text + its vectors) · n / w / bandwidth
 network, rank    n (T · S + (100 q / w − T) · a pair's bytes + 100 q / w · a text) / bandwidth       memory keeps none of it
 a worker         process + F · open a file + d · open a document + M · a mapped shard                bytes
-driver's memory  d · load + q (queries + candidates + calls + records) + max(d · plan, q · summary)  bytes"""
+driver's memory  d · load + q (queries + candidates + records) + max(d · plan, q · summary)  bytes"""
 ANSWER = """\
 1. **Time**, fp32, from texts to results: `fast` {fast_1} on 1 worker and {fast_64} on 64, `best` {best_1} and {best_64}, `standard` {standard_1} and {standard_64}, if memory and disk allow (extrapolated). Scoring is the least of it: {scoring} of `best` on 64 (extrapolated).
 2. **The first limit is memory.** Each worker holds the key of every document, {worker} with its models, and {on_a_node} workers of a node {node} (extrapolated). {node_gb} GB (assumed) would do for {node_documents} documents (extrapolated). The driver takes {driver} (extrapolated).
-3. **Then disk.** `fast` and `best` keep {vectors} of vectors, the others {states} (extrapolated).
-4. **Then reading.** A shard that is new to a process is read whole for its checksum: 64 workers read {read} for `best`, whose vectors are {vectors} (extrapolated). Runs took {least:.2f} to {most:.2f} times what the model says of them (measured)."""
+3. **Then disk.** `fast` keeps {pooled} of vectors, `best` {vectors}, the others {states} (extrapolated).
+4. **Then reading.** A shard that is new to a process is read whole for its checksum: 64 workers read {read} for `best`, whose vectors are {vectors} (extrapolated).
+5. **As far as it was checked**, runs took {least:.2f} to {most:.2f} times what the model says, those of more than a second {least_long:.2f} to {most_long:.2f} times (measured)."""
 REMEDIES = """\
 - *Files.* {shards} shards with states (extrapolated). A process keeps 32,768 of them mapped (a setting), of {maps} that the system lets it (measured). Larger chunks would make fewer.
 - *Key index.* Fewer and larger workers share one (`--resources CPU=8`; how well threads use cores is not measured here). Or split the collection: a run and a cache for each part. Sorted on disk and mapped by all, the bare keys would be {keys} a node (extrapolated).
-- *Driver.* It holds the candidates, calls and records of all queries, and resamples all at the end. Nobody has judged {queries} queries (assumed): evaluate a sample, for intervals narrow with the root of its size.
+- *Driver.* It holds the candidates and records of all queries, and resamples all at the end. Nobody has judged {queries} queries (assumed): evaluate a sample, for intervals narrow with the root of its size.
 - *Checksums and network.* Were each shard read by one worker alone, `standard` would read {states} and not {standard_read} (extrapolated): let one worker have the queries whose candidates lie together. The cure would be a checksum a block, or one check a node.
 - *Disk.* `--max-tokens-per-doc 128` makes states {states_128} instead of {states} (extrapolated). `--cache-gb` must hold all: its default of {cache_gb:g} GB (a setting) drops vectors past {cache_documents} documents with tokens (extrapolated).
 - *bf16.* Reranking gains what the table says. `eval --precision bf16` encodes and ranks in fp32 too, to say what changed: its cost is the sum of both rows."""
@@ -129,6 +130,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def millis(line: Line, units: float) -> str:
     return f"{1000 * line.at(units):.3g} = {1000 * line.fixed:.2g} + {units:.0f} × {1000 * line.slope:.2g}"
+
+
+def digits(number: float) -> str:
+    """Three of them."""
+    return f"{float(f'{number:.3g}'):,g}"
 
 
 def whole(number: float) -> str:
@@ -173,12 +179,13 @@ def facts(f: Figures, case: Case, found: Json, about: Json) -> Json:
     best, standard, d = at("best", 64), at("standard", 64), case.documents
     totals = {f"{method}_{w}": duration(sum(times(f, at(method, w)).values())) for method in ("fast", "best", "standard") for w in (1, 64)}
     ratios = [was / said for _, said, was, _ in checks(f, found)]
+    long = [was / said for _, said, was, unit in checks(f, found) if unit == "s" and was > 1] or ratios
     cache_gb = float(eval_options().get_default("cache_gb"))
     return about | totals | {
         "scoring": duration(times(f, best)["rank"]), "maps": f"{f.maps:,}", "worker": size(worker_bytes(f, best)),
         "on_a_node": best.on_a_node, "node": size(best.on_a_node * worker_bytes(f, best)), "node_gb": f"{case.node_gb:g}",
         "node_documents": whole(holds(f, best, "memory of a node")), "driver": size(driver_bytes(f, best)), "read": size(network(f, best)[1]), "vectors": size(store_bytes(f, d, Detail.TOKENS)),
-        "least": min(ratios), "most": max(ratios), "shards": f"{files(d, Detail.STATES):,}", "keys": size(16 * d), "queries": f"{case.queries:,}",
+        "least": min(ratios), "most": max(ratios), "least_long": min(long), "most_long": max(long), "pooled": size(store_bytes(f, d, Detail.POOLED)), "shards": f"{files(d, Detail.STATES):,}", "keys": size(16 * d), "queries": f"{case.queries:,}",
         "states": size(store_bytes(f, d, Detail.STATES)), "standard_read": size(network(f, standard)[1]), "states_128": size(d * f.vectors[Detail.STATES].at(min(128, f.tokens))),
         "cache_gb": cache_gb, "cache_documents": whole(cache_gb * 1e9 / f.vectors[Detail.TOKENS].at(f.tokens)),
         "link": f"{case.gbits:g} Gbit/s and {case.node_gb:g} GB a node, {case.workers_a_node} workers on each",
@@ -190,7 +197,7 @@ def measured_tables(f: Figures, found: Json) -> str:
     sizes = {detail: f"{size(line.at(f.tokens))} = {line.fixed:,.0f} + {f.tokens:.0f} × {line.slope:,.0f}" for detail, line in f.vectors.items()}
     encode = [[detail.name, *(millis(f.encode[p][detail], f.tokens) for p in known), sizes[detail]] for detail in Detail]
     rank = [[method, *(millis(f.rank[p][method], TOP_K) for p in known), size(pair_bytes(f, method))] for method in METHODS]
-    driver = [[text, f"{1e6 * found['driver'][step][0]:,.3g}", *(f"{value:,.0f}" for value in found["driver"][step][1:])] for step, text in DRIVER.items()]
+    driver = [[text, digits(1e6 * found["driver"][step][0]), *(f"{value:,.0f}" for value in found["driver"][step][1:])] for step, text in DRIVER.items()]
     actors = [[f"{p}, {m}", f"{c.seconds:.1f}", f"{c.stays / 1e6:,.0f}", f"{c.peak / 1e6:,.0f}"] for p, rows in f.actor.items() for m, c in rows.items()]
     seconds, held = f.open_seconds, f.open_bytes
     others = [
@@ -201,7 +208,7 @@ def measured_tables(f: Figures, found: Json) -> str:
         ["a shard that is mapped", f"{f.map_bytes:,.0f} bytes"], ["a line of the journal", size(f.journal_bytes)],
     ]  # fmt: skip
     return "\n\n".join([
-        "Encoding a document, ms, and its bytes in the cache: a fixed part and one for each token.", table(["", *known, "bytes"], encode),
+        "Encoding a document, ms, and its bytes in the cache: a fixed part and one for each token. int8 is that of `--runtime onnx`.", table(["", *known, "bytes"], encode),
         "Ranking a query, ms: a fixed part and one for each candidate, seen before and in memory; and the bytes of vectors that a pair reads.",
         table(["", *known, "bytes a pair"], rank), "The driver alone.", table(["", "µs", "bytes that stay", "at the peak"], driver),
         "A worker's process: s to its models, MB of its own then, MB at the peak of a first answer over 32 new documents.",

@@ -217,7 +217,7 @@ def worker_bytes(f: Figures, case: Case) -> float:
 def driver_bytes(f: Figures, case: Case) -> float:
     """What stays, and the largest of what comes on top for a while."""
     d, q, cost = case.documents, case.queries, f.driver
-    stays = d * cost["load"].stays + q * sum(cost[step].stays for step in ("queries", "candidates", "calls", "records"))
+    stays = d * cost["load"].stays + q * sum(cost[step].stays for step in ("queries", "candidates", "records"))
     return stays + max(d * cost["plan"].peak, q * cost["summary"].peak)
 
 
@@ -312,7 +312,7 @@ def checks(f: Figures, found: Json) -> list[tuple[str, float, float, str]]:
         rows.append((f"{what}, {TOP_K} reranked, seen before", TOP_K * f.made_pair, run["warm_seconds"], "s"))
     for workers, run in of(found, "ray").items():
         each = f.actor["fp32"]["standard"].seconds + run["documents"] * f.encode["fp32"][Detail.STATES].at(run["tokens"]) / int(workers)
-        rows.append((f"{run['documents']:,} documents, STATES, the busiest of {workers} Ray workers", each, max(run["encoders"]), "s"))
+        rows.append((f"{run['documents']:,} documents, STATES, on Ray: the busiest worker of {workers}", each, max(run["encoders"]), "s"))
     _, many, crowd = sorted(of(found, "index").values(), key=lambda row: int(row["files"]))
     index(f"{crowd['files']:,} shards", crowd)
     rows.append((f"{many['files']:,} shards listed", many["files"] * f.list_seconds, many["list_seconds"], "s"))

@@ -96,7 +96,7 @@ def test_times_are_those_of_the_formulas() -> None:
 
 def test_memory_and_limits_are_those_of_the_formulas() -> None:
     assert model.worker_bytes(F, CASE) == pytest.approx(800e6 + 2 * 1000 + 1024 * 200 + 2 * 5000, rel=1e-6)
-    assert model.driver_bytes(F, CASE) == pytest.approx(1024 * 100 + 32 * 100 * (3 + 4 + 5 + 6) + max(1024 * 300, 32 * 1050))
+    assert model.driver_bytes(F, CASE) == pytest.approx(1024 * 100 + 32 * 100 * (3 + 4 + 6) + max(1024 * 300, 32 * 1050))
     whole = replace(CASE, documents=10**8, queries=10**6, method="standard")
     assert model.files(10**8, Detail.STATES) == 1_562_500 and model.mapped(F, whole) == 32_768, "the rest was let go"
     assert model.mapped(F, replace(whole, documents=64 * 1000, queries=1)) == 500, "who encodes maps what it writes"
@@ -188,7 +188,7 @@ def test_the_report_shows_what_the_model_says() -> None:
                 row = rows[f"{method}, {precision}", str(workers)]
                 assert script.duration(model.times(F, case)["encode"]) in row and model.bottleneck(F, case)[1] in row
     assert "| 1,000 documents encoded, bf16, TOKENS | 5.2 s | 6 s | 1.15 |" in text, "1,000 documents of 64 tokens at 2 ms and 50 µs a token"
-    assert "| 1,000 documents, STATES, the busiest of 2 Ray workers | 15.5 s | 15.5 s | 1.00 |" in text, "5 s to start, half of 1,000 documents at 21 ms"
+    assert "| 1,000 documents, STATES, on Ray: the busiest worker of 2 | 15.5 s | 15.5 s | 1.00 |" in text, "5 s to start, half of 1,000 documents at 21 ms"
     assert "2 for 14 and 16 s (measured" in text and "of 65,000 that the system lets it (measured)" in text
     assert "nan" not in text and "{" not in text and str(Path.home()) not in text
 
