@@ -205,7 +205,7 @@ def _evaluate(
         dataset.notes.append(f"the run went on elsewhere: rankings were timed by {said}; compare their latencies with care")
         log.warning("%s", dataset.notes[-1])
     found = {
-        "environment": about["environment"] | {"timed_by": dict(who)},
+        "environment": about["environment"] | {"timed_by": sorted(who)} | ({"vector_cache": reranker.cache_state} if executor.name == "local" else {}),
         "config": config,
         "dataset": {"name": dataset.name, "split": dataset.split, "hash": dataset.hash, "notes": dataset.notes} | dataset.facts,
         "models": about["models"],

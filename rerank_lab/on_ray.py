@@ -198,8 +198,10 @@ class OnRay:
         ray, count, size = self.ray, self._room(), len(left)
         pool = min(count, size)
         arguments = (self.setup, self._pickled(reranker), self._expected.get(key(reranker)), texts, plan, int(detail))
+        # The first to be ready takes as many as it may hold: of few chunks, one each.
+        strategy = ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=AHEAD if size > 8 * pool else 1)
         found = ray.data.from_items(sorted(left), override_num_blocks=min(size, max(64 * pool, 200))).map_batches(
-            Encoder, fn_constructor_args=arguments, batch_size=1, compute=ActorPoolStrategy(size=pool),
+            Encoder, fn_constructor_args=arguments, batch_size=1, compute=strategy,
             max_restarts=-1, max_task_retries=TRIES, **self._options(),
         )  # fmt: skip
         died, problems = set[str](), Counter[str]()

@@ -41,7 +41,7 @@ examples:
       from $RERANK_LAB_ENDPOINT_KEY
 
   python -m rerank_lab.eval --grid grid.toml --executor ray --address auto
-      collections, models and settings at once, on the Ray cluster that is there;
+      collections, models, settings at once, on the Ray cluster that is there;
       grid.toml: methods = ["fast", "best"]
                  [grid]
                  dataset = ["numpydoc", "path/to/scifact"]

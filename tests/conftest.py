@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_worker_niceness"] = "0"  # else Ray's workers wait for all other tests
 
 import pytest
 import torch

