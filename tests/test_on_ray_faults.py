@@ -69,7 +69,7 @@ def test_a_node_that_cannot_work_is_left_out(reference: Path, tmp_path: Path, pa
     with nodes({}, {"PYTHONPATH": path}) as address:
         done = subprocess.run(
             [sys.executable, "-m", "rerank_lab.eval", *WHAT, "--executor", "ray", "--address", address, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")],
-            cwd=ROOT, capture_output=True, text=True, check=False,
+            cwd=tmp_path, capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "left out" in line]
