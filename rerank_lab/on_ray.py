@@ -99,7 +99,8 @@ class OnRay:
         options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.CRITICAL}
         if address == "local":
             cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            wanted = math.ceil((self.workers or 1) * self.resources.get("CPU", 0))
+            share = self.resources.get("CPU", 0)
+            wanted = math.ceil((self.workers or 1) * share) if share <= cpus else 0  # more workers than cores are a choice, more cores than there are an error
             room = {k: v * (self.workers or 1) for k, v in self.resources.items() if k not in ("CPU", "GPU", "memory")}
             options |= {"num_cpus": max(cpus, wanted), "include_dashboard": False, "object_store_memory": 200_000_000, "resources": room}
         host, _, port = address.rpartition(":")
