@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
@@ -26,7 +26,6 @@ from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import WARM_UP, Asked, Ranks, asked, bar, cold, counting, rank
 from rerank_lab.timing import reset_peak_memory
 
-T = TypeVar("T")
 Texts = Mapping[str, str]  # id → text
 
 

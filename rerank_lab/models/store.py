@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
+from rerank_lab.run import write_atomically
 
 TEXTS, PLANS = "texts", "plans"  # folders of a cache beside the vectors
 MIRROR = "RERANK_LAB_MIRROR"  # where copies are kept: a folder on a disk of this machine
@@ -121,14 +122,7 @@ class Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a whole file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, self.folder / name)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(self.folder / name, content)
         self.publish(name)
 
     def remove(self, name: str) -> None:
