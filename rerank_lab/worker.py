@@ -171,14 +171,12 @@ class Encoder:
             self.problem = str(error) or type(error).__name__
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        (chunk,), problem, kind, encoded, count = batch["item"].tolist(), self.problem, "load", 0, 0
+        (chunk,), problem, kind, count = batch["item"].tolist(), self.problem, "load", 0
         if not problem:
             try:
                 texts = self.texts.read(planned(self.worker.cache, self.plan, chunk, CHUNK[self.detail]))
                 count = len(texts)
-                made: list[int] = []
-                self.reranker.encode(texts, detail=self.detail, progress=lambda done, total: made.append(done))
-                encoded = sum(made)
+                self.reranker.encode(texts, detail=self.detail)
                 if self.reranker.cache_state != "disk":
                     raise OSError(f"{self.worker.cache.shown} cannot be written")
             except ModelError as error:
@@ -186,6 +184,6 @@ class Encoder:
             except (RuntimeError, MemoryError, OSError, ValueError, LookupError) as error:  # the other chunks can be done, and this one again elsewhere
                 problem, kind = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".strip(": "), "memory" if out_of_memory(error) else "other"
         return {
-            "chunk": [chunk], "texts": [count], "encoded": [encoded], "node": [self.worker.node], "pid": [os.getpid()], "again": [self.again],
+            "chunk": [chunk], "texts": [count], "node": [self.worker.node], "pid": [os.getpid()], "again": [self.again],
             "problem": [problem], "kind": [kind if problem else ""],
         }  # fmt: skip
