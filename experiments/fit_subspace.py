@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from rerank_lab.datasets import BUNDLED
 from rerank_lab.errors import UserError
 from rerank_lab.models import load_bi_encoder
-from rerank_lab.models.bi_encoder import WEIGHTS, BiEncoder, fingerprint
+from rerank_lab.models.bi_encoder import BiEncoder, fingerprint
+from rerank_lab.models.checkpoint import WEIGHTS
 
 WORDNET = ("data.adj", "data.adv", "data.noun", "data.verb")
 

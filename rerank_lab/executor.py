@@ -86,7 +86,7 @@ class Local:
         batches = query_batches(reranker, queries)
         with counting("encode corpus") as progress:
             blocks = reranker.pooled_blocks([corpus[i] for i in ids], progress=progress)
-            return merged((search_block(bar(batches, "dense retrieval"), block, fetch) for block in blocks), fetch)
+            return merged((search_block(bar(batches, "dense retrieval"), block, fetch, reranker.similarity) for block in blocks), fetch)
 
     def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Texts) -> Iterator[dict[str, Any]]:
         return rank(ranks, queries, corpus, WARM_UP)
@@ -141,9 +141,9 @@ def query_batches(reranker: Reranker, queries: Sequence[str]) -> list[torch.Tens
     return [reranker.pooled(queries[start : start + QUERY_BATCH], kind="query") for start in range(0, len(queries), QUERY_BATCH)]
 
 
-def search_block(batches: Iterable[torch.Tensor], block: torch.Tensor, fetch: int) -> list[Found]:
+def search_block(batches: Iterable[torch.Tensor], block: torch.Tensor, fetch: int, metric: str = "cosine") -> list[Found]:
     """The nearest of a block of documents (N × d) for each batch of queries."""
-    return [similarity_topk(vectors, block, min(fetch, len(block))) for vectors in batches]
+    return [similarity_topk(vectors, block, min(fetch, len(block)), metric=metric) for vectors in batches]
 
 
 def merged(blocks: Iterable[list[Found]], fetch: int, size: int = BLOCK) -> list[Found]:

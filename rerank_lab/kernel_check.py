@@ -28,7 +28,9 @@ class CastPool(Pool):
 
     def similarity(self, query: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
         rows, scales = cast(documents, self.dtype)
-        return similarity_topk(query, rows, len(self), scales=scales)
+        if scales is not None and self.metric == "dot":  # quantised rows are of unit vectors
+            scales = scales * documents.float().norm(dim=1)
+        return similarity_topk(query, rows, len(self), metric=self.metric, scales=scales)
 
     def attend(self, query: Vectors, documents: Vectors, pairs: Tensor, tau: float) -> Tensor:
         rows, scales = cast(documents.tokens, self.dtype)

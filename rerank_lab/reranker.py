@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -270,8 +271,13 @@ class Reranker:
         return [min(self.max_tokens, model.limit) for model in models]
 
     def fingerprints(self) -> dict[str, str | None]:
-        """What identifies models and their settings in results: name and hash of each."""
-        return {
+        """What identifies models and their settings in results: name and hash of each, and what their folders ask for beyond the usual."""
+        readings = {
+            role: json.dumps(reading, sort_keys=True, ensure_ascii=False)
+            for role, model in (("model_reading", self.encoder), ("model_cross_reading", self.cross))
+            if isinstance(model, BiEncoder | CrossEncoder) and (reading := model.checkpoint.reading())
+        }
+        return readings | {
             "model": None if self.encoder is None else self.encoder.name,
             "model_vectors": None if self.encoder is None else self.encoder.key(),
             "model_cross": None if self.cross is None else self.cross.name,
@@ -303,6 +309,11 @@ class Reranker:
         limit = self.max_tokens if kind == "document" else self.encoder.limit
         keys = ensure(self.encoder, self.cache, texts, max_tokens=limit, detail=Detail.POOLED, kind=kind, progress=progress)
         return self.cache.gather(keys, Detail.POOLED).pooled
+
+    @property
+    def similarity(self) -> str:
+        """How pooled vectors are compared: "cosine", or "dot" where the bi-encoder's checkpoint says so."""
+        return "cosine" if self.encoder is None else self.encoder.similarity
 
     def pooled_blocks(self, texts: Sequence[str], *, size: int = BLOCK, progress: Progress = lambda done, total: None) -> Iterator[Tensor]:
         """The same in blocks of `size` documents, so that a corpus that does not fit in memory can be looked at."""

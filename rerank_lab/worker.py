@@ -132,7 +132,8 @@ def _search(worker: Worker, ranks: Ranks, texts: Texts, plan: str, n: int, queri
     """The nearest in block n of a plan, as numpy arrays."""
     reranker = reranker_of(ranks)
     block = reranker.pooled(texts.read(planned(worker.cache, plan, n, BLOCK)))
-    return [(values.cpu().numpy(), places.cpu().numpy()) for values, places in search_block(query_batches(reranker, queries), block, fetch)]
+    found = search_block(query_batches(reranker, queries), block, fetch, reranker.similarity)
+    return [(values.cpu().numpy(), places.cpu().numpy()) for values, places in found]
 
 
 def _lacking(worker: Worker, ranks: Ranks, texts: Texts, plan: str, n: int, detail: Detail) -> list[int]:

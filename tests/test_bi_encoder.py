@@ -84,7 +84,7 @@ def test_pooled_vectors_of_a_resaved_copy(tmp_path: Path) -> None:
 def test_poolings(variant: Variant, mode: str, keys: str) -> None:
     old = {"cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens", "lasttoken": "pooling_mode_lasttoken"}
     switched = {"pooling_mode_mean_tokens": False, old[mode]: True} if keys == "old" else {"pooling_mode": mode, "embedding_dimension": 384}
-    assert assert_like_sentence_transformers(variant({"1_Pooling/config.json": {"word_embedding_dimension": 384} | switched})).pooling == mode
+    assert assert_like_sentence_transformers(variant({"1_Pooling/config.json": {"word_embedding_dimension": 384} | switched})).checkpoint.pooling == mode
 
 
 def test_a_dense_module_projects_and_activates(variant: Variant) -> None:
@@ -196,7 +196,10 @@ def test_the_key_follows_what_vectors_depend_on(variant: Variant, encoder: BiEnc
 
 
 BAD = [
-    ({"modules.json": [*MODULES, {"path": "3", "type": "sentence_transformers.models.CNN"}]}, "only Transformer, Pooling, Dense and Normalize .* not CNN"),
+    (
+        {"modules.json": [*MODULES, {"path": "3", "type": "sentence_transformers.models.CNN"}]},
+        "only Transformer, Pooling, Dense and Normalize .* not sentence_transformers.models.CNN",
+    ),
     ({"modules.json": MODULES[1:]}, "only Transformer, Pooling, Dense and Normalize"),
     ({"modules.json": "{]"}, r"modules\.json: not JSON"),
     ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, "pools by weightedmean; known are mean, cls, max, lasttoken"),

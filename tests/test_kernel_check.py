@@ -45,7 +45,7 @@ def test_results_hold_what_the_kernels_change(
     assert rows["best"]["fp32"]["delta_ndcg@10"] == 0 and rows["best"]["fp32"]["queries"] == 4
     assert rows["best"]["fp32"]["max_score_diff"] < 1e-5 < rows["best"]["fp8"]["max_score_diff"]
 
-    def wrong(query: torch.Tensor, documents: torch.Tensor, k: int, scales: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def wrong(query: torch.Tensor, documents: torch.Tensor, k: int, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(1, k), torch.arange(k)[None]
 
     monkeypatch.setattr(kernel_check, "similarity_topk", wrong)

@@ -14,12 +14,17 @@ from transformers import (
     AlbertModel,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
+    LongformerConfig,
+    LongformerModel,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
     MPNetModel,
     RobertaConfig,
+    RobertaModel,
     XLMRobertaConfig,
+    XLMRobertaModel,
 )  # fmt: skip
 
 from rerank_lab.errors import UserError
@@ -164,10 +169,21 @@ def test_only_layers_of_berts_kind_give_keys_and_values(kind: str) -> None:
     assert [tuple(part.shape) for part in outputs(ids, torch.ones_like(ids))] == [(1, 3, 32)]
 
 
-def test_robertas_positions_count_from_its_padding() -> None:
-    assert places(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
-    assert places(XLMRobertaConfig(max_position_embeddings=40, pad_token_id=3)) == 36
-    assert places(BertConfig(max_position_embeddings=512)) == 512
+SLIM: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 10}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "wanted"),
+    [
+        (RobertaModel, RobertaConfig(max_position_embeddings=514, pad_token_id=1, **SLIM), 512),
+        (XLMRobertaModel, XLMRobertaConfig(max_position_embeddings=40, pad_token_id=3, **SLIM), 36),
+        (BertModel, BertConfig(max_position_embeddings=512, **SLIM), 512),
+        (MPNetModel, MPNetConfig(max_position_embeddings=514, **SLIM), 512),
+        (LongformerModel, LongformerConfig(max_position_embeddings=4098, pad_token_id=1, attention_window=[4], **SLIM), 4096),
+    ],
+)
+def test_positions_count_from_the_padding_where_a_model_counts_so(kind: Any, config: Any, wanted: int) -> None:
+    assert places(kind(config)) == wanted
 
 
 def test_exact_runs_are_not_compared_with_themselves(beir: Callable[..., Path], tmp_path: Path) -> None:

@@ -140,10 +140,10 @@ class Pool:
         return ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=detail, clock=self.clock)
 
     def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
-        """Stage 1: cosine with the query.
+        """Stage 1: the bi-encoder's own similarity with the query, which is the cosine unless the checkpoint says otherwise.
 
         Returns:
-            cosine of all n documents (fp32) and the positions of the k largest, equal ones in input order.
+            similarity of all n documents (fp32) and the positions of the k largest, equal ones in input order.
         """
         with self.clock.phase("score"):
             values, index = self.similarity(query.pooled, documents.pooled)
@@ -152,9 +152,15 @@ class Pool:
         self.flops.seen += 2 * documents.pooled.numel()
         return cosine, kept.cpu()
 
+    @property
+    def metric(self) -> str:
+        """How the bi-encoder compares pooled vectors, as similarity_topk takes it."""
+        assert self.encoder is not None
+        return self.encoder.similarity
+
     def similarity(self, query: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine of the query (1 × d) with all n documents (n × d), largest first, and their positions; 1 × n each."""
-        return similarity_topk(query, documents, len(self))
+        """Similarity of the query (1 × d) with all n documents (n × d), largest first, and their positions; 1 × n each."""
+        return similarity_topk(query, documents, len(self), metric=self.metric)
 
     def attention(self, query: Vectors, documents: Vectors, tau: float) -> Tensor:
         """What each of the query's Lq tokens finds in each of K documents: A of `best`, K · Lq, document by document."""

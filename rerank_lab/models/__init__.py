@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed t
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_CROSS = "minilm-cross"
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata"]  # the last two tell what a folder is
 ADAPTERS = Path(__file__).parent.parent / "data" / "cross-encoders"
 
 
@@ -113,14 +113,14 @@ def pick_device(device: str) -> torch.device:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise UserError(f"device {device!r} is not known; valid: auto, cpu, cuda, cuda:N, mps")
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(device)
 
 
 def locate(name: str, role: str) -> Path:
-    """The checkpoint's folder, fetched from the hub where it is neither a known id nor a folder; its role is checked."""
+    """The checkpoint's folder, fetched from the hub where it is neither a known id nor a folder; of a known id the role is checked."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -135,28 +135,16 @@ def locate(name: str, role: str) -> Path:
         return Path(str(importlib.import_module(package).get_model_path()))
     if info is not None:
         raise UserError(f"model {name!r} is a {info.role}, and a {role} is needed here")
-    folder = Path(name) if Path(name).is_dir() else _download(name)
-    config = folder / "config.json"
-    try:
-        architectures = [str(a) for a in json.loads(config.read_text(encoding="utf-8")).get("architectures") or []]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        if (folder / "modules.json").is_file() and role == "bi-encoder":
-            return folder
-        raise UserError(f"model {name!r}: {config} is no readable model configuration") from error
-    found = "cross-encoder" if any(a.endswith("ForSequenceClassification") for a in architectures) else "bi-encoder"
-    if found != role:
-        raise UserError(f"model {name!r} is a {found} ({', '.join(architectures)}), and a {role} is needed here")
-    return folder
+    return Path(name) if Path(name).is_dir() else _download(name)
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, allow_patterns=FETCHED))
         if not any(folder.rglob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*FETCHED, "*.bin"]))
         return folder
     except Exception as error:  # the hub client raises its own, requests' and OS errors; each means the same to the user
         known = ", ".join(REGISTRY)
@@ -170,7 +158,7 @@ def _read_subspace(path: str | None) -> torch.Tensor | None:
 
     try:
         V = load_file(path)["V"].float()
-        fits = V.ndim == 2 and 1 <= V.shape[1] <= V.shape[0] and torch.allclose(V.T @ V, torch.eye(V.shape[1]), atol=1e-2)
+        fits = V.ndim == 2 and 1 <= V.shape[1] <= V.shape[0] and torch.allclose(V.T @ V, torch.eye(V.shape[1], dtype=torch.float32, device="cpu"), atol=1e-2)
     except Exception as error:
         raise UserError(f"{path}: no safetensors file with a tensor V (experiments/fit_subspace.py writes one)") from error
     if not fits:

