@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from typing import cast
 
 from rerank_lab.errors import UserError
 
-PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7-Zip"}
+PACKERS = {
+    rb"BZh[1-9]1AY&SY": "bzip2", rb"\xfd7zXZ\x00": "xz", rb"\x28\xb5\x2f\xfd": "zstd", rb"\x04\x22\x4d\x18": "lz4", rb"PK\x03\x04": "zip", rb"7z\xbc\xaf": "7-Zip",
+}  # fmt: skip
 
 
 def expanded(place: str) -> str:
@@ -44,11 +47,11 @@ def unpacked(file: BufferedReader, label: str) -> BufferedReader:
     Raises:
         UserError: packed by another program.
     """
-    start = file.peek(8)[:8]
+    start = file.peek(10)[:10]
     if start.startswith(b"\x1f\x8b"):
         return cast(BufferedReader, gzip.GzipFile(fileobj=file))
     for magic, name in PACKERS.items():
-        if start.startswith(magic):
+        if re.match(magic, start):
             raise UserError(f"{label}: packed with {name}, and of such gzip alone is read: unpack it")
     return file
 

@@ -13,6 +13,7 @@ import Stemmer
 from rerank_lab import Reranker
 from rerank_lab.datasets import load_dataset
 from rerank_lab.lexical import BM25, PARAMETERS, TOKENIZERS
+from rerank_lab.methods.best import Best
 from tests.test_candidates import find
 
 DOCUMENTS = [
@@ -84,9 +85,9 @@ def test_a_query_with_words_gets_the_bits_of_bm25s_whatever_was_asked_before() -
             assert index.scores(query).tobytes() == np.asarray(plain.get_scores(terms), dtype=np.float32).tobytes(), query
 
 
-def test_the_lexical_term_of_best_finds_letters_too() -> None:
+def test_the_lexical_term_of_best_finds_letters_too(reranker: Reranker) -> None:
     texts = ["The C language", "C", "no such letter", "in Rust"]
-    lexical, none = (Reranker(method=f"best:lexical={weight}", device="cpu").score("the c++", [*texts, "with C++ or C"]).order for weight in (50, 0))
+    lexical, none = (reranker.using(Best(lexical=weight)).score("the c++", [*texts, "with C++ or C"]).order for weight in (50, 0))
     assert lexical[0] == 4 and set(lexical[1:3]) == {0, 1} and lexical != none
 
 
