@@ -40,7 +40,7 @@ from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import Detail, Vectors
 from rerank_lab.models.cache import VectorCache, text_key
-from rerank_lab.options import count
+from rerank_lab.options import count, path_of
 
 TOKENS, R, D, QUERY, K, TAU = 50, 128, 384, 32, 100, 0.1
 SHARD, BLOCK = 4096, 4096  # documents of a file, and of what is looked at together
@@ -214,11 +214,11 @@ def plot(path: Path, sizes: list[int], seconds: dict[str, list[float]]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python experiments/bench_scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the vectors are kept; yours to delete")
+    p.add_argument("--work", type=path_of, required=True, metavar="DIR", help="where the vectors are kept; yours to delete")
     p.add_argument("--documents", type=count, default=1_000_000, metavar="N", help="(default: 1,000,000)")
     p.add_argument("--rounds", type=count, default=3, metavar="N", help="timed, after one of warm-up (default: 3)")
     p.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="time over documents as .svg or .png")
+    p.add_argument("--plot", type=path_of, metavar="FILE", help="time over documents as .svg or .png")
     return p
 
 

@@ -49,7 +49,7 @@ from bench_models import classifier
 from rerank_lab.datasets import Dataset, load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
-from rerank_lab.options import count, weight
+from rerank_lab.options import count, path_of, weight
 from rerank_lab.reranker import Reranker
 
 CLIENTS, SHARES, METHODS = (1, 8, 64), (0.5, 0.8), ("fast", "best", "standard")
@@ -285,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python experiments/bench_server.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--infinity", type=Path, metavar="PYTHON", help="of the venv that holds infinity-emb (default: our server alone)")
+    p.add_argument("--infinity", type=path_of, metavar="PYTHON", help="of the venv that holds infinity-emb (default: our server alone)")
     p.add_argument("--dataset", default="numpydoc", help="bundled name or BEIR folder (default: numpydoc)")
     p.add_argument("--rounds", type=count, default=2, metavar="N", help="starts of each server (default: 2)")
     p.add_argument("--seconds", type=weight, default=5.0, metavar="S", help="of a load of new documents; of seen ones half as many (default: 5)")

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from rerank_lab.errors import UserError
+from rerank_lab.options import path_of
 from rerank_lab.run import write_atomically
 
 LISTS, APT_HELPER = Path("/var/lib/apt/lists"), "/usr/lib/apt/apt-helper"
@@ -75,7 +76,7 @@ def jsonl(records: list[dict[str, str]]) -> str:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--out", type=path_of, required=True, metavar="DIR")
     options = p.parse_args()
     try:
         packages = descriptions(4000, random.Random(0))

@@ -22,6 +22,7 @@ from rerank_kernels import zscore
 from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
 from rerank_lab.measures import evaluate
+from rerank_lab.options import path_of
 from rerank_lab.run import Ranked, Run, order
 
 OPTIMAL = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -84,7 +85,7 @@ def measured(run: Run, qrels: dict[str, dict[str, int]]) -> float:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("results", type=Path, nargs="+", metavar="RESULTS")
+    p.add_argument("results", type=path_of, nargs="+", metavar="RESULTS")
     try:
         folders = p.parse_args().results
         table = pd.DataFrame(

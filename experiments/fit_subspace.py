@@ -23,6 +23,7 @@ from rerank_lab.errors import UserError
 from rerank_lab.models import load_bi_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, fingerprint
 from rerank_lab.models.checkpoint import WEIGHTS
+from rerank_lab.options import path_of, place_of
 
 WORDNET = ("data.adj", "data.adv", "data.noun", "data.verb")
 
@@ -60,13 +61,13 @@ def sample(model: BiEncoder, texts: list[str], count: int, rng: random.Random) -
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name")
+    p.add_argument("--model", type=place_of, default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name")
     p.add_argument("--rank", type=int, default=128, help="r, the columns of V (default: 128)")
     p.add_argument("--tokens", type=int, default=20_000, help="token vectors fitted on (default: 20000)")
-    p.add_argument("--wordnet", type=Path, help="WordNet's folder with data.noun and the others")
-    p.add_argument("--text", type=Path, help="general text in WordNet's place, one text a line")
+    p.add_argument("--wordnet", type=path_of, help="WordNet's folder with data.noun and the others")
+    p.add_argument("--text", type=path_of, help="general text in WordNet's place, one text a line")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--out", type=path_of, required=True)
     options = p.parse_args()
     if (options.wordnet is None) == (options.text is None):
         p.error("give --wordnet or --text")

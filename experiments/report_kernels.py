@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from rerank_lab.environment import describe
+from rerank_lab.options import path_of
 from rerank_lab.run import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ COMMANDS = {
 def main() -> int:
     """Runs the commands in turn and writes the report when all have succeeded."""
     parser = argparse.ArgumentParser("python experiments/report_kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", type=Path, metavar="FILE", help="what the GPU's bench printed elsewhere")
+    parser.add_argument("--gpu", type=path_of, metavar="FILE", help="what the GPU's bench printed elsewhere")
     path: Path | None = parser.parse_args().gpu
     try:
         gpu = None if path is None else path.read_text(encoding="utf-8")

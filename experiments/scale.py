@@ -34,7 +34,7 @@ from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.runtimes import choose
-from rerank_lab.options import count, positive
+from rerank_lab.options import count, path_of, positive
 from rerank_lab.options import parser as eval_options
 from rerank_lab.run import write_atomically
 from scale_measure import CHECK_TOKENS, LIMITS, MADE_TOKENS, RAY_TOKENS, RUNTIME, TINY
@@ -328,9 +328,9 @@ def measured(options: argparse.Namespace) -> tuple[Json, Json]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python experiments/scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--work", type=Path, required=True, metavar="DIR", help="where vectors and figures are kept; yours to delete")
+    p.add_argument("--work", type=path_of, required=True, metavar="DIR", help="where vectors and figures are kept; yours to delete")
     p.add_argument("--dataset", default="numpydoc", help="texts and queries: bundled name or BEIR folder (default: numpydoc)")
-    p.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="(default: reports/scale.md)")
+    p.add_argument("--out", type=path_of, default=OUT, metavar="FILE", help="(default: reports/scale.md)")
     p.add_argument("--documents", type=count, default=10**8, metavar="N", help="read off for so many (default: 10^8)")
     p.add_argument("--queries", type=count, default=10**6, metavar="N", help=f"of {TOP_K} candidates each (default: 10^6)")
     p.add_argument("--gbits", type=positive, default=10.0, metavar="N", help="network of a node, assumed (default: 10)")

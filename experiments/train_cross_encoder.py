@@ -42,6 +42,7 @@ from rerank_lab.models import DEFAULT_MODEL
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.models.cache import VectorCache, ensure
 from rerank_lab.models.one_way import TAU, OneWay, padded_states
+from rerank_lab.options import path_of
 from rerank_lab.reranker import Reranker
 from rerank_lab.run import Ranked, order, write_atomically
 from training_lists import Example, examples, labelled, pseudo_queries, read_corpus, split, write_split
@@ -283,9 +284,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python experiments/train_cross_encoder.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--labelled", type=Path, action="append", default=[], metavar="DIR", help="BEIR folder with a train split; may be repeated")
-    p.add_argument("--text", type=Path, action="append", default=[], metavar="DIR", help="BEIR folder of which the corpus alone is read; may be repeated")
-    p.add_argument("--watch", type=Path, action="append", default=[], metavar="DIR", help="as --labelled, for the development score alone")
+    p.add_argument("--labelled", type=path_of, action="append", default=[], metavar="DIR", help="BEIR folder with a train split; may be repeated")
+    p.add_argument("--text", type=path_of, action="append", default=[], metavar="DIR", help="BEIR folder of which the corpus alone is read; may be repeated")
+    p.add_argument("--watch", type=path_of, action="append", default=[], metavar="DIR", help="as --labelled, for the development score alone")
     p.add_argument("--teacher", default="best:lexical=1.25:gamma=0.5", metavar="METHOD", help="a method with settings, or bm25 (default: %(default)s)")
     p.add_argument("--held-out", type=int, default=200, metavar="N", help="judged queries of each collection kept for development (default: 200)")
     p.add_argument("--pseudo", type=int, default=4000, metavar="N", help="queries made from each corpus, at most one a document (default: 4000)")
@@ -301,8 +302,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
-    p.add_argument("--work", type=Path, default=Path("results/train-cross-encoder"), metavar="DIR", help="vectors, pools, checkpoint, log, plot")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="the adapter")
+    p.add_argument("--work", type=path_of, default=Path("results/train-cross-encoder"), metavar="DIR", help="vectors, pools, checkpoint, log, plot")
+    p.add_argument("--out", type=path_of, required=True, metavar="FILE.safetensors", help="the adapter")
     return p
 
 

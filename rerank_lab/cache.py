@@ -15,7 +15,7 @@ from pathlib import Path
 from rerank_lab.errors import UserError
 from rerank_lab.models.shards import ABOUT, abandoned, default_place, shards, vectors_folder
 from rerank_lab.models.store import PLANS, TEXTS, Store, is_url
-from rerank_lab.options import weight
+from rerank_lab.options import place_of, weight
 
 EPILOG = """\
 examples:
@@ -55,7 +55,7 @@ class Held:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m rerank_lab.cache", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("action", choices=("info", "clear"))
-    p.add_argument("--cache", metavar="DIR", help="the folder (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    p.add_argument("--cache", type=place_of, metavar="DIR", help="the folder (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     p.add_argument("--model", metavar="KEY", help="only the model whose key begins so")
     p.add_argument("--older-than", type=weight, default=0.0, metavar="DAYS", help="clear: only what was not used for so long (default: everything)")
     return p

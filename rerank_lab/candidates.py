@@ -14,7 +14,8 @@ import torch
 from rerank_lab.corpus import digests
 from rerank_lab.datasets import Dataset
 from rerank_lab.errors import UserError
-from rerank_lab.lexical import BM25, PARAMETERS
+from rerank_lab.files import expanded
+from rerank_lab.lexical import BM25, PARAMETERS, TOKENIZERS, WORDS
 from rerank_lab.run import Ranked, Run, order, read_run
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -56,7 +57,7 @@ def make_candidates(
     """Candidates for every query of a dataset.
 
     Args:
-        source: "bm25", "dense" or "run:FILE", a TREC run or Parquet.
+        source: "bm25", "dense" or "run:FILE", a run that read_run reads.
         dataset: the collection.
         top_k: candidates a query at most.
         search: document ids, texts of queries and K → the K nearest of these documents, in batches of QUERY_BATCH queries, for dense.
@@ -67,18 +68,20 @@ def make_candidates(
         UserError: an unknown source or a run file that does not fit.
     """
     ids, notes = list(dataset.corpus), []
-    kind, _, path = source.partition(":")
+    kind, _, path = expanded(source).partition(":")
     queries = {q: text for q, text in dataset.queries.items() if text.strip()}
     fetch = top_k + 1 if drop_identical else top_k
     run: Run = {}
     if kind == "bm25" and not path:
-        index = BM25(list(dataset.corpus.values()))
+        index, ways = BM25(list(dataset.corpus.values())), dict.fromkeys(TOKENIZERS, 0)
         for q, text in progress(queries.items(), "bm25"):
+            ways[index.tokenizer(text)] += 1
             scores = index.scores(text)
             best = order(scores)[:fetch]
             best = best[scores[best] > 0]
             run[q] = Ranked([ids[i] for i in best], scores[best])
-        about: dict[str, Any] = {"source": "bm25", "parameters": PARAMETERS}
+        others = [f"{said} for {ways[way]} of {len(queries)} queries" for way, said in TOKENIZERS.items() if way != WORDS and ways[way]]
+        about: dict[str, Any] = {"source": "bm25", "parameters": PARAMETERS | {"tokenizer": "; ".join([TOKENIZERS[WORDS], *others])}}
     elif kind == "dense" and not path:
         # Each distinct text once: rounding differs by a row's place in a matrix product, and equal texts must tie.
         groups: dict[bytes | str, list[int]] = {}
@@ -92,16 +95,24 @@ def make_candidates(
                 run[q] = Ranked([ids[i] for _, i in ranked], np.array([-score for score, _ in ranked], dtype=np.float32))
         about = {"source": "dense"}
     elif kind == "run" and path:
-        given = read_run(Path(path))
+        given = read_run(Path(path), dataset.split)
         unknown_queries = [q for q in given if q not in dataset.qrels]
         unknown = sum(d not in dataset.corpus for q, r in given.items() if q in queries for d in r.documents)
         if unknown_queries:
             notes.append(f"{path}: {len(unknown_queries)} queries have no judgement in this split ({', '.join(unknown_queries[:3])} …); left out")
         if unknown:
             notes.append(f"{path}: {unknown} candidates are not in the corpus; left out")
+        ties: list[int] = []
         for q in (q for q in queries if q in given):
-            known = np.array([i for i, d in enumerate(given[q].documents) if d in dataset.corpus][:fetch], dtype=np.int64)
-            run[q] = Ranked([given[q].documents[i] for i in known], given[q].scores[known])
+            known = np.array([i for i, d in enumerate(given[q].documents) if d in dataset.corpus], dtype=np.int64)
+            equal = np.diff(given[q].scores[known]) == 0
+            ties.append(int((np.append(equal, False) | np.insert(equal, 0, False))[:fetch].sum()))  # with those that the cut parts
+            run[q] = Ranked([given[q].documents[i] for i in known[:fetch]], given[q].scores[known[:fetch]])
+        if any(ties):
+            notes.append(
+                f"{path}: {sum(ties)} candidates of {np.count_nonzero(ties)} queries have another's score; such stand as the file has them, "
+                "where trec_eval sorts them by id, so that its figures for this file may differ"
+            )
         if not any(r.documents for r in run.values()):
             raise UserError(f"{path}: none of its queries and documents belong to {dataset.name} ({dataset.split})")
         about = {"source": "run", "file": Path(path).name, "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}

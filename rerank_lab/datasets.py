@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -9,15 +10,20 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rerank_lab.errors import UserError
+from rerank_lab.files import expanded, hidden, unpacked
 
 BUNDLED = Path(__file__).parent / "data"
 MISSING_SHOWN = 3
+HIGHEST = 100_000  # trec_eval keeps an array as long as a query's highest grade, and walks it for each measure
+GRADES = f"grades are whole numbers from -{HIGHEST} to {HIGHEST}"
 
 Qrels = dict[str, dict[str, int]]
+Judgements = Iterable[tuple[str, str, Any, str]]  # query id, document id, grade as it stands there, where
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Dataset:
         hash: SHA-256 over corpus, queries and qrels as loaded.
         notes: what a reader of results should know (unknown ids, overlap with another split, …).
         facts: the same as figures, for results.json.
+        place: query id and document id → where their judgement stands.
     """
 
     name: str
@@ -42,16 +49,17 @@ class Dataset:
     hash: str
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    place: Callable[[str, str], str] = field(default="judgement of query {} and document {}".format, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a loader gives: streams of (id, text, where), and the qrels of every split it has."""
+    """What a loader gives: streams of (id, text, where), and the judgements of every split it has."""
 
     name: str
     documents: Callable[[], Iterable[tuple[str, str, str]]]
     queries: Callable[[], Iterable[tuple[str, str, str]]]
-    qrels: dict[str, Callable[[], Qrels]]
+    judgements: dict[str, Callable[[], Judgements]]
 
 
 def bundled_names() -> list[str]:
@@ -70,15 +78,16 @@ def load_dataset(spec: str, split: str = "test", corpus: Mapping[str, str] | Non
     Raises:
         UserError: not found, malformed (file and line are named), empty, or without this split.
     """
-    source = _source(spec)
-    if split not in source.qrels:
-        raise UserError(f"{spec}: no split {split!r}; it has {', '.join(sorted(source.qrels)) or 'no judgements at all'}")
+    source = _source(expanded(spec))
+    if split not in source.judgements:
+        raise UserError(f"{spec}: no split {split!r}; it has {', '.join(sorted(source.judgements)) or 'no judgements at all'}")
     digest = hashlib.sha256()
     corpus = _collect(source.documents(), "document", digest, corpus)
     if not corpus:
         raise UserError(f"{spec}: the corpus is empty")
     digest.update(b"\n")
-    qrels = source.qrels[split]()
+    judgements = source.judgements[split]
+    qrels = _qrels(judgements())
     all_queries = _collect(source.queries(), "query", None)
     queries = {q: text for q, text in all_queries.items() if q in qrels}
     for q, text in queries.items():
@@ -86,8 +95,12 @@ def load_dataset(spec: str, split: str = "test", corpus: Mapping[str, str] | Non
     digest.update(json.dumps(qrels, sort_keys=True).encode())
     if not queries:
         raise UserError(f"{spec}: no query of split {split!r} has both a text and a judgement")
-    notes, facts = _check(split, corpus, all_queries, qrels, {s: load for s, load in source.qrels.items() if s != split})
-    return Dataset(source.name, split, corpus, queries, qrels, digest.hexdigest(), notes, facts)
+    notes, facts = _check(split, corpus, all_queries, qrels, {s: load for s, load in source.judgements.items() if s != split})
+
+    def place(query: str, document: str) -> str:
+        return next(where for q, d, _, where in judgements() if (q, d) == (query, document))
+
+    return Dataset(source.name, split, corpus, queries, qrels, digest.hexdigest(), notes, facts, place)
 
 
 def _source(spec: str) -> Source:
@@ -113,7 +126,7 @@ def _source(spec: str) -> Source:
 
 
 def _folder_source(folder: Path) -> Source:
-    missing = [n for n in ("corpus.jsonl", "queries.jsonl", "qrels") if not (folder / n).exists()]
+    missing = [n for n in ("corpus.jsonl", "queries.jsonl", "qrels") if not (folder / n).exists() and not (folder / f"{n}.gz").exists()]
     if missing:
         raise UserError(f"{folder}: not in BEIR's layout, {', '.join(missing)} missing")
     return _beir_source(folder.resolve().name, {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}, lambda p: p.open("rb"), str)
@@ -124,20 +137,25 @@ def _zip_source(path: Path) -> Source:
         archive = zipfile.ZipFile(path)
     except Exception as error:
         raise UserError(f"{path}: not a whole zip archive: {error or type(error).__name__}") from error
-    roots = [n.removesuffix("corpus.jsonl") for n in archive.namelist() if n == "corpus.jsonl" or n.endswith("/corpus.jsonl")]
+    names = [name for name in archive.namelist() if not hidden(name)]
+    roots = {found[1] for name in names if (found := re.fullmatch(r"(.*/|)corpus\.jsonl(\.gz)?", name))}
     if len(roots) != 1:
         raise UserError(f"{path}: needs exactly one corpus.jsonl inside, found {len(roots)}")
-    members = {n.removeprefix(roots[0]): n for n in archive.namelist() if n.startswith(roots[0])}
-    return _beir_source(path.stem, members, archive.open, lambda n: f"{path}!{n}")
+    root = roots.pop()
+    return _beir_source(path.stem, {n.removeprefix(root): n for n in names if n.startswith(root)}, archive.open, lambda n: f"{path}!{n}")
 
 
-def _beir_source(name: str, files: dict[str, Any], open_file: Callable[[Any], IO[bytes]], label: Callable[[Any], str]) -> Source:
+def _beir_source(name: str, files: dict[str, Any], open_file: Callable[[Any], Any], label: Callable[[Any], str]) -> Source:
+    files = {relative: file for relative, file in files.items() if not hidden(relative)}
+
     def lines(relative: str) -> Iterator[tuple[str, str]]:
+        if relative not in files and f"{relative}.gz" in files:
+            relative = f"{relative}.gz"
         if relative not in files:
             raise UserError(f"{name}: {relative} is missing")
         try:
             with open_file(files[relative]) as file:
-                for number, raw in enumerate(file, 1):
+                for number, raw in enumerate(unpacked(file, label(files[relative])), 1):
                     where = f"{label(files[relative])}:{number}"
                     try:
                         line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -154,15 +172,16 @@ def _beir_source(name: str, files: dict[str, Any], open_file: Callable[[Any], IO
         for where, line in lines(relative):
             yield *_record(line, where), where
 
-    def judgements(path: str) -> Qrels:
-        return _read_qrels(lines(path))
+    def judgements(path: str) -> Judgements:
+        return _read_judgements(lines(path))
 
-    qrels: dict[str, Callable[[], Qrels]] = {
-        path.removeprefix("qrels/").removesuffix(".tsv"): partial(judgements, path)
-        for path in sorted(files)
-        if path.startswith("qrels/") and path.endswith(".tsv")
-    }
-    return Source(name, lambda: texts("corpus.jsonl"), lambda: texts("queries.jsonl"), qrels)
+    splits = dict.fromkeys(path.removesuffix(".gz") for path in sorted(files) if re.fullmatch(r"qrels/.+\.tsv(\.gz)?", path, re.DOTALL))
+    return Source(
+        name,
+        lambda: texts("corpus.jsonl"),
+        lambda: texts("queries.jsonl"),
+        {path.removeprefix("qrels/").removesuffix(".tsv"): partial(judgements, path) for path in splits},
+    )
 
 
 def _record(line: str, where: str) -> tuple[str, str]:
@@ -209,29 +228,43 @@ def valid_text(text: str) -> bool:
     return True
 
 
-def _read_qrels(lines: Iterable[tuple[str, str]]) -> Qrels:
-    qrels: Qrels = {}
+def _read_judgements(lines: Iterable[tuple[str, str]]) -> Judgements:
     for i, (where, line) in enumerate(lines):
-        parts = line.rstrip("\r\n").split("\t")
+        text = line.rstrip("\r\n")
+        try:  # quotes as BEIR's own loader takes them
+            parts = next(csv.reader([text], delimiter="\t", strict=True)) if '"' in text else text.split("\t")
+        except csv.Error:
+            parts = []
         if i == 0 and len(parts) >= 3 and not any(character.isdecimal() for character in parts[-1]):
             continue  # names of columns
         if len(parts) == 4:  # TREC's second column
             parts = [parts[0], parts[2], parts[3]]
-        if len(parts) != 3 or not parts[0].strip() or not parts[1].strip() or not _is_integer(parts[2]):
+        if len(parts) != 3 or not parts[0].strip() or not parts[1].strip() or _grade(parts[2]) is None:
             raise UserError(f"{where}: needs query-id, corpus-id and a whole-number score, separated by tabs: {line.strip()[:80]!r}")
-        add_judgement(qrels, parts[0].strip(), parts[1].strip(), int(parts[2]), where)
+        yield parts[0].strip(), parts[1].strip(), parts[2], where
+
+
+def _qrels(judgements: Judgements) -> Qrels:
+    """Judgements by query; a repeated pair must repeat its grade."""
+    qrels: Qrels = {}
+    for query, document, value, where in judgements:
+        check_id(query, where), check_id(document, where)
+        grade = _grade(value)
+        if grade is None or abs(grade) > HIGHEST:
+            raise UserError(f"{where}: the score {value!r} is {'no whole number' if grade is None else 'too large'}; {GRADES}")
+        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise UserError(f"{where}: query {query} and document {document} are judged twice, {qrels[query][document]} and {grade}")
     return qrels
 
 
-def add_judgement(qrels: Qrels, query: str, document: str, grade: int, where: str) -> None:
-    """Adds one judgement; a repeated pair must repeat its grade."""
-    check_id(query, where), check_id(document, where)
-    if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
-        raise UserError(f"{where}: query {query} and document {document} are judged twice, {qrels[query][document]} and {grade}")
-
-
-def _is_integer(value: str) -> bool:
-    return re.fullmatch(r"[+-]?\d{1,9}", value.strip()) is not None
+def _grade(value: Any) -> int | None:
+    """2 of 2, 2.0, "2", "2.0" and "2e0"; None of what is no whole number."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = float(text) if len(text) <= 40 and re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", text) else None
+    if isinstance(value, Integral):
+        return int(value)
+    return int(number) if isinstance(value, Real) and (number := float(value)).is_integer() else None
 
 
 def _collect(records: Iterable[tuple[str, str, str]], kind: str, digest: Any, found: Any = None) -> Any:
@@ -246,7 +279,7 @@ def _collect(records: Iterable[tuple[str, str, str]], kind: str, digest: Any, fo
 
 
 def _check(
-    split: str, corpus: Mapping[str, str], queries: dict[str, str], qrels: Qrels, others: dict[str, Callable[[], Qrels]]
+    split: str, corpus: Mapping[str, str], queries: dict[str, str], qrels: Qrels, others: dict[str, Callable[[], Judgements]]
 ) -> tuple[list[str], dict[str, Any]]:
     notes: list[str] = []
     unknown = [f"{q}/{d}" for q, judged in qrels.items() for d in judged if d not in corpus]
@@ -264,7 +297,11 @@ def _check(
     relevant = {d for judged in qrels.values() for d, grade in judged.items() if grade > 0}
     overlap: dict[str, Any] = {}
     for other, load in others.items():
-        known = load()
+        try:
+            known = _qrels(load())
+        except UserError as error:
+            notes.append(f"split {other} cannot be compared with {split}: {error}")
+            continue
         shared = relevant & {d for judged in known.values() for d, grade in judged.items() if grade > 0}
         texts = {queries[q] for q in qrels if q in queries} & {queries[q] for q in known if q in queries}
         if shared or texts:

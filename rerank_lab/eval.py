@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import Executor, Local, Work
+from rerank_lab.files import expanded
 from rerank_lab.journal import Journal
-from rerank_lab.measures import DEFAULT, known_measures, parse_measures
+from rerank_lab.measures import DEFAULT, check_grades, known_measures, parse_measures
 from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.bi_encoder import Detail
@@ -158,6 +160,7 @@ def _evaluate(
     dataset = load_dataset(options.dataset, options.split, executor.corpus())
     if options.limit_queries:
         dataset = _limited(dataset, options.limit_queries)
+    check_grades(options.measures, dataset)
     for note in dataset.notes:
         log.warning("%s: %s", dataset.name, note)
     local = {label: method for label, method in methods.items() if label not in remote}
@@ -292,7 +295,7 @@ def _cache(options: argparse.Namespace) -> str | None:
     """Where vectors are kept: a folder, absolute since workers have folders of their own, or a URL."""
     if options.no_cache:
         return None
-    place = str(options.cache or default_place())
+    place = expanded(options.cache or default_place())
     return place if is_url(place) else str(Path(place).absolute())
 
 
@@ -328,10 +331,10 @@ def _encode_candidates(reranker: Reranker, dataset: Dataset, candidates: Candida
 def _limited(dataset: Dataset, count: int) -> Dataset:
     kept = list(dataset.qrels)[:count]
     queries = {q: dataset.queries[q] for q in kept if q in dataset.queries}
-    return Dataset(
-        dataset.name, dataset.split, dataset.corpus, queries, {q: dataset.qrels[q] for q in kept}, dataset.hash,
-        [*dataset.notes, *([f"only the first {count} of {len(dataset.qrels)} judged queries (--limit-queries)"] if count < len(dataset.qrels) else [])],
-        dataset.facts | {"queries": len(kept), "judgements": sum(len(dataset.qrels[q]) for q in kept)},
+    return replace(
+        dataset, queries=queries, qrels={q: dataset.qrels[q] for q in kept},
+        notes=[*dataset.notes, *([f"only the first {count} of {len(dataset.qrels)} judged queries (--limit-queries)"] if count < len(dataset.qrels) else [])],
+        facts=dataset.facts | {"queries": len(kept), "judgements": sum(len(dataset.qrels[q]) for q in kept)},
     )  # fmt: skip
 
 

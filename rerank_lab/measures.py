@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -10,10 +11,11 @@ import ir_measures
 import pandas as pd
 from ir_measures.measures.base import MeanAgg
 
-from rerank_lab.datasets import Qrels
+from rerank_lab.datasets import GRADES, HIGHEST, Dataset, Qrels
 from rerank_lab.errors import UserError
 from rerank_lab.run import Run, rank_scores
 
+STEEP = 4  # the highest grade of gains of 2^grade - 1, for which ERR's probabilities are defined
 DEFAULT = ("nDCG@10", "RR@10", "AP@100", "R@100", "P@1", "Judged@10")
 
 
@@ -38,27 +40,57 @@ def parse_measures(names: Sequence[str]) -> list[Any]:
 def _measure(name: str) -> Any:
     """The measure, tried once on one judgement."""
     measure = ir_measures.parse_measure(name)
-    # Providers in C crash on cut-offs below 1, and a sum over queries is no mean.
+    # Providers in C crash on cut-offs below 1, and read beyond their arrays at a `rel` that no grade may have; a sum over queries is no mean.
     if any(isinstance(v, int) and v < 1 for v in measure.params.values()) or not isinstance(measure.aggregator(), MeanAgg):
         raise ValueError(name)
-    list(ir_measures.iter_calc([measure], [ir_measures.Qrel("1", "1", 1)], [ir_measures.ScoredDoc("1", "1", 1.0)]))
+    numbers = [measure.params.get("rel", 1), *(measure.params.get("gains") or {}).values()]
+    if any(not isinstance(v, int) or abs(v) > HIGHEST for v in numbers):
+        raise ValueError(name)
+    list(ir_measures.iter_calc([measure], [ir_measures.Qrel("1", "1", numbers[0])], [ir_measures.ScoredDoc("1", "1", 1.0)]))
     return measure
 
 
 def known_measures() -> list[str]:
-    """Names of ir-measures that some installed provider computes, bare or with a cut-off."""
-    return sorted(
-        name
-        for name, measure in ir_measures.measures.registry.items()
-        if any(_supported(m) for m in (measure, measure @ 10)) and isinstance(measure.aggregator(), MeanAgg)
-    )
+    """Names of ir-measures that can be computed here, bare or with a cut-off."""
+    return sorted(name for name in ir_measures.measures.registry if any(map(_computed, (name, f"{name}@10"))))
 
 
-def _supported(measure: Any) -> bool:
+def _computed(name: str) -> bool:
     try:
-        return bool(ir_measures.DefaultPipeline.supports(measure))
-    except AssertionError:  # how ir-measures says that a required parameter is missing, or one is not taken
+        return _measure(name) is not None
+    except Exception:  # noqa: BLE001 - as in parse_measures
         return False
+
+
+def check_grades(names: Sequence[str], dataset: Dataset) -> None:
+    """Whether all measures bear all grades.
+
+    Raises:
+        UserError: a grade that one of them does not, with its file and line.
+    """
+    for query, document, problem in _unbearable(parse_measures(names), dataset.qrels):
+        raise UserError(f"{dataset.place(query, document)}: {problem}")
+
+
+def _unbearable(measures: Sequence[Any], qrels: Qrels) -> Iterator[tuple[str, str, str]]:
+    """(query, document, what is wrong) of judgements that end a provider, or take all memory."""
+    steep = [str(m) for m in measures if m.NAME == "ERR" or m.params.get("dcg") == "exp-log2"]
+    highest = STEEP if steep else HIGHEST
+    said = f"the highest that {' and '.join(steep)} can have is {STEEP}" if steep else GRADES
+    for query, judged in qrels.items():
+        for document, grade in judged.items():
+            if not -HIGHEST <= grade <= highest:
+                yield query, document, f"grade {grade} of document {document} for query {query}, and {said}; map grades to a smaller scale"
+
+
+def _relevant(measure: Any) -> tuple[int, tuple[tuple[int, int], ...]] | None:
+    """The grade from which documents count, and what gains stand for grades; None for Judged, to which all judgements count."""
+    return None if measure.NAME == "Judged" else (measure.params.get("rel", 1), tuple((measure.params.get("gains") or {}).items()))
+
+
+def _any_relevant(grades: Iterable[int], needed: int, gains: tuple[tuple[int, int], ...]) -> bool:
+    gain = dict(gains)
+    return any(gain.get(grade, grade) >= needed for grade in grades)
 
 
 def evaluate(run: Run, qrels: Qrels, names: Sequence[str]) -> pd.DataFrame:
@@ -66,15 +98,26 @@ def evaluate(run: Run, qrels: Qrels, names: Sequence[str]) -> pd.DataFrame:
 
     A query that the run lacks scores 0 and stays in the frame, ideal rankings come from the complete qrels, and the
     run's order is handed over as rank-derived scores, so that nothing is sorted again by anyone's tie rule.
+    A query without a document that a measure counts as relevant scores 0, whoever computes the measure.
+
+    Raises:
+        UserError: a grade that a measure does not bear, or a value that is no number.
     """
     measures = parse_measures(names)
+    for _, _, problem in _unbearable(measures, qrels):
+        raise UserError(problem)
+    values = {str(measure): [0.0] * len(qrels) for measure in measures}
     # Some providers read numbers alone as query ids, so queries go by their place.
     place = {q: str(i) for i, q in enumerate(qrels)}
-    judgements = [ir_measures.Qrel(place[q], d, grade) for q, judged in qrels.items() for d, grade in judged.items()]
-    scored = [ir_measures.ScoredDoc(place[q], d, s) for q, r in run.items() if q in qrels for d, s in zip(r.documents, rank_scores(r))]
-    values = {str(measure): [0.0] * len(qrels) for measure in measures}
-    if scored:
-        for metric in ir_measures.iter_calc(measures, judgements, scored):
+    # trec_eval's arrays end at a query's highest grade; where that is below what counts as relevant, it reads and writes beyond them.
+    for what in dict.fromkeys(map(_relevant, measures)):
+        asked = {q: judged for q, judged in qrels.items() if what is None or _any_relevant(judged.values(), *what)}
+        judgements = [ir_measures.Qrel(place[q], d, grade) for q, judged in asked.items() for d, grade in judged.items()]
+        scored = [ir_measures.ScoredDoc(place[q], d, s) for q, r in run.items() if q in asked for d, s in zip(r.documents, rank_scores(r))]
+        own = [measure for measure in measures if _relevant(measure) == what]
+        for metric in ir_measures.iter_calc(own, judgements, scored) if scored else ():
+            if not math.isfinite(metric.value):
+                raise UserError(f"{metric.measure} of query {list(qrels)[int(metric.query_id)]} is {metric.value}, which is no score; leave the measure out")
             values[str(metric.measure)][int(metric.query_id)] = float(metric.value)
     columns = {name: values[str(measure)] for name, measure in zip(names, measures)}
     return pd.DataFrame(columns, index=pd.Index(list(qrels), name="query"))

@@ -14,6 +14,7 @@ from typing import Any
 
 from rerank_kernels import BACKENDS
 from rerank_lab.errors import UserError
+from rerank_lab.files import expanded
 from rerank_lab.methods import METHODS
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 
@@ -68,9 +69,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--list", action="store_true", help="print models, methods with their settings, collections and measures, then exit")
     data = p.add_argument_group("what to evaluate on")
-    data.add_argument("--dataset", default="numpydoc", metavar="NAME", help="bundled name, BEIR folder or .zip, hf:NAME, irds:ID (default: numpydoc)")
+    data.add_argument(
+        "--dataset", type=place_of, default="numpydoc", metavar="NAME", help="bundled name, BEIR folder or .zip, hf:NAME, irds:ID (default: numpydoc)"
+    )
     data.add_argument("--split", default="test", help="which judgements (default: test)")
-    data.add_argument("--candidates", default="dense", metavar="bm25|dense|run:FILE", help="the first stage; FILE a TREC run or Parquet (default: dense)")
+    data.add_argument(
+        "--candidates",
+        type=place_of,
+        default="dense",
+        metavar="bm25|dense|run:FILE",
+        help="the first stage; FILE a TREC run, Parquet, or JSON as of ranx and MTEB (default: dense)",
+    )
     data.add_argument("--top-k", type=count, default=100, metavar="N", help="candidates a query (default: 100)")
     data.add_argument(
         "--drop-identical-ids", action="store_true", help="drop the candidate whose id is the query's; only for collections whose queries are documents"
@@ -83,14 +92,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="comma-separated, settings by colon: fast,best:tau=0.05; endpoint:URL[:METHOD] asks a v3 server (default: all that can run)",
     )
-    what.add_argument("--model", default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name (default: all-MiniLM-L6-v2)")
+    what.add_argument("--model", type=place_of, default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name (default: all-MiniLM-L6-v2)")
     what.add_argument(
         "--model-cross",
+        type=place_of,
         default="minilm-cross",
         metavar="MODEL",
         help="cross-encoder for standard, optimal and best+cross: id, folder, hub name, .safetensors of a one-way adapter, or none (default: minilm-cross)",
     )
-    what.add_argument("--subspace", metavar="FILE", help=SUBSPACE)
+    what.add_argument("--subspace", type=place_of, metavar="FILE", help=SUBSPACE)
     what.add_argument(
         "--max-tokens-per-doc", type=count, default=512, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)"
     )
@@ -122,16 +132,18 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--cold-queries", type=natural, default=3, metavar="N", help="queries timed with every document new, 0 for none (default: 3)")
     measure.add_argument("--seed", type=_seed, default=0, help="of resampling (default: 0)")
     out = p.add_argument_group("output")
-    out.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/<date>-<dataset>)")
+    out.add_argument("--out", type=path_of, metavar="DIR", help="results folder (default: results/<date>-<dataset>)")
     out.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same configuration")
     out.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     machine = p.add_argument_group("machine")
     machine_options(machine)
-    machine.add_argument("--cache", metavar="DIR|URL", help="vector cache, a folder or a URL of fsspec's (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    machine.add_argument(
+        "--cache", type=place_of, metavar="DIR|URL", help="vector cache, a folder or a URL of fsspec's (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)"
+    )
     machine.add_argument("--cache-gb", type=weight, default=16.0, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
     machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")
     p.add_argument(
-        "--grid", type=Path, metavar="FILE.toml", help="every combination of the lists in its table [grid], a results folder each; other keys as in --config"
+        "--grid", type=path_of, metavar="FILE.toml", help="every combination of the lists in its table [grid], a results folder each; other keys as in --config"
     )
     where = p.add_argument_group("where it runs")
     where.add_argument("--executor", choices=("local", "ray"), default="local", help="this process, or a Ray cluster (extra ray; default: local)")
@@ -145,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=N,…",
         help="with --executor ray: a worker's share of a node, CPU, GPU, memory (bytes), or yours (default: CPU=1)",
     )
-    p.add_argument("--config", type=Path, metavar="FILE.toml", help="options by their long names; flags win over it")
+    p.add_argument("--config", type=path_of, metavar="FILE.toml", help="options by their long names; flags win over it")
     return p
 
 
@@ -288,6 +300,25 @@ def _check_once(sweeps: Sequence[tuple[str, list[float]]] | None) -> None:
     names = [name for name, _ in sweeps or ()]
     if len(set(names)) < len(names):
         raise UserError(f"--sweep {max(names, key=names.count)} stands there twice; give all its values at once")
+
+
+def place_of(value: str) -> str:
+    """A file, folder or name as an option gives it, with ~ put in full; "--name=~/x" reaches us as it is, and so does a TOML file's."""
+    try:
+        return expanded(value)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def named_place(value: str) -> str:
+    """NAME=PLACE with the place in full."""
+    name, equals, rest = value.partition("=")
+    return f"{name}{equals}{place_of(rest)}"
+
+
+def path_of(value: str) -> Path:
+    """The same as a Path."""
+    return Path(place_of(value))
 
 
 def count(value: str) -> int:

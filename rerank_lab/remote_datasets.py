@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rerank_lab.datasets import Qrels, Source, add_judgement, record_text
+from rerank_lab.datasets import Judgements, Source, record_text
 from rerank_lab.errors import UserError
 
 SPLITS = ("train", "dev", "validation", "test")
@@ -43,22 +43,17 @@ def hub_source(name: str) -> Source:
                 where = f"hf:{name}/{config}/{part}:{i + 1}"
                 yield *record_text(row, where), where
 
-    def qrels(split: str) -> Qrels:
+    def judgements(split: str) -> Judgements:
         table = _ask(judged[0], lambda: datasets.load_dataset(*judged, split=split, download_mode=mode))
         if not {"query-id", "corpus-id", "score"} <= set(table.column_names):
             raise UserError(f"hf:{judged[0]}: judgements need the columns query-id, corpus-id and score, not {', '.join(table.column_names)}")
-        found: Qrels = {}
         for i, row in enumerate(table):
             where = f"hf:{judged[0]}/{split}:{i + 1}"
-            query, document, score = row["query-id"], row["corpus-id"], row["score"]
-            if query is None or document is None:
+            if row["query-id"] is None or row["corpus-id"] is None:
                 raise UserError(f"{where}: the query-id or the corpus-id is missing")
-            if not isinstance(score, (int, float)) or not float(score).is_integer():
-                raise UserError(f"{where}: the score {score!r} is no whole number")
-            add_judgement(found, str(query), str(document), int(score), where)
-        return found
+            yield str(row["query-id"]), str(row["corpus-id"]), row["score"], where
 
-    return Source(name.rsplit("/", 1)[-1], lambda: rows("corpus"), lambda: rows("queries"), {s: partial(qrels, s) for s in splits})
+    return Source(name.rsplit("/", 1)[-1], lambda: rows("corpus"), lambda: rows("queries"), {s: partial(judgements, s) for s in splits})
 
 
 def ir_datasets_source(name: str) -> Source:
@@ -76,17 +71,15 @@ def ir_datasets_source(name: str) -> Source:
             where = f"irds:{name}:{i + 1}"
             yield *record_text({"_id": key, "text": text}, where), where
 
-    def qrels() -> Qrels:
-        found: Qrels = {}
-        for record in _each(name, lambda: data.qrels_iter()):
-            add_judgement(found, record.query_id, record.doc_id, int(record.relevance), f"irds:{name}")
-        return found
+    def judgements() -> Judgements:
+        for i, record in enumerate(_each(name, lambda: data.qrels_iter())):
+            yield record.query_id, record.doc_id, record.relevance, f"irds:{name}:{i + 1}"
 
     return Source(
         name.replace("/", "-"),
         lambda: texts("docs_iter", "doc_id"),
         lambda: texts("queries_iter", "query_id"),
-        {last if last in SPLITS else "test": qrels} if data.has_qrels() else {},
+        {last if last in SPLITS else "test": judgements} if data.has_qrels() else {},
     )
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from rerank_lab.answers import KINDS, Answer, Difference, compare
 from rerank_lab.endpoint import KEY, TIMEOUT, V3, NoAnswer, Server, check_address, key_from
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.options import count, positive, weight
+from rerank_lab.options import count, path_of, positive, weight
 from rerank_lab.run import write_atomically
 
 log = logging.getLogger("rerank_lab")
@@ -92,14 +92,14 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("requests", type=Path, metavar="REQUESTS.jsonl", help="one request a line; blank lines are skipped")
+    p.add_argument("requests", type=path_of, metavar="REQUESTS.jsonl", help="one request a line; blank lines are skipped")
     p.add_argument("a", metavar="URL_A", help="http(s)://host:port, with a path where the server stands behind one")
     p.add_argument("b", metavar="URL_B", help="the same of the other")
     p.add_argument("--tolerance", type=weight, default=1e-4, metavar="X", help="absolute difference up to which scores are the same (default: 1e-4)")
     p.add_argument("--concurrency", type=count, default=1, metavar="N", help="requests at a time (default: 1, which is how to compare latency)")
     p.add_argument("--limit", type=count, metavar="N", help="the first N requests only")
     p.add_argument("--timeout", type=positive, default=TIMEOUT, metavar="S", help=f"without a byte, then it is no answer (default: {TIMEOUT:g})")
-    p.add_argument("--json", type=Path, metavar="FILE", help="summary and differences, for machines")
+    p.add_argument("--json", type=path_of, metavar="FILE", help="summary and differences, for machines")
     return p
 
 

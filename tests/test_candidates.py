@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import json
+import lzma
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -250,3 +254,81 @@ def test_a_parquet_file_that_is_no_run_is_refused(beir: Callable[..., Path], tmp
     cut.write_bytes((tmp_path / "first.parquet").read_bytes()[:-40])
     with pytest.raises(UserError, match="no Parquet file that can be read"):
         find(beir("other"), f"run:{cut}")
+
+
+ROWS = {"q1": {"d2": 0.5, "d4": 3, "d1": 1.5}, "q2": {"d3": -2.0}, "nobody": {"d1": 1.0}}
+PREDICTIONS = {"mteb_model_meta": {"model_name": "m", "revision": None}, "default": {"dev": {"q1": {"d6": 1.0}}, "test": ROWS}}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["trec", "parquet", "ranx", "mteb", "older mteb"])
+def test_a_run_is_told_by_its_content_packed_or_not(beir: Beir, tmp_path: Path, kind: str, packed: bool) -> None:
+    folder, path = beir(), tmp_path / "first.run"
+    lines = [f"{q} Q0 {d} 0 {score} x" for q, scored in ROWS.items() for d, score in scored.items()]
+    if kind == "parquet":
+        pd.DataFrame([(q, d, s) for q, scored in ROWS.items() for d, s in scored.items()], columns=["query", "document", "score"]).to_parquet(path)
+    else:
+        text = "\n".join(lines) if kind == "trec" else json.dumps(PREDICTIONS if kind == "mteb" else {"en": {"test": ROWS}} if "older" in kind else ROWS)
+        path.write_text(text if kind == "trec" else f"\n {text}", encoding="utf-8-sig")
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    made = find(folder, f"run:{path}")
+    assert {q: r.documents for q, r in made.run.items()} == {"q1": ["d4", "d1", "d2"], "q2": ["d3"]}
+    assert made.run["q1"].scores.tolist() == [3, 1.5, 0.5] and made.about["hash"] == find(folder, run_file(folder, *lines)).about["hash"]
+    assert len([note for note in made.notes if "1 queries have no judgement in this split (nobody" in note]) == 1
+    if packed:
+        path.write_bytes(path.read_bytes()[:-12])
+        with pytest.raises(UserError, match=r"first\.run: damaged or cut off, gzip cannot unpack it"):
+            find(folder, f"run:{path}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"q1": {"d1": 1, "d2": 1, "d1": 2}}', "'d1' stands twice in one object"),
+        ('{"q1": {"d1": 1}, "q1": {"d2": 2}}', "'q1' stands twice in one object"),
+        ('{"q1": {"d1": NaN}}', "query q1, document d1: the score 'nan' is no number that is finite in fp32"),
+        ('{"q1": {"d1": -Infinity}}', "the score '-inf' is no number that is finite"),
+        ('{"q1": {"d1": 1e39}}', "the score '1e+39' is no number that is finite"),
+        ('{"q1": {"d1": ' + "9" * 400 + "}}", "is no number that is finite"),
+        ('{"q1": {"d1": "3"}}', "the score '3' is no number"),
+        ('{"q1": {"d1": null}}', "the score 'None' is no number"),
+        ('{"q1": {"d1": true}}', "the score 'True' is no number"),
+        ('{"q1": ["d1", "d2"]}', "a run in JSON is {query: {document: score}}"),
+        ('[{"q1": {"d1": 1}}]', "a run in JSON is {query: {document: score}}"),
+        ('{"q1": {"d1": 1}', "neither JSON (Expecting"),
+        ("[" * 100_000, "neither JSON ("),
+        ('{"q1": {"d1": 1}}\n{"q2": {"d1": 1}}', "neither JSON (Extra data"),
+        ('{"mteb_model_meta": {}, "en": {"test": {}}, "fr": {"test": {}}}', "MTEB's predictions of 2 subsets (en, fr); keep those of one"),
+        ('{"mteb_model_meta": {}, "default": {"dev": {"q1": {"d1": 1}}}}', "MTEB's predictions of dev, and not of the split 'test'"),
+        ('{"mteb_model_meta": {}, "default": {"test": [1, 2]}}', "a run in JSON is {query: {document: score}}"),
+        ("{}", "none of its queries and documents belong to small"),
+    ],
+)
+def test_json_that_is_no_run_is_refused(beir: Beir, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        find(beir(), f"run:{tmp_path / 'run.json'}")
+
+
+@pytest.mark.parametrize(("pack", "name"), [(bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_a_run_of_another_packer_is_named(beir: Beir, tmp_path: Path, pack: Callable[[bytes], bytes], name: str) -> None:
+    (tmp_path / "run.trec").write_bytes(pack(b"q1 Q0 d1 1 1 x\n"))
+    with pytest.raises(UserError, match=rf"run\.trec: packed with {name}, and of such gzip alone is read: unpack it"):
+        find(beir(), f"run:{tmp_path / 'run.trec'}")
+
+
+@pytest.mark.parametrize(
+    ("top_k", "said"), [(10, "5 candidates of 2 queries"), (4, "5 candidates of 2 queries"), (3, "4 candidates of 2 queries"), (2, "2 candidates of 1 queries")]
+)
+def test_ties_keep_the_files_order_and_a_note_says_so_where_they_are_ranked(beir: Beir, top_k: int, said: str) -> None:
+    folder = beir()
+    lines = ["q1 Q0 d3 1 2 x", "q1 Q0 gone 2 1 x", "q1 Q0 d1 3 1 x", "q1 Q0 d2 4 1 x", "q1 Q0 d5 5 1 x"]
+    lines += ["q2 Q0 d6 1 7 x", "q2 Q0 d3 2 7 x", "q3 Q0 d1 1 2 x", "q3 Q0 gone 2 2 x", "nobody Q0 d1 1 1 x", "nobody Q0 d2 1 1 x"]
+    if top_k == 2:
+        lines = [line.replace("q1 Q0 d1 3 1 x", "q1 Q0 d1 3 1.5 x") for line in lines]
+    made = find(folder, run_file(folder, *lines), top_k)
+    assert {q: r.documents for q, r in made.run.items()} == {"q1": ["d3", "d1", "d2", "d5"][:top_k], "q2": ["d6", "d3"], "q3": ["d1"]}
+    notes = [note for note in made.notes if "have another's score" in note]
+    assert len(notes) == 1 and said in notes[0] and "as the file has them, where trec_eval sorts them by id" in notes[0]
+    assert not [note for note in find(folder, run_file(folder, *lines[:1])).notes if "score" in note and "have" in note and "another" in note]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import json
+import re
 import shutil
 import tracemalloc
 import zipfile
@@ -266,7 +270,7 @@ def test_a_first_judgement_is_not_taken_for_a_header(beir: Callable[..., Path]) 
     folder = beir()
     (folder / "qrels" / "test.tsv").write_text("q1\td1\t1\nq2\td3\t1\n")
     assert load_dataset(str(folder)).qrels == {"q1": {"d1": 1}, "q2": {"d3": 1}}
-    (folder / "qrels" / "test.tsv").write_text("q1\td1\t1.0\nq2\td3\t1\n")
+    (folder / "qrels" / "test.tsv").write_text("q1\td1\t1.5\nq2\td3\t1\n")
     with pytest.raises(UserError, match=r"test.tsv:1: "):
         load_dataset(str(folder))
 
@@ -276,3 +280,107 @@ def test_ids_that_would_break_a_trec_file_are_refused(beir: Callable[..., Path],
     for parts in ({"documents": {bad: ("", "text")}}, {"queries": {bad: "text"}}, {"qrels": {"q1": {bad: 1}}}):
         with pytest.raises(UserError, match="white space or control"):
             load_dataset(str(beir(**parts)))
+
+
+def test_hidden_files_are_nobodys_split_and_never_the_corpus(beir: Beir) -> None:
+    folder = beir()
+    plain = load_dataset(str(folder))
+    double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\x00\xff"  # as macOS writes beside each file on a disk of another kind
+    for name in ("._corpus.jsonl", "._queries.jsonl", "qrels/._test.tsv", "qrels/.~lock.test.tsv", "__MACOSX/._corpus.jsonl", "__MACOSX/qrels/._test.tsv"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(double)
+    copies = {".ipynb_checkpoints/corpus.jsonl": "corpus.jsonl", "qrels/.ipynb_checkpoints/test-checkpoint.tsv": "qrels/test.tsv"}
+    for copy, name in copies.items():
+        (folder / copy).parent.mkdir()
+        shutil.copy(folder / name, folder / copy)
+    packed = zipped(folder, "small/")
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr("__MACOSX/small/corpus.jsonl", double)
+        archive.writestr("__MACOSX/small/qrels/train.tsv", double)
+    for spec in (folder, packed):
+        data = load_dataset(str(spec))
+        assert (data.hash, data.notes, data.facts) == (plain.hash, [], plain.facts), "no split, no second corpus, no contamination"
+        with pytest.raises(UserError, match=r"no split 'dev'; it has test$"):
+            load_dataset(str(spec), "dev")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_splits_fault_is_a_note(beir: Beir, packed: bool) -> None:
+    folder = beir()
+    plain = load_dataset(str(folder))
+    beir(split="dev", qrels={"q1": {"d1": 1}})
+    (folder / "qrels" / "train.tsv").write_text(f"{HEAD}q1\td1\t1\nq2\td3\n")
+    (folder / "qrels" / "valid.tsv").write_text("q1\td1\t999999999\n")
+    spec = str(zipped(folder) if packed else folder)
+    data = load_dataset(spec)
+    assert data.hash == plain.hash and list(data.facts["overlap"]) == ["dev"]
+    assert len(data.notes) == 3
+    assert [n for n in data.notes if re.match(r"split train cannot be compared with test: .*train\.tsv:3: needs query-id", n)]
+    assert [n for n in data.notes if re.match(r"split valid cannot be compared with test: .*valid\.tsv:1: the score '999999999' is too large", n)]
+    with pytest.raises(UserError, match=r"train\.tsv:3: needs query-id"):
+        load_dataset(spec, "train")
+
+
+def test_quotes_in_judgements_are_csvs(beir: Beir) -> None:
+    folder = beir(documents=DOCUMENTS | {'5"-pipe': ("", "text"), 'say"so': ("", "text")})
+    (folder / "qrels" / "test.tsv").write_text('"query-id"\t"corpus-id"\t"score"\n"q1"\t"d1"\t"2"\nq2\t5"-pipe\t1\nq2\t"say""so"\t1\n')
+    data = load_dataset(str(folder))
+    assert data.qrels == {"q1": {"d1": 2}, "q2": {'5"-pipe': 1, 'say"so': 1}} and data.notes == []
+    # As BEIR's own loader reads them.
+    with (folder / "qrels" / "test.tsv").open(encoding="utf-8") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_MINIMAL))[1:]
+    assert [(q, d, g) for q, judged in data.qrels.items() for d, g in judged.items()] == [(q, d, int(g)) for q, d, g in rows]
+    for bad in ('"q1\td1\t1', '"q1"x\td1\t1', '"q1\td1"\t1'):
+        (folder / "qrels" / "test.tsv").write_text(f"{HEAD}{bad}\nq2\td3\t1\n")
+        with pytest.raises(UserError, match=r"test\.tsv:2: needs query-id"):
+            load_dataset(str(folder))
+
+
+@pytest.mark.parametrize(("written", "grade"), [("1.0", 1), ("2.", 2), ("+1", 1), ("-1.0", -1), ("1.000000000000000000e+00", 1), ("1E1", 10), (" 3 ", 3)])
+def test_a_whole_number_is_a_grade_however_it_is_written(beir: Beir, written: str, grade: int) -> None:
+    folder = beir()
+    (folder / "qrels" / "test.tsv").write_text(f"q1\td1\t{written}\nq2\td3\t1\n")
+    assert load_dataset(str(folder)).qrels == {"q1": {"d1": grade}, "q2": {"d3": 1}}
+
+
+@pytest.mark.parametrize("bad", ["1.5", "1e-1", "nan", "inf", "1e999", "0x1", "1_0", ".", "1,0", "", "TRUE"])
+def test_what_is_no_whole_number_is_refused_with_its_line(beir: Beir, bad: str) -> None:
+    folder = beir()
+    (folder / "qrels" / "test.tsv").write_text(f"{HEAD}q1\td1\t1\nq2\td3\t{bad}\n")
+    with pytest.raises(UserError, match=r"test\.tsv:3: needs query-id, corpus-id and a whole-number score"):
+        load_dataset(str(folder))
+
+
+def gzipped(path: Path, name: str | None = None) -> Path:
+    """The file packed, under its name with .gz or another."""
+    packed = path.with_name(name or f"{path.name}.gz")
+    content = gzip.compress(path.read_bytes(), mtime=0)
+    path.unlink()
+    packed.write_bytes(content)
+    return packed
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "by its first bytes"])
+@pytest.mark.parametrize("archived", [False, True])
+def test_gzip_is_taken_off(beir: Beir, named: bool, archived: bool) -> None:
+    beir(split="train", qrels={"q1": {"d4": 1}})
+    folder = beir()
+    plain = load_dataset(str(folder))
+    packed = [gzipped(folder / n, None if named else Path(n).name) for n in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "qrels/train.tsv")]
+    spec = str(zipped(folder, "top/") if archived else folder)
+    data = load_dataset(spec)
+    assert (data.hash, data.notes, data.facts) == (plain.hash, plain.notes, plain.facts) and load_dataset(spec, "train").qrels == {"q1": {"d4": 1}}
+    packed[0].write_bytes(packed[0].read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"corpus\.jsonl(\.gz)? cannot be read: Compressed file ended before"):
+        load_dataset(str(zipped(folder, "top/", name="again.zip") if archived else folder))
+
+
+def test_the_plain_file_goes_before_the_packed_one_and_other_packers_are_named(beir: Beir) -> None:
+    folder = beir()
+    plain = load_dataset(str(folder))
+    for name in ("corpus.jsonl", "qrels/test.tsv"):
+        (folder / f"{name}.gz").write_bytes(gzip.compress(b"old"))
+    assert load_dataset(str(folder)).hash == plain.hash
+    (folder / "corpus.jsonl").write_bytes(bz2.compress((folder / "corpus.jsonl").read_bytes()))
+    with pytest.raises(UserError, match=r"corpus\.jsonl: packed with bzip2, and of such gzip alone is read"):
+        load_dataset(str(folder))

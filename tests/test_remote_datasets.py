@@ -81,6 +81,33 @@ def test_integer_ids_and_whole_floats_are_taken(mteb: Callable[..., Path]) -> No
     assert (data.corpus, data.queries, data.qrels) == ({"2": "two"}, {"1": "one"}, {"1": {"2": 1}})
 
 
+@pytest.mark.parametrize("score", ["1", " 1.0", "1e0"])
+def test_grades_as_strings_are_taken(mteb: Callable[..., Path], score: str) -> None:
+    rows = [{"query-id": "q1", "corpus-id": "d1", "score": score}]
+    assert load_dataset(f"hf:{mteb(test=rows, dev=rows)}").qrels == {"q1": {"d1": 1}}
+
+
+def test_another_splits_fault_is_a_note(mteb: Callable[..., Path]) -> None:
+    folder = mteb(dev=[{"query-id": "q2", "corpus-id": "d2", "score": 999_999_999}])
+    data = load_dataset(f"hf:{folder}")
+    assert data.qrels == {"q1": {"d1": 2}, "q2": {"d9": 1}} and data.facts["overlap"] == {}
+    assert f"split dev cannot be compared with test: hf:{folder}/dev:1: the score 999999999 is too large" in data.notes[-1]
+
+
+def test_hidden_files_are_nobodys_split_and_quotes_are_csvs(tmp_path: Path) -> None:
+    write(tmp_path / "beir", {"corpus": {"corpus": DOCUMENTS}, "queries": {"queries": QUERIES}})
+    qrels = tmp_path / "beir-qrels"
+    for name in ("test.tsv", ".ipynb_checkpoints/test-checkpoint.tsv", ".backup/train.tsv"):
+        (qrels / name).parent.mkdir(exist_ok=True)
+        (qrels / name).write_text('query-id\tcorpus-id\tscore\n"q1"\t"d1"\t2.0\n')
+    for name in ("._test.tsv", "._train.tsv"):
+        (qrels / name).write_bytes(b"\x00\x05\x16\x07\x00\xff")
+    data = load_dataset(f"hf:{tmp_path}/beir")
+    assert (data.qrels, data.facts["overlap"], data.notes) == ({"q1": {"d1": 2}}, {}, [])
+    with pytest.raises(UserError, match=r"no split 'train'; it has test$"):
+        load_dataset(f"hf:{tmp_path}/beir", "train")
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -98,6 +125,9 @@ def test_integer_ids_and_whole_floats_are_taken(mteb: Callable[..., Path]) -> No
                 ({"query-id": "q1", "corpus-id": "d1", "score": float("inf")}, "the score inf is no whole number"),
                 ({"query-id": "q1", "corpus-id": "d1", "score": "one"}, "the score 'one' is no whole number"),
                 ({"query-id": "q1", "corpus-id": "d1", "score": None}, "the score None is no whole number"),
+                ({"query-id": "q1", "corpus-id": "d1", "score": "1.5"}, "the score '1.5' is no whole number"),
+                ({"query-id": "q1", "corpus-id": "d1", "score": 999_999_999}, "the score 999999999 is too large"),
+                ({"query-id": "q1", "corpus-id": "d1", "score": -1e300}, r"the score -1e\+300 is too large"),
                 ({"query-id": None, "corpus-id": "d1", "score": 1}, "the query-id or the corpus-id is missing"),
             ]
         ),
@@ -181,6 +211,7 @@ def test_ir_datasets_are_read_with_the_split_of_their_id(local_irds: Callable[..
         ({"qrels_trec": "q1 0 d1 two\n"}, "cannot be read: ValueError"),
         ({"docs_tsv": "d1\tfirst\nd1\tagain\n"}, ":2: document id 'd1' stands here a second time"),
         ({"qrels_trec": "q1 0 d1 2\nq1 0 d1 1\n"}, "judged twice, 2 and 1"),
+        ({"qrels_trec": "q1 0 d1 2\nq2 0 d2 999999999\n"}, ":2: the score 999999999 is too large"),
     ],
 )
 def test_ir_datasets_that_lack_or_spoil_a_part_are_refused(local_irds: Callable[..., str], changed: dict[str, str | None], message: str) -> None:

@@ -66,7 +66,7 @@ class Variant:
 
 def tuned_path() -> Path:
     """The file of tuned configurations: $RERANK_KERNELS_CONFIGS, or configs.json in the user's cache."""
-    return Path(os.environ.get("RERANK_KERNELS_CONFIGS") or Path.home() / ".cache" / "rerank_kernels" / "configs.json")
+    return Path(os.path.expanduser(os.environ.get("RERANK_KERNELS_CONFIGS", "")) or Path.home() / ".cache" / "rerank_kernels" / "configs.json")
 
 
 @lru_cache(maxsize=1)

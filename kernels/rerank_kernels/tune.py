@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", choices=OPERATORS, action="append", metavar="NAME", help=f"only this: {', '.join(OPERATORS)}; may be given again")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=lambda name: Path(os.path.expanduser(name)),
         default=tuned_path(),
         metavar="FILE",
         help="what is written; entries of other GPUs stay (default: $RERANK_KERNELS_CONFIGS, or configs.json in ~/.cache/rerank_kernels)",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
+from rerank_lab.files import expanded
 from rerank_lab.run import write_atomically
 
 TEXTS, PLANS = "texts", "plans"  # folders of a cache beside the vectors
@@ -44,12 +45,12 @@ class Store:
     """
 
     def __init__(self, place: str | Path):
-        self.place = str(place)
+        self.place = expanded(str(place))
         self.shown = re.sub(r"(://)[^/@]*@", r"\1", self.place)
         self._fs: Any = None
         self._root = ""
         if not is_url(place):
-            self.folder = Path(self.place.partition("://")[2] or self.place) if "://" in self.place else Path(place)
+            self.folder = Path(expanded(self.place.partition("://")[2] or self.place))
             return
         import fsspec
 
@@ -57,7 +58,7 @@ class Store:
             self._fs, self._root = fsspec.core.url_to_fs(self.place)
         except Exception as error:  # each file system raises of its own kind
             raise UserError(f"{self.shown}: fsspec cannot open it: {str(error).partition(chr(10))[0]}") from error
-        mirrors = Path(os.environ.get(MIRROR) or Path(tempfile.gettempdir()) / f"rerank_lab-{os.getuid() if hasattr(os, 'getuid') else 0}")
+        mirrors = Path(expanded(os.environ.get(MIRROR, "")) or Path(tempfile.gettempdir()) / f"rerank_lab-{os.getuid() if hasattr(os, 'getuid') else 0}")
         self.folder = mirrors / hashlib.sha256(self.place.encode()).hexdigest()[:24]
 
     @property

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.shards import default_place
-from rerank_lab.options import natural
+from rerank_lab.options import natural, path_of, place_of
 from rerank_lab.report import content, grid, render
 from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
 from rerank_lab.report.compare import comparison
@@ -56,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="results folders, or the folder of one grid (default: the newest in results/)")
-    p.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results of the same candidates instead: B against A")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: the results folder, where there is one alone)")
+    p.add_argument("results", nargs="*", type=path_of, metavar="RESULTS", help="results folders, or the folder of one grid (default: the newest in results/)")
+    p.add_argument("--compare", nargs=2, type=path_of, metavar=("A", "B"), help="two results of the same candidates instead: B against A")
+    p.add_argument("--out", type=path_of, metavar="DIR", help="where to write (default: the results folder, where there is one alone)")
     p.add_argument("--latex", action="store_true", help="write report.tex too: the table of each evaluation")
-    p.add_argument("--bench", type=Path, metavar="FILE", help="what python -m rerank_kernels.bench --json printed: shares of the machine's limits")
+    p.add_argument("--bench", type=path_of, metavar="FILE", help="what python -m rerank_kernels.bench --json printed: shares of the machine's limits")
     p.add_argument(
         "--quote",
         default="all",
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset", action="append", default=[], metavar="NAME=PATH", help="where a collection lies now, if no longer where the evaluation had it")
     p.add_argument("--examples", type=natural, default=10, metavar="N", help="queries shown that gained and that lost most, 0 for none (default: 10)")
     p.add_argument("--command", metavar="TEXT", help="what the report names as the command that made it (default: this one)")
-    p.add_argument("--cache", metavar="DIR|URL", help="vector cache, for token alignments (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
+    p.add_argument("--cache", type=place_of, metavar="DIR|URL", help="vector cache, for token alignments (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     return p
 
 

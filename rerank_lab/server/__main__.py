@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextvars import copy_context
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -28,7 +27,7 @@ from rerank_lab.environment import kernels
 from rerank_lab.errors import UserError
 from rerank_lab.fleet import Fleet
 from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
-from rerank_lab.options import SUBSPACE, count, machine_options, positive, weight
+from rerank_lab.options import SUBSPACE, count, machine_options, named_place, path_of, place_of, positive, weight
 
 log = logging.getLogger("rerank_lab")
 PARTING = 2.0  # seconds in which the batch that runs at the end may end too
@@ -62,14 +61,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     p.add_argument("--port", type=_port, default=8000, metavar="N", help="0: a free one, printed (default: 8000)")
     models = p.add_argument_group("models")
-    models.add_argument("--model", action="append", default=[], metavar="MODEL", help="bi-encoder: id, folder or hub name; may stand several times")
     models.add_argument(
-        "--model-cross", action="append", default=[], metavar="MODEL", help="cross-encoder: id, folder, hub name or .safetensors of a one-way adapter; likewise"
+        "--model", type=place_of, action="append", default=[], metavar="MODEL", help="bi-encoder: id, folder or hub name; may stand several times"
     )
-    models.add_argument("--alias", action="append", default=[], metavar="NAME=ID", help="another name for a model; may stand several times")
-    models.add_argument("--subspace", metavar="FILE", help=SUBSPACE)
+    models.add_argument(
+        "--model-cross",
+        type=place_of,
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="cross-encoder: id, folder, hub name or .safetensors of a one-way adapter; likewise",
+    )
+    models.add_argument("--alias", type=named_place, action="append", default=[], metavar="NAME=ID", help="another name for a model; may stand several times")
+    models.add_argument("--subspace", type=place_of, metavar="FILE", help=SUBSPACE)
     keys = p.add_argument_group("keys")
-    keys.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key a line, # for comments")
+    keys.add_argument("--api-key-file", type=path_of, metavar="FILE", help="one key a line, # for comments")
     keys.add_argument("--no-auth", action="store_true", help="ask for no key; only on a loopback address")
     limits = p.add_argument_group("limits")
     limits.add_argument("--max-documents", type=count, default=1000, metavar="N", help="of a request (default: 1000)")
