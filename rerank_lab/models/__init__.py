@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rerank_lab.errors import UserError
+from rerank_lab.files import expanded
 from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
@@ -68,6 +69,7 @@ def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "au
     Raises:
         UserError: not to be found, or of another role.
     """
+    name, subspace = expanded(name), None if subspace is None else expanded(subspace)
     folder, V = locate(name, "bi-encoder"), _read_subspace(subspace)
     return BiEncoder(folder, name, subspace=V, device=pick_device(device), runtime=runtime, precision=precision)
 
@@ -84,6 +86,7 @@ def load_cross_encoder(
     Raises:
         UserError: as for load_bi_encoder.
     """
+    name = expanded(name)
     if backbone := backbone_of(name):
         file = ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name)
         shared = encoder is not None and encoder.name == backbone and _has_shipped_subspace(encoder)
