@@ -22,7 +22,7 @@ from rerank_lab.datasets import BUNDLED
 from rerank_lab.errors import UserError
 from rerank_lab.models import load_bi_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, fingerprint
-from rerank_lab.models.checkpoint import WEIGHTS
+from rerank_lab.models.families import WEIGHTS
 from rerank_lab.options import path_of, place_of
 
 WORDNET = ("data.adj", "data.adv", "data.noun", "data.verb")

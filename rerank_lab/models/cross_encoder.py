@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
-from rerank_lab.models.checkpoint import CROSS, read_checkpoint
+from rerank_lab.models.checkpoint import read_checkpoint
+from rerank_lab.models.families import CROSS
 from rerank_lab.models.forward import Texts, Tokens, backend, batches, encoder_flops, encodings, load_checkpoint, padding, places
 from rerank_lab.models.runtimes import choose, network
 from rerank_lab.models.transformer import Packed, Padded
