@@ -338,3 +338,14 @@ def test_jinas_name_for_the_tokens_of_a_document(server: Server) -> None:
     cut, same = (server.post(body | {name: 2}, "/v1/rerank")[1]["results"] for name in ("max_doc_length", "max_tokens_per_doc"))
     assert cut == same != server.post(body, "/v1/rerank")[1]["results"]
     assert server.post(body | {"max_doc_length": 1, "max_tokens_per_doc": 2}, "/v1/rerank")[1]["results"] == same
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_slash_behind_the_address_is_no_other_address(server: Server, local: Local, client: str) -> None:
+    check(ask(client, f"{server.url}/").results, local("all-MiniLM-L6-v2"))
+
+
+@pytest.mark.parametrize(("mode", "path"), MODES)
+def test_nor_is_one_behind_a_route(server: Server, local: Local, mode: str, path: str) -> None:
+    ranked = ranker(mode, f"{server.url}/{path}/").rank(QUERY, TEXTS)
+    assert [r.text for r in ranked] == [TEXTS[i] for i in local("minilm-cross").order]

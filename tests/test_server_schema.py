@@ -23,7 +23,7 @@ from tests.serving import ALIASES, KEY, STUCK, Server, eventually, serving
 V3 = "/api/v3/inference/reranker"
 CLIENTS = ["/v1/rerank", "/v2/rerank", "/rerank"]
 # What the contract names, route by route.
-ERRORS = {path: {"400", "401", "404", "413", "422", "429", "500", "503", "504"} for path in (V3, *CLIENTS)}
+ERRORS = {path: {"400", "401", "404", "413", "415", "422", "429", "500", "503", "504"} for path in (V3, *CLIENTS)}
 ERRORS |= {"/health": set(), "/ready": {"503"}, "/metrics": set(), "/api/v3/models": {"503"}}
 BI, CROSS = ["all-MiniLM-L6-v2", "bge-reranker-v2-m3"], ["minilm-cross", "bge-reranker-cross-encoder"]
 BASE: dict[str, Any] = {"model": BI[0], "query": "q", "documents": ["a", ""]}
@@ -132,7 +132,7 @@ def test_every_status_of_the_contract_is_declared(document: Any) -> None:
     assert found == ERRORS
     for operations in document["paths"].values():
         for status, answer in next(iter(operations.values()))["responses"].items():
-            headers = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}.get(status, set()) | {
+            headers = {"401": {"WWW-Authenticate"}, "415": {"Accept-Encoding"}, "429": {"Retry-After"}, "503": {"Retry-After"}}.get(status, set()) | {
                 "X-Request-ID"
             }
             assert answer["headers"].keys() == headers and answer["description"]
@@ -146,6 +146,7 @@ def test_answers_are_the_declared_ones(limited: Server, document: Any, path: str
         (limited.post(BASE, path, key="wrong"), 401),
         (limited.post(BASE | {"model": "nobody"}, path), 404),
         (limited.post(b" " * (33 << 20), path), 413),
+        (limited.post(BASE, path, **{"Content-Encoding": "br"}), 415),
         (limited.post(BASE | {"documents": [{}], "query": " "}, path), 422),
         (limited.post(b"{", path), 422),
     ]

@@ -28,13 +28,14 @@ ERRORS = {
     401: "No token, another scheme, or an unknown token.",
     404: "No such model; the known ids stand in the message.",
     413: "The body is too large.",
+    415: "The body is encoded otherwise than by gzip.",
     422: "The body is not what the schema says, or a model has another role.",
     429: "The queue is full.",
     500: "A model failed or gave a NaN; the message names it.",
     503: "Loading or draining.",
     504: "No answer before the deadline.",
 }
-HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
+HEADERS = {401: "WWW-Authenticate", 415: "Accept-Encoding", 429: "Retry-After", 503: "Retry-After"}
 
 
 def obj(required: dict[str, Any], optional: dict[str, Any] | None = None, *, closed: bool = True) -> dict[str, Any]:

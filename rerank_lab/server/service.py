@@ -42,6 +42,8 @@ class Settings:
         max_queue_tokens: that may wait.
         batch_tokens: padded tokens of a batch; None: what suits the device.
         timeout: seconds from a request's first byte to its answer.
+        origins: of web pages that may ask.
+        prefix: of paths, as a proxy in front has it; without a slash at its end.
     """
 
     keys: tuple[str, ...] | None
@@ -52,6 +54,8 @@ class Settings:
     max_queue_tokens: int = 1 << 18
     batch_tokens: int | None = None
     timeout: float = 60.0
+    origins: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 class Service:
