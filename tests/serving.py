@@ -62,7 +62,11 @@ class Server:
 
     def get(self, path: str) -> tuple[int, Any, dict[str, str]]:
         """The same of a GET; text where it is no JSON."""
-        return self._ask(urllib.request.Request(self.url + path))
+        return self.send("GET", path)
+
+    def send(self, method: str, path: str, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        """The same of any request without a body; None where an answer has none."""
+        return self._ask(urllib.request.Request(self.url + path, method=method, headers=headers))
 
     def metric(self, name: str) -> float:
         """The value of a metric, labels included in its name."""
@@ -76,7 +80,8 @@ class Server:
         except urllib.error.HTTPError as error:
             status, body, headers = error.code, error.read(), error.headers
         found = {name.lower(): value for name, value in headers.items()}
-        return status, orjson.loads(body) if "json" in found.get("content-type", "") else body.decode(), found
+        read = None if not body else orjson.loads(body) if "json" in found.get("content-type", "") else body.decode(errors="replace")
+        return status, read, found
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import cohere
@@ -215,8 +216,13 @@ def test_rerankers_finds_scores_and_documents_where_it_looks(server: Server, loc
 
 @pytest.mark.parametrize(("mode", "path"), MODES)
 @pytest.mark.parametrize("more", [{"key": "wrong"}, {"model": "nobody"}, {"query": " "}], ids=["key", "model", "query"])
-def test_rerankers_never_takes_an_error_for_a_ranking(server: Server, mode: str, path: str, more: dict[str, str]) -> None:
+def test_rerankers_never_takes_an_error_for_a_ranking(server: Server, local: Local, mode: str, path: str, more: dict[str, str]) -> None:
     """It looks at no status: it stumbles over what an error's body lacks."""
+    if mode == "text-embeddings-inference" and "model" in more:  # TEI knows of no models, so this is no error
+        assert [r.score for r in ranker(mode, server.url + path, "nobody").rank(QUERY, TEXTS)] == pytest.approx(
+            local("all-MiniLM-L6-v2").relevance.tolist(), abs=1e-4
+        )
+        return
     lacks = {"voyage": (KeyError, "data"), "text-embeddings-inference": (TypeError, "indices")}.get(mode, (KeyError, "results"))
     query = more.get("query", QUERY)
     with pytest.raises(lacks[0], match=lacks[1]):
@@ -262,3 +268,84 @@ def test_rerank_tells_its_two_clients_apart(server: Server) -> None:
     neither = {"detail": [{"loc": ["body", "texts"], "msg": "Field required, or documents", "type": "missing"}]}
     assert server.post({"query": QUERY}, "/rerank")[:2] == (422, neither)
     assert server.post([QUERY], "/rerank")[:2] == server.post([QUERY], "/v1/rerank")[:2]
+
+
+FIELDS: list[dict[str, str]] = [{"id": str(i), "title": title, "body": text, "text": "nothing of it"} for i, (title, text) in enumerate(DOCUMENTS.values())]
+
+
+@pytest.mark.parametrize("names", [["title", "body"], ["body", "title"], ["body"], ["text"]])
+def test_cohere_reads_the_fields_that_it_names_in_their_order(server: Server, encoder: BiEncoder, names: list[str]) -> None:
+    results = ask("cohere.Client", server.url, documents=[*FIELDS, TEXTS[0]], rank_fields=names, return_documents=True).results
+    check(results, Reranker(encoder, "fast").score(QUERY, ["\n".join(document[name] for name in names) for document in FIELDS] + [TEXTS[0]]))
+    echoed = {r.index: r.document.model_dump(exclude_unset=True) for r in results}
+    assert echoed == {**dict(enumerate(FIELDS)), len(FIELDS): {"text": TEXTS[0]}}
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+def test_fields_that_are_not_there_are_never_passed_over(server: Server, path: str) -> None:
+    body: dict[str, Any] = {"query": QUERY, "documents": ["a", {"title": "b", "year": 1999, "none": None}]}
+
+    def error(*names: str) -> dict[str, Any]:
+        status, answer, _ = server.post(body | {"rank_fields": names}, path)
+        assert status == 422 and len(answer["detail"]) == 1
+        return dict(answer["detail"][0])
+
+    where = {"loc": ["body", "documents", 1], "msg": "Input should have a string under the name that rank_fields[1] gives"}
+    assert [error("title", name) for name in ("titel", "year", "none")] == [where | {"type": kind} for kind in ("missing", "string_type", "string_type")]
+    assert error("title", "title") == {"loc": ["body", "rank_fields"], "msg": "List should name each field once", "type": "repeated"}
+    assert server.post(body | {"rank_fields": ["title"]}, path)[0] == 200
+    plain = server.post(body, path)[:2]
+    assert plain[1]["detail"][0]["loc"] == ["body", "documents", 1, "text"]
+    assert server.post(body | {"rank_fields": None}, path)[:2] == server.post(body | {"rank_fields": []}, path)[:2] == plain
+
+
+@pytest.mark.parametrize("model", ["nobody", "", 3, {"id": "nobody"}])
+def test_tei_has_no_model_to_be_wrong_about(server: Server, model: Any) -> None:
+    body: dict[str, Any] = {"query": QUERY, "texts": TEXTS}
+    assert server.post(body | {"model": model}, "/rerank")[:2] == server.post(body, "/rerank")[:2]
+    assert server.post({"query": QUERY, "documents": TEXTS, "model": "nobody"}, "/rerank")[0] == 404, "Jina has one"
+
+
+LONG = "word " * 600
+WHOLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("/v1/rerank", {"truncation": False}, {"truncation": True}),
+    ("/v1/rerank", {"max_chunks_per_doc": 10}, {"max_chunks_per_doc": 1}),
+    ("/rerank", {"truncate": False}, {"truncate": True}),
+    ("/rerank", {"truncation_direction": "Left", "truncate": True}, {"truncation_direction": "Right", "truncate": True}),
+    ("/rerank", {"truncation_direction": "left"}, {"truncation_direction": "right"}),
+]
+
+
+@pytest.mark.parametrize("model", ["all-MiniLM-L6-v2", "minilm-cross", "classifier"])
+@pytest.mark.parametrize(("path", "refuses", "allows"), WHOLE, ids=[next(iter(refuses)) + str(n) for n, (_, refuses, _) in enumerate(WHOLE)])
+def test_long_texts_are_not_cut_where_the_client_rules_it_out(
+    server: Server, small_cross: Path, path: str, refuses: dict[str, Any], allows: dict[str, Any], model: str
+) -> None:
+    name = "texts" if any("trunc" in key and key != "truncation" for key in refuses) else "documents"
+    base = {"model": str(small_cross) if model == "classifier" else model, "query": QUERY, name: ["a", "b"]}
+    plain = server.post(base, path)[1]
+    for body in (base | {name: ["a", LONG]}, base | {"query": LONG}):
+        status, answer, _ = server.post(body | refuses, path)
+        (error,) = answer["detail"]
+        assert (status, error["loc"], error["type"]) == (422, ["body", next(iter(refuses))], "too_long_to_read_whole") and "tokens" in error["msg"]
+        assert server.post(body | allows, path)[0] == server.post(body, path)[0] == 200
+    scored = server.post(base | refuses, path)[1]
+    assert (scored if path == "/rerank" else scored["results"]) == (plain if path == "/rerank" else plain["results"]), "short ones are scored as ever"
+
+
+def test_jinas_name_for_the_tokens_of_a_document(server: Server) -> None:
+    body = {"query": QUERY, "documents": TEXTS}
+    cut, same = (server.post(body | {name: 2}, "/v1/rerank")[1]["results"] for name in ("max_doc_length", "max_tokens_per_doc"))
+    assert cut == same != server.post(body, "/v1/rerank")[1]["results"]
+    assert server.post(body | {"max_doc_length": 1, "max_tokens_per_doc": 2}, "/v1/rerank")[1]["results"] == same
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_slash_behind_the_address_is_no_other_address(server: Server, local: Local, client: str) -> None:
+    check(ask(client, f"{server.url}/").results, local("all-MiniLM-L6-v2"))
+
+
+@pytest.mark.parametrize(("mode", "path"), MODES)
+def test_nor_is_one_behind_a_route(server: Server, local: Local, mode: str, path: str) -> None:
+    ranked = ranker(mode, f"{server.url}/{path}/").rank(QUERY, TEXTS)
+    assert [r.text for r in ranked] == [TEXTS[i] for i in local("minilm-cross").order]

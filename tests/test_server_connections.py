@@ -221,6 +221,7 @@ def test_from_loading_to_draining() -> None:
         assert server.get("/health")[0] == 200
         status, answer, headers = server.get("/ready")
         assert status == 503 and "loading" in answer["detail"] and headers["retry-after"]
+        assert [server.send("HEAD", path)[:2] for path in ("/health", "/ready")] == [(200, None), (503, None)]
         assert server.post(body("early"))[0] == 503 and server.get("/api/v3/models")[0] == 503
         assert server.post(body("early"), key="wrong")[0] == 401
         eventually(lambda: server.get("/ready")[0] == 200, 60)

@@ -23,7 +23,7 @@ from tests.serving import ALIASES, KEY, STUCK, Server, eventually, serving
 V3 = "/api/v3/inference/reranker"
 CLIENTS = ["/v1/rerank", "/v2/rerank", "/rerank"]
 # What the contract names, route by route.
-ERRORS = {path: {"400", "401", "404", "413", "422", "429", "500", "503", "504"} for path in (V3, *CLIENTS)}
+ERRORS = {path: {"400", "401", "404", "413", "415", "422", "429", "500", "503", "504"} for path in (V3, *CLIENTS)}
 ERRORS |= {"/health": set(), "/ready": {"503"}, "/metrics": set(), "/api/v3/models": {"503"}}
 BI, CROSS = ["all-MiniLM-L6-v2", "bge-reranker-v2-m3"], ["minilm-cross", "bge-reranker-cross-encoder"]
 BASE: dict[str, Any] = {"model": BI[0], "query": "q", "documents": ["a", ""]}
@@ -45,7 +45,8 @@ responses = false
 [phases.coverage.extra-data-sources]
 responses = false
 """
-# The one thing that is not asked: for JSON Schema 1.0 is an integer, for the contract it is none, and no keyword says so.
+# What is not asked: for JSON Schema 1.0 is an integer, for the contract it is none, and no keyword says so;
+# nor does one say that objects hold strings under the names that another field gives.
 HOOKS = """
 import schemathesis
 
@@ -54,6 +55,14 @@ def map_body(context, body):
     if not isinstance(body, dict):
         return body
     return {key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in body.items()}
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    body = case.body if isinstance(case.body, dict) else {}
+    names, documents = body.get("rank_fields"), body.get("documents")
+    if isinstance(names, list) and isinstance(documents, list) and all(isinstance(name, str) for name in names):
+        lacks = lambda document: {name: "" for name in names if not isinstance(document.get(name), str)}
+        case.body = body | {"documents": [document | lacks(document) if isinstance(document, dict) else document for document in documents]}
 """
 
 
@@ -123,7 +132,9 @@ def test_every_status_of_the_contract_is_declared(document: Any) -> None:
     assert found == ERRORS
     for operations in document["paths"].values():
         for status, answer in next(iter(operations.values()))["responses"].items():
-            headers = {"401": {"WWW-Authenticate"}, "429": {"Retry-After"}, "503": {"Retry-After"}}.get(status, set()) | {"X-Request-ID"}
+            headers = {"401": {"WWW-Authenticate"}, "415": {"Accept-Encoding"}, "429": {"Retry-After"}, "503": {"Retry-After"}}.get(status, set()) | {
+                "X-Request-ID"
+            }
             assert answer["headers"].keys() == headers and answer["description"]
             assert all(jsonschema_rs.meta.is_valid(content["schema"]) for content in answer["content"].values())
 
@@ -135,6 +146,7 @@ def test_answers_are_the_declared_ones(limited: Server, document: Any, path: str
         (limited.post(BASE, path, key="wrong"), 401),
         (limited.post(BASE | {"model": "nobody"}, path), 404),
         (limited.post(b" " * (33 << 20), path), 413),
+        (limited.post(BASE, path, **{"Content-Encoding": "br"}), 415),
         (limited.post(BASE | {"documents": [{}], "query": " "}, path), 422),
         (limited.post(b"{", path), 422),
     ]
@@ -229,24 +241,37 @@ def test_the_schema_and_the_server_take_the_same_bodies(limited: Server, documen
             assert validator.is_valid(body) == good and (status == 200 if good else status in (404, 422)), (status, body)
 
 
+TEI: list[dict[str, Any]] = [{"model": CROSS[0], "raw_scores": True}, {"return_text": None}, *({"model": model} for model in ("whatever", 1, None))]
+TEI += [{"truncate": False}, {"truncate": None}, *({"truncation_direction": name} for name in ("Left", "left", "Right", "right", None))]
+
+
 @pytest.mark.parametrize("path", CLIENTS)
 def test_so_do_those_of_the_routes_for_clients(limited: Server, document: Any, path: str) -> None:
     validator = jsonschema_rs.Draft202012Validator(request_schema(document, path))
-    rest = {"query": "q", "documents": ["a", {"text": "b", "title": "c"}]}
-    tei = {"query": "q", "texts": ["a", ""]}
-    good = [rest, *(rest | {"model": model} for model in [*BI, *CROSS, None]), rest | {"top_n": 2**63 - 1, "top_k": None}, rest | {"return_documents": None}]
+    rest: dict[str, Any] = {"query": "q", "documents": ["a", {"text": "b", "title": "c"}]}
+    tei: dict[str, Any] = {"query": "q", "texts": ["a", ""]}
+    fields: dict[str, Any] = rest | {"documents": ["a", {"title": "b", "n": 1}], "rank_fields": ["title"]}
+    good = [rest, fields, *(rest | {"rank_fields": names} for names in (None, [], ["text"], ["title", "text"]))]
+    good += [*(rest | {"model": model} for model in [*BI, *CROSS, None]), rest | {"top_n": 2**63 - 1, "top_k": None}, rest | {"return_documents": None}]
+    good += [rest | {"truncation": False, "max_chunks_per_doc": 10, "max_doc_length": 1}, rest | {"truncation": None, "max_chunks_per_doc": None}]
     bad: list[Any] = [
         rest | {"model": "whatever"},
         rest | {"top_n": 2**63},
         rest | {"top_k": 0},
         rest | {"query": "\x1f"},
         rest | {"documents": ["a"] * 31},
+        rest | {"documents": [{"title": "no text"}]},
+        *(fields | {"rank_fields": names} for names in (["title", "title"], "title", [1], [None], {"title": 1}, {}, 0, False)),
+        *(fields | {"documents": documents} for documents in ([], ["a"] * 31, [1], [None], [["a"]])),
+        rest | {"truncation": "no"},
+        *(rest | {name: 0} for name in ("max_chunks_per_doc", "max_doc_length")),
         [],
     ]
-    (good if path == "/rerank" else bad).extend([tei, *(tei | more for more in ({"model": CROSS[0], "raw_scores": True}, {"return_text": None}))])
+    (good if path == "/rerank" else bad).extend([tei, *(tei | more for more in TEI)])
     bad += [tei | {"texts": [{"text": "a"}]}, tei | {"texts": []}, tei | {"texts": ["a"] * 31}, {"query": "q"}]
     if path == "/rerank":
         good, bad = [*good, rest | tei], [*bad, rest | {"texts": []}, rest | {"texts": None}, tei | {"raw_scores": 1}]
+        bad += [tei | {"truncation_direction": "Both"}, tei | {"truncate": 0}]
     for bodies, wanted in ((good, True), (bad, False)):
         for body in bodies:
             status = limited.post(body, path)[0]

@@ -9,6 +9,7 @@ import importlib.util
 import ipaddress
 import logging
 import os
+import re
 import resource
 import secrets
 import signal
@@ -30,6 +31,9 @@ from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
 from rerank_lab.options import SUBSPACE, count, machine_options, named_place, path_of, place_of, positive, weight
 
 log = logging.getLogger("rerank_lab")
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?/?")
+DEFAULT_PORTS = {"http": "80", "https": "443"}
+PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
 PARTING = 2.0  # seconds in which the batch that runs at the end may end too
 EPILOG = """\
 examples:
@@ -41,6 +45,9 @@ examples:
   python -m rerank_lab.server --alias bge-reranker-v2-m3=all-MiniLM-L6-v2 \\
       --alias bge-reranker-cross-encoder=minilm-cross
       recorded traffic replays unchanged
+
+  python -m rerank_lab.server --cors-origin https://app.example --root-path /rank
+      for a page there, behind a proxy that shows this server under /rank
 
 keys, in this order: --api-key-file, $RERANK_LAB_API_KEYS (separated by commas
 or white space), one made at the start and printed
@@ -77,6 +84,14 @@ def parser() -> argparse.ArgumentParser:
     keys = p.add_argument_group("keys")
     keys.add_argument("--api-key-file", type=path_of, metavar="FILE", help="one key a line, # for comments")
     keys.add_argument("--no-auth", action="store_true", help="ask for no key; only on a loopback address")
+    web = p.add_argument_group("web")
+    web.add_argument(
+        "--cors-origin", action="append", default=[], type=_origin, metavar="ORIGIN",
+        help="web pages of this origin may ask too, such as https://app.example:3000, or * for all; may stand several times (default: none)",
+    )  # fmt: skip
+    web.add_argument(
+        "--root-path", type=_prefix, default="", metavar="PATH", help="where a proxy in front shows this server, such as /rerank (default: at its root)"
+    )
     limits = p.add_argument_group("limits")
     limits.add_argument("--max-documents", type=count, default=1000, metavar="N", help="of a request (default: 1000)")
     limits.add_argument("--max-body", type=positive, default=32.0, metavar="MIB", help="of a request (default: 32)")
@@ -128,7 +143,7 @@ def serve(options: argparse.Namespace) -> int:
     models, crosses = ([name for name, own in roles.items() if own == role] for role in ("bi-encoder", "cross-encoder"))
     settings = Settings(
         keys, aliases, (options.model or models or crosses)[0], options.max_documents, int(options.max_body * (1 << 20)), options.max_queue_tokens,
-        options.batch_tokens, options.timeout,
+        options.batch_tokens, options.timeout, tuple(options.cors_origin), options.root_path,
     )  # fmt: skip
     service = Service(settings, roles)
     try:
@@ -267,6 +282,25 @@ def _port(value: str) -> int:
     if not value.isdecimal() or int(value) > 65535:
         raise argparse.ArgumentTypeError(f"must be 0 to 65535, not {value!r}")
     return int(value)
+
+
+def _origin(value: str) -> str:
+    """An origin as browsers send it."""
+    if value in ("*", "null"):
+        return value
+    found = ORIGIN.fullmatch(value.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be SCHEME://HOST or SCHEME://HOST:PORT, without a path, or * for all, not {value!r}")
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}" + ("" if port in (None, DEFAULT_PORTS.get(scheme)) else f":{port}")
+
+
+def _prefix(value: str) -> str:
+    """A prefix of paths, without a slash at its end."""
+    path = value.rstrip("/")
+    if path and (PREFIX.fullmatch(path) is None or any(not part.strip(".") for part in path.split("/")[1:])):
+        raise argparse.ArgumentTypeError(f"must be a path such as /rerank, of letters, digits and . _ ~ -, not {value!r}")
+    return path
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rerank_lab.reranker import Ranking
-from rerank_lab.server import clients, contract, openapi
+from rerank_lab.server import clients, contract, openapi, wire
 from rerank_lab.server.contract import Call, Refusal
 from rerank_lab.server.scheduler import Job
 from rerank_lab.server.service import REQUEST, Service, without_message
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
 POLICY = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:;"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    " base-uri {base}; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
@@ -45,8 +46,8 @@ Render = Callable[[Call, Ranking], bytes]
 def create_app(service: Service) -> ASGIApp:
     """The whole server as an ASGI application."""
     about = {"title": "rerank_lab", "version": version("rerank_lab"), "description": openapi.DESCRIPTION}
-    app = FastAPIOffline("/docs", None, static_url="/docs-assets", redirect_slashes=False, **about)
-    known = openapi.Known(service)
+    app = FastAPIOffline(None, None, static_url="/docs-assets", redirect_slashes=False, **about)
+    known, prefix = openapi.Known(service), service.settings.prefix
 
     def post(path: str, parse: Parse, render: Render, name: str) -> None:
         async def route(request: Request) -> Response:
@@ -84,7 +85,19 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=POLICY)
+        text = PAGE.read_text(encoding="utf-8")
+        if prefix:  # the address may end before its slash
+            text = text.replace("<head>", f'<head>\n<base href="{prefix}/">', 1)
+        return HTMLResponse(text, headers={name: value.replace("{base}", "'self'" if prefix else "'none'") for name, value in POLICY.items()})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        here = "../" if request.scope["raw_path"].endswith(b"/") else ""  # found behind any prefix, whether this server knows of it or not
+        assets = f"{here}docs-assets"
+        return get_swagger_ui_html(
+            openapi_url=f"{here}openapi.json", title=app.title, swagger_js_url=f"{assets}/swagger-ui-bundle.js", swagger_css_url=f"{assets}/swagger-ui.css",
+            swagger_favicon_url=f"{assets}/favicon.png",
+        )  # fmt: skip
 
     @app.exception_handler(Refusal)
     async def refuse(_: Request, refusal: Refusal) -> JSONResponse:
@@ -95,7 +108,12 @@ def create_app(service: Service) -> ASGIApp:
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
     app.openapi = known.document(app)  # type: ignore[method-assign]
-    return Observed(app, service, {route.path for route in app.routes if hasattr(route, "path")})
+    origins = service.settings.origins
+
+    def around(answering: ASGIApp) -> ASGIApp:
+        return wire.Origins(answering, origins) if origins else answering
+
+    return Observed(around(app), service, {route.path for route in app.routes if hasattr(route, "path")}, around)
 
 
 def _v3(service: Service, data: Any) -> Call:
@@ -149,16 +167,21 @@ async def _body(service: Service, request: Request) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > most:
         raise too_large
-    chunks, size = [], 0
+    gunzip = wire.Gunzip() if wire.encoding(request.headers) else None
+    chunks, came, size = [], 0, 0
     async for chunk in request.stream():
-        size += len(chunk)
-        _hold(service, request, size)
-        if size > most:
-            raise too_large
-        if service.body_bytes > 4 * most:
-            service.metrics.dropped.labels("queue_full").inc()
-            raise Refusal(429, "Bodies in memory take all that they may; try again later.", {"Retry-After": "1"})
-        chunks.append(chunk)
+        came += len(chunk)
+        for piece in (chunk,) if gunzip is None or came > most else gunzip.pieces(chunk):
+            size += len(piece)
+            _hold(service, request, size)
+            if max(came, size) > most:
+                raise too_large
+            if service.body_bytes > 4 * most:
+                service.metrics.dropped.labels("queue_full").inc()
+                raise Refusal(429, "Bodies in memory take all that they may; try again later.", {"Retry-After": "1"})
+            chunks.append(piece)
+    if gunzip is not None:
+        gunzip.end()
     return b"".join(chunks)
 
 
@@ -179,18 +202,25 @@ class Unread(Exception):
 
 
 class Observed:
-    """Around everything: request ids, one log line and the counters of each request, and an answer whatever happens."""
+    """Around everything: request ids, one log line and the counters of each request, and an answer whatever happens.
 
-    def __init__(self, app: ASGIApp, service: Service, routes: set[str]):
-        self.app, self.service, self.routes = app, service, routes
+    Args:
+        app: the routes.
+        service: whose requests are counted.
+        routes: their paths, under which requests are counted.
+        around: what stands around the routes, for answers that are made here.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, routes: set[str], around: Callable[[ASGIApp], ASGIApp]):
+        self.app, self.service, self.routes, self.around = app, service, routes, around
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         service, started, status, unread, whole = self.service, time.perf_counter(), 0, True, False
-        asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = asked if re.fullmatch(rb"[!-~]{1,128}", asked) else uuid.uuid4().hex.encode()
+        named = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = named if re.fullmatch(rb"[!-~]{1,128}", named) else uuid.uuid4().hex.encode()
 
         async def reading() -> Message:
             nonlocal unread
@@ -218,11 +248,15 @@ class Observed:
                 await send({"type": "http.response.body", "body": b""})
 
         REQUEST.set(request_id.decode())
-        scope["held"] = [0]
+        scope["held"], prefix, path = [0], service.settings.prefix, scope["path"]
+        if path not in self.routes:
+            path = wire.route(path, prefix, self.routes)
+        # The connection's own scope still says HEAD, so the body goes no further than there.
+        asked = {**scope, "root_path": prefix, "path": prefix + path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
         counts = int(service.state != "draining")  # what comes later is refused, and nobody waits for it
         service.in_flight += counts
         try:
-            await self.app(scope, reading, observed)
+            await self.app(asked, reading, observed)
         except Unread:
             service.metrics.dropped.labels("deadline").inc()
             log.warning("request %s: its answer was not read within %g s", request_id.decode(), service.settings.timeout)
@@ -231,15 +265,15 @@ class Observed:
         except asyncio.CancelledError:  # told twice to stop
             service.cut += not whole
             if not status:
-                await JSONResponse({"detail": "The server stops."}, 503, {"Retry-After": "5"})(scope, reading, observed)
+                await self.around(JSONResponse({"detail": "The server stops."}, 503, {"Retry-After": "5"}))(scope, reading, observed)
         except Exception as error:  # noqa: BLE001 - an answer whatever happens
             log.error("request %s failed: %s", request_id.decode(), without_message(error))
             if not status:
-                await JSONResponse({"detail": "The server failed; its log says why."}, 500)(scope, reading, observed)
+                await self.around(JSONResponse({"detail": "The server failed; its log says why."}, 500))(scope, reading, observed)
         finally:
             service.in_flight -= counts
             service.body_bytes -= scope["held"][0]
-            route = scope["path"] if scope["path"] in self.routes else "other"
+            route = path if path in self.routes else "other"
             seconds = time.perf_counter() - started
             service.metrics.requests.labels(route, str(status)).inc()
             service.metrics.seconds.labels(route).observe(seconds)

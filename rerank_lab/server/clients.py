@@ -6,15 +6,23 @@ The model that they name decides: a bi-encoder runs fast, a cross-encoder standa
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
 
 from rerank_lab.methods import make_method
 from rerank_lab.reranker import Ranking
-from rerank_lab.server.contract import Call, Count, Document, counted, invalid, not_blank, shown, validate
+from rerank_lab.server.contract import LARGEST, Call, Count, Document, counted, invalid, kind, not_blank, shown, validate
 from rerank_lab.server.service import Service
+
+NOT_A_DOCUMENT = "Input should be a valid string or an object"
+AnyDocument = Annotated[
+    Annotated[str, Tag("string")] | Annotated[dict[str, Any], Tag("object")],
+    Discriminator(kind, custom_error_type="document_type", custom_error_message=NOT_A_DOCUMENT),
+]
+BETWEEN_FIELDS = "\n"
 
 
 class Asked(BaseModel):
@@ -22,39 +30,105 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    model: str | None = Field(None, description="A bi-encoder runs fast, a cross-encoder standard; none: the server's first model.")
     query: str = Field(description="Holds at least one character that is not blank.")
 
     _blank = field_validator("query")(not_blank)
 
 
-class ClientRequest(Asked):
+class Options(Asked):
+    """What Cohere, Jina and Voyage send beside the documents."""
+
+    model: str | None = Field(None, description="A bi-encoder runs fast, a cross-encoder standard; none: the server's first model.")
+    top_n: Count | None = Field(None, description="Results wanted; more than there are: all of them.")
+    top_k: Count | None = Field(None, description="The same, as Voyage calls it; top_n wins.")
+    return_documents: bool | None = Field(None, description="Echo each document, a string as an object that holds it under `text`.")
+    max_tokens_per_doc: Count | None = Field(None, description="A document's own tokens; longer ones are cut, also to the model's own limit.")
+    max_doc_length: Count | None = Field(None, description="The same, as Jina calls it; max_tokens_per_doc wins.")
+    max_chunks_per_doc: Count | None = Field(None, description="Documents are not read in chunks: more than 1 refuses those that the model cannot read whole.")
+    truncation: bool | None = Field(None, description="False refuses texts that the model cannot read whole.")
+
+    @property
+    def whole(self) -> str:
+        """The field that rules out that long texts are cut."""
+        return "truncation" if self.truncation is False else "max_chunks_per_doc" if (self.max_chunks_per_doc or 1) > 1 else ""
+
+
+class ClientRequest(Options):
     """Body of POST /v1/rerank (Cohere, Jina, Voyage), /v2/rerank (Cohere) and, with `documents`, /rerank."""
 
     documents: Annotated[list[Document], Field(min_length=1), BeforeValidator(counted)] = Field(
         description="Texts, or objects whose text stands under `text`. Blank and repeated ones are fine."
     )
-    top_n: Count | None = Field(None, description="Results wanted; more than there are: all of them.")
-    top_k: Count | None = Field(None, description="The same, as Voyage calls it; top_n wins.")
-    return_documents: bool | None = Field(None, description="Echo each document, a string as an object that holds it under `text`.")
-    max_tokens_per_doc: Count | None = Field(None, description="A document's own tokens; longer ones are cut, also to the model's own limit.")
+    rank_fields: Annotated[list[str], Field(max_length=0)] | None = Field(None, description="None: `text` alone.")
+
+
+class FieldsRequest(Options):
+    """The same where the client says which fields of its documents are read."""
+
+    documents: Annotated[list[AnyDocument], Field(min_length=1), BeforeValidator(counted)] = Field(
+        description="Texts, or objects that hold a string under each name in rank_fields."
+    )
+    rank_fields: Annotated[list[str], Field(min_length=1, json_schema_extra={"uniqueItems": True})] = Field(
+        description="Fields of the documents that are objects, read in this order, each on a line of its own."
+    )
+
+    @field_validator("rank_fields")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("repeated", "List should name each field once")
+        return names
+
+    def texts(self) -> list[str]:
+        """What is read of each document.
+
+        Raises:
+            Refusal: 422, one lacks a field; a name that is misspelled would otherwise change scores in silence.
+        """
+        return [d if isinstance(d, str) else self._text(d, place) for place, d in enumerate(self.documents)]
+
+    def _text(self, document: dict[str, Any], place: int) -> str:
+        values: list[str] = []
+        for n, name in enumerate(self.rank_fields):
+            value = document.get(name)
+            if not isinstance(value, str):
+                error = "string_type" if name in document else "missing"
+                raise invalid(["documents", place], f"Input should have a string under the name that rank_fields[{n}] gives", error)
+            values.append(value)
+        return BETWEEN_FIELDS.join(values)
 
 
 class TEIRequest(Asked):
     """Body of POST /rerank, as text-embeddings-inference has it."""
 
+    model: Any = Field(None, description="TEI has no such field: what is no known id is ignored. A known one is used as by the other routes.")
     texts: Annotated[list[str], Field(min_length=1), BeforeValidator(counted)] = Field(description="Blank and repeated ones are fine.")
     raw_scores: bool | None = Field(None, description="Scores before they are mapped to what is shown.")
     return_text: bool | None = Field(None, description="Echo each text.")
+    truncate: bool | None = Field(None, description="False refuses texts that the model cannot read whole.")
+    truncation_direction: Literal["Right", "right", "Left", "left"] | None = Field(
+        None, description="Long texts lose their end: Left refuses texts that the model cannot read whole."
+    )
+
+    @property
+    def whole(self) -> str:
+        """The field that rules out that long texts lose their end."""
+        return "truncate" if self.truncate is False else "truncation_direction" if self.truncation_direction in ("Left", "left") else ""
 
 
 def read_client(service: Service, data: Any) -> Call:
     """A call from what a Cohere, Jina or Voyage client sends."""
-    asked = validate(ClientRequest, data, service.settings.max_documents)
-    texts = [d if isinstance(d, str) else d.text for d in asked.documents]
+    asked: ClientRequest | FieldsRequest
+    if isinstance(data, dict) and data.get("rank_fields"):
+        asked = validate(FieldsRequest, data, service.settings.max_documents)
+        texts = asked.texts()
+    else:
+        asked = validate(ClientRequest, data, service.settings.max_documents)
+        texts = [d if isinstance(d, str) else d.text for d in asked.documents]
     sent = [{"text": d} if isinstance(d, str) else d for d in data["documents"]]
     echo = [orjson.dumps(d) for d in sent] if asked.return_documents else None
-    return _call(service, asked, texts, echo, asked.top_n or asked.top_k, asked.max_tokens_per_doc or 512)
+    most = asked.max_tokens_per_doc or asked.max_doc_length
+    return _call(service, asked.model, asked.query, texts, echo, asked.whole, asked.top_n or asked.top_k, most)
 
 
 def read_any(service: Service, data: Any) -> Call:
@@ -65,7 +139,8 @@ def read_any(service: Service, data: Any) -> Call:
         return read_client(service, data)
     asked = validate(TEIRequest, data, service.settings.max_documents)
     echo = [orjson.dumps(text) for text in asked.texts] if asked.return_text else None
-    return _call(service, asked, asked.texts, echo, None, 512, form="tei-raw" if asked.raw_scores else "tei")
+    model = asked.model if isinstance(asked.model, str) and asked.model in service.roles else None
+    return _call(service, model, asked.query, asked.texts, echo, asked.whole, form="tei-raw" if asked.raw_scores else "tei")
 
 
 def answer_v1(call: Call, ranking: Ranking) -> bytes:
@@ -104,8 +179,19 @@ def _meta(version: str) -> dict[str, Any]:
     return {"api_version": {"version": version}, "billed_units": {"search_units": 1}}
 
 
-def _call(service: Service, asked: Asked, texts: list[str], echo: list[bytes] | None, top_n: int | None, max_tokens: int, form: str = "") -> Call:
-    model = asked.model if asked.model is not None else service.settings.default_model
+def _call(
+    service: Service,
+    named: str | None,
+    query: str,
+    texts: list[str],
+    echo: list[bytes] | None,
+    whole: str,
+    top_n: int | None = None,
+    max_tokens: int | None = None,
+    form: str = "",
+) -> Call:
+    model = service.settings.default_model if named is None else named
     crossing = service.roles.get(model) == "cross-encoder"
     method = make_method("standard" if crossing else "fast")
-    return Call(model, asked.query, texts, method, echo, model if crossing else None, top_n, max_tokens, form=form)
+    most = max_tokens or (LARGEST if whole else 512)
+    return Call(model, query, texts, method, echo, model if crossing else None, top_n, most, form=form, whole=whole)

@@ -53,6 +53,7 @@ class Call:
         top_n: None: all.
         batch_size: texts of this call in one batch at most; None: as many as fit.
         form: of the answer, where a route has several.
+        whole: the request's field that rules out what is done to long texts here, which is to cut off their end; empty: none does.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Call:
     max_tokens_per_doc: int = 512
     batch_size: int | None = None
     form: str = ""
+    whole: str = ""
 
     @property
     def cross(self) -> str | None:
@@ -93,7 +95,8 @@ class DocumentObject(BaseModel):
     text: str
 
 
-def _kind(value: Any) -> str | None:
+def kind(value: Any) -> str | None:
+    """What a document is, by name."""
     return "string" if isinstance(value, str) else "object" if isinstance(value, (dict, DocumentObject)) else None
 
 
@@ -114,7 +117,7 @@ def not_blank(value: str) -> str:
 
 Document = Annotated[
     Annotated[str, Tag("string")] | Annotated[DocumentObject, Tag("object")],
-    Discriminator(_kind, custom_error_type="document_type", custom_error_message=NOT_A_DOCUMENT),
+    Discriminator(kind, custom_error_type="document_type", custom_error_message=NOT_A_DOCUMENT),
 ]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from rerank_lab.methods import METHODS
-from rerank_lab.server.clients import ClientRequest, TEIRequest
+from rerank_lab.server.clients import ClientRequest, FieldsRequest, TEIRequest
 from rerank_lab.server.contract import RerankRequest
 from rerank_lab.server.service import Service
 
@@ -28,13 +28,14 @@ ERRORS = {
     401: "No token, another scheme, or an unknown token.",
     404: "No such model; the known ids stand in the message.",
     413: "The body is too large.",
+    415: "The body is encoded otherwise than by gzip.",
     422: "The body is not what the schema says, or a model has another role.",
     429: "The queue is full.",
     500: "A model failed or gave a NaN; the message names it.",
     503: "Loading or draining.",
     504: "No answer before the deadline.",
 }
-HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
+HEADERS = {401: "WWW-Authenticate", 415: "Accept-Encoding", 429: "Retry-After", 503: "Retry-After"}
 
 
 def obj(required: dict[str, Any], optional: dict[str, Any] | None = None, *, closed: bool = True) -> dict[str, Any]:
@@ -174,16 +175,19 @@ class Known:
         return {"title": "RerankRequest", "description": schema["description"], "anyOf": whole}, examples
 
     def _client(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        schema = self._schema(ClientRequest)
-        schema["properties"]["model"] = {"enum": [*self.models, *self.crosses, None]}
-        return schema, {"cohere": {"model": (self.crosses or self.models)[0], "query": QUERY, "documents": DOCUMENTS, "top_n": 1}}
+        ways = [self._schema(ClientRequest), self._schema(FieldsRequest)]
+        for way in ways:
+            way["properties"]["model"] = {"enum": [*self.models, *self.crosses, None]}
+        return {"anyOf": ways}, {"cohere": {"model": (self.crosses or self.models)[0], "query": QUERY, "documents": DOCUMENTS, "top_n": 1}}
 
     def _any(self) -> tuple[dict[str, Any], dict[str, Any]]:
         client, examples = self._client()
-        tei = self._schema(TEIRequest)
-        tei["properties"]["model"] = client["properties"]["model"]
-        client["properties"] = client["properties"] | {"texts": False}
-        return {"anyOf": [tei, client]}, {"tei": {"query": QUERY, "texts": ["Merge two tables.", "Sort rows."]}, "jina": examples["cohere"]}
+        for way in client["anyOf"]:
+            way["properties"]["texts"] = False
+        return {"anyOf": [self._schema(TEIRequest), *client["anyOf"]]}, {
+            "tei": {"query": QUERY, "texts": ["Merge two tables.", "Sort rows."]},
+            "jina": examples["cohere"],
+        }
 
 
 def _inlined(value: Any, defs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from rerank_lab.fleet import Fleet
 from rerank_lab.methods import METHODS
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.forward import token_budget
+from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.server.contract import Call, Refusal, invalid
 from rerank_lab.server.metrics import Metrics
@@ -41,6 +42,8 @@ class Settings:
         max_queue_tokens: that may wait.
         batch_tokens: padded tokens of a batch; None: what suits the device.
         timeout: seconds from a request's first byte to its answer.
+        origins: of web pages that may ask.
+        prefix: of paths, as a proxy in front has it; without a slash at its end.
     """
 
     keys: tuple[str, ...] | None
@@ -51,6 +54,8 @@ class Settings:
     max_queue_tokens: int = 1 << 18
     batch_tokens: int | None = None
     timeout: float = 60.0
+    origins: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 class Service:
@@ -175,7 +180,7 @@ class Service:
         pairs = len(call.texts) if isinstance(reranker.cross, CrossEncoder) else 1
         tokens = 1 + (min(len(call.query), most) * pairs + sum(min(len(text), most) for text in call.texts)) // 4
         try:
-            return await self.scheduler.run(lambda: Steps(reranker, call.query, call.texts), characters, tokens=tokens, batch_size=call.batch_size)
+            ranking, job = await self.scheduler.run(lambda: Steps(reranker, call.query, call.texts), characters, tokens=tokens, batch_size=call.batch_size)
         except (Refusal, asyncio.CancelledError):
             raise
         except ModelError as error:
@@ -184,11 +189,21 @@ class Service:
             names = " and ".join(name for name in (call.model if reranker.encoder else None, call.cross) if name is not None)
             log.error("request %s: method %s failed with model %s: %s", REQUEST.get(), call.method.name, names, without_message(error))
             raise Refusal(500, f"method {call.method.name} failed with model {names}: {type(error).__name__}") from error
+        if call.whole and (ranking.truncated or _query_cut(reranker, call.query)):
+            message = f"Input holds a text longer than what is read of it here, {reranker.token_limit} tokens: shorten it, or allow that its end is cut off"
+            raise invalid([call.whole], message, "too_long_to_read_whole")
+        return ranking, job
 
 
 def without_message(error: BaseException) -> str:
     """Where an error came from and its type, for a log; its message may hold what a client sent."""
     return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
+
+
+def _query_cut(reranker: Reranker, query: str) -> bool:
+    """Whether a bi-encoder reads only a part of the query; of pairs, rankings tell it themselves."""
+    encoder = reranker.cross.encoder if isinstance(reranker.cross, OneWayCrossEncoder) else reranker.encoder
+    return encoder is not None and encoder.tokenize([query], "query", encoder.limit)[0].wanted > encoder.limit
 
 
 def _digest(key: str) -> bytes:
