@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rerank_lab import cli
 from rerank_lab.errors import UserError
 from rerank_lab.models.shards import ABOUT, abandoned, default_place, shards, vectors_folder
 from rerank_lab.models.store import PLANS, TEXTS, Store, is_url
@@ -152,4 +153,4 @@ def _ago(then: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -269,7 +269,7 @@ class Endpoint:
         if answer.status_code != 200:
             self._refused(answer)
         found = self._read(answer, len(texts))
-        scores = torch.tensor(list(found.values()), dtype=torch.float64)
+        scores = torch.tensor(list(found.values()), dtype=torch.float64, device="cpu")
         return Ranking(list(found), scores.float(), scores, {}, Flops(), 0)
 
     def close(self) -> None:

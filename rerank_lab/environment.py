@@ -38,7 +38,7 @@ def kernels(device: torch.device) -> str:
     Raises:
         ValueError: the chosen backend cannot run on this device.
     """
-    name = backend.resolve(torch.empty(0, device=device))
+    name = backend.resolve(torch.empty(0, dtype=torch.float32, device=device))
     return f"cpu ({cpu.implementation()})" if name == "cpu" else name
 
 

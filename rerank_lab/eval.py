@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from rerank_kernels import use_backend
-from rerank_lab import grid, kernel_check, results, rows, sweep
+from rerank_lab import cli, grid, kernel_check, results, rows, sweep
 from rerank_lab.candidates import Candidates, Found, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
@@ -356,4 +356,4 @@ def _listing() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

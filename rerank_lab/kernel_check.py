@@ -98,8 +98,8 @@ def types(device: torch.device) -> list[str]:
 
 def _runs(dtype: torch.dtype, device: torch.device) -> bool:
     try:
-        rows, scales = cast(torch.eye(2, 16, device=device), dtype)
-        similarity_topk(torch.eye(1, 16, device=device), rows, 1, scales=scales)
+        rows, scales = cast(torch.eye(2, 16, dtype=torch.float32, device=device), dtype)
+        similarity_topk(torch.eye(1, 16, dtype=torch.float32, device=device), rows, 1, scales=scales)
         return True
     except torch.OutOfMemoryError:
         raise

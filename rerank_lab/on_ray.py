@@ -236,7 +236,7 @@ class OnRay:
         count = -(-total // BLOCK)
         calls = self._calls(reranker, "search", count, lambda n: (corpus.texts, plan, n, list(queries), fetch))
         found = dict(bar(calls, "dense retrieval", count))
-        blocks = ([(torch.tensor(values), torch.tensor(places)) for values, places in found[n]] for n in range(count))
+        blocks = ([(torch.from_numpy(values.copy()), torch.from_numpy(places.copy())) for values, places in found[n]] for n in range(count))
         return merged(blocks, fetch)
 
     def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str]) -> Iterator[dict[str, Any]]:

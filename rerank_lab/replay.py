@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rerank_lab import cli
 from rerank_lab.answers import KINDS, Answer, Difference, compare
 from rerank_lab.endpoint import KEY, TIMEOUT, V3, NoAnswer, Server, check_address, key_from
 from rerank_lab.errors import ModelError, UserError
@@ -109,8 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("rerank_lab: %(message)s"))
     log.addHandler(handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what servers say may be beyond the terminal's encoding
     done: list[Compared] = []
     try:
         requests = read_requests(options.requests)[: options.limit]
@@ -289,4 +287,4 @@ def report(done: Sequence[Compared], summary: dict[str, Any], path: Path, urls: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rerank_kernels import zscore
+from rerank_kernels import exactly, zscore
+from rerank_lab import inputs
 from rerank_lab.datasets import valid_text
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.methods import DROPPED, Method, Pool, make_method
+from rerank_lab.inputs import Document
+from rerank_lab.methods import DROPPED, METHODS, Method, Pool, make_method
 from rerank_lab.methods.base import Flops
 from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
@@ -30,7 +32,6 @@ from rerank_lab.timing import Clock
 EXACT = "torch, fp32"
 _TURNS = threading.Lock()  # of `rerank`
 BLOCK = 1 << 16  # documents whose pooled vectors are held at once where a whole corpus is looked at: 100 MB at 384 dimensions
-Document = str | Mapping[str, Any]
 AnyPool = TypeVar("AnyPool", bound=Pool)
 
 
@@ -78,54 +79,58 @@ class Reranker:
     Example:
         >>> Reranker(model="all-MiniLM-L6-v2", method="best").rank("query", ["first text", {"text": "second"}], top_n=1)
 
+    What a process has set of torch (default dtype and device, autocast, precision of products) and numpy changes no score.
+
     Args:
-        model: bi-encoder, by registry id, folder or hub name, or loaded already; so is model_cross.
+        model: bi-encoder, by registry id, folder or hub name, or loaded already; so is model_cross. A Path is a folder or file, never an id.
         method: "fast", "standard", "optimal" or "best", with settings as in "best:tau=0.05".
         model_cross: cross-encoder, the file of a one-way adapter (.safetensors) too; joins best where it is given. None: "minilm-cross" for standard and optimal, none for best.
         max_tokens_per_doc: own tokens kept of each document; the model's limit applies too.
-        fuse_first_stage: weight of z(first-stage score), added to z(method's score) where `rank` is given such scores.
+        fuse_first_stage: weight of z(first-stage score), added to z(method's score); `rank` is then given such scores.
         cache_dir: folder or URL (fsspec) for vectors that outlive the process; None: in memory alone, at most 2 GiB.
         cache_bytes: bound on what the folder holds of one model.
         subspace: safetensors file with the model's projection V; None: the shipped one, or none.
-        device: "auto", "cpu", "cuda", "mps".
+        device: "auto", "cpu", "cuda", "mps", or torch's own.
         runtime: "auto", "torch", "compile", "onnx", "openvino"; what runs the transformers.
         precision: "fp32", "bf16", "int8"; of the transformers.
 
     Raises:
         UserError (a ValueError): a model that is not to be found or has another role, an unknown method or setting,
-            a method without the model that it needs.
+            a method without the model that it needs, an argument of another type.
     """
 
+    @exactly(tensors=True)
     def __init__(
         self,
-        model: str | BiEncoder | None = DEFAULT_MODEL,
+        model: str | Path | BiEncoder | None = DEFAULT_MODEL,
         method: str | Method = "best",
-        model_cross: str | CrossEncoder | OneWayCrossEncoder | None = None,
+        model_cross: str | Path | CrossEncoder | OneWayCrossEncoder | None = None,
         *,
         max_tokens_per_doc: int = 512,
         fuse_first_stage: float = 0.0,
         cache_dir: str | Path | None = None,
         cache_bytes: int = DISK_BYTES,
-        subspace: str | None = None,
-        device: str = "auto",
+        subspace: str | Path | None = None,
+        device: str | torch.device = "auto",
         runtime: str = "auto",
         precision: str = "fp32",
     ):
-        if max_tokens_per_doc < 1:
-            raise UserError(f"max_tokens_per_doc must be at least 1, not {max_tokens_per_doc}")
-        self.max_tokens, self.fuse_first_stage = max_tokens_per_doc, fuse_first_stage
-        self.method = make_method(method) if isinstance(method, str) else method
+        self.max_tokens, self.cache_bytes = inputs.whole("max_tokens_per_doc", max_tokens_per_doc), inputs.whole("cache_bytes", cache_bytes, 0)
+        self.fuse_first_stage, self.method = inputs.weight("fuse_first_stage", fuse_first_stage), _method(method)
         if model_cross is None and "cross-encoder" in self.method.roles:
             model_cross = DEFAULT_CROSS
+        first, second = _model("model", model, BiEncoder), _model("model_cross", model_cross, CrossEncoder, OneWayCrossEncoder)
+        subspace, cache_dir = inputs.path("subspace", subspace), inputs.path("cache_dir", cache_dir)
+        if not isinstance(device, (str, torch.device)):
+            raise UserError(f"device must be a name, such as 'cpu' or 'cuda:0', or a torch.device, not {device!r}")
+        place = {"device": str(device), "runtime": runtime, "precision": precision}
         self.arguments: dict[str, Any] = {
-            "model": model, "model_cross": model_cross, "fuse_first_stage": fuse_first_stage, "cache_dir": None if cache_dir is None else str(cache_dir),
-            "cache_bytes": cache_bytes, "subspace": subspace, "device": device, "runtime": runtime, "precision": precision,
+            "model": first, "model_cross": second, "fuse_first_stage": self.fuse_first_stage, "cache_dir": cache_dir, "cache_bytes": self.cache_bytes,
+            "subspace": subspace, **place,
         }  # fmt: skip
-        _check_roles(self.method, model, model_cross)
-        place = {"device": device, "runtime": runtime, "precision": precision}
-        self.encoder: BiEncoder | None = load_bi_encoder(model, subspace=subspace, **place) if isinstance(model, str) else model
-        self.cross = load_cross_encoder(model_cross, encoder=self.encoder, **place) if isinstance(model_cross, str) else model_cross
-        self.cache_bytes = cache_bytes
+        _check_roles(self.method, first, second)
+        self.encoder: BiEncoder | None = load_bi_encoder(first, subspace=subspace, **place) if isinstance(first, str) else first
+        self.cross = load_cross_encoder(second, encoder=self.encoder, **place) if isinstance(second, str) else second
         self._new_caches(cache_dir)
 
     def __copy__(self) -> Reranker:
@@ -139,31 +144,41 @@ class Reranker:
             raise TypeError("a Reranker of models that were loaded elsewhere cannot travel: name them instead")
         return _travelled, (tuple(sorted(self.arguments.items())), self.method, self.cross is not None, self.max_tokens)
 
-    def rank(self, query: str, documents: Sequence[Document], top_n: int | None = None, *, first_stage: Sequence[float] | None = None) -> list[Result]:
+    def rank(self, query: str, documents: Iterable[Document], top_n: int | None = None, *, first_stage: Iterable[float] | None = None) -> list[Result]:
         """Ranks documents for a query, best first, equal scores in input order.
 
         Args:
             query: holds at least one non-blank character.
-            documents: strings, or mappings with the string under `text`; at least one. Empty texts are fine.
+            documents: strings, or mappings with the string under `text`, in any ordered collection, taken by position whatever an index says; at
+                least one. Empty texts are fine.
             top_n: results wanted; more than there are: all. optimal and best give at most stage1_top_k.
-            first_stage: scores of the documents, used by fuse_first_stage.
+            first_stage: scores of the documents, used by fuse_first_stage, which wants them where it is above 0.
 
         Raises:
             UserError (a ValueError): wrong input, with its place. ModelError: a model gave a NaN.
         """
-        if top_n is not None and top_n < 1:
-            raise UserError(f"top_n must be at least 1, not {top_n}")
-        ranking = self.score(query, [_text(document, i) for i, document in enumerate(documents)], first_stage=first_stage)
-        shown = zip(ranking.order[:top_n], ranking.relevance.tolist())
-        return [Result(i, relevance, documents[i]) for i, relevance in shown]
+        wanted = None if top_n is None else inputs.whole("top_n", top_n)
+        given = inputs.documents(documents)
+        ranking = self._score(query, given, first_stage)
+        shown = zip(ranking.order[:wanted], ranking.relevance.tolist())
+        return [Result(i, relevance, given[i]) for i, relevance in shown]
 
-    def score(self, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking:
+    def score(self, query: str, texts: Iterable[Document], *, first_stage: Iterable[float] | None = None) -> Ranking:
         """What `rank` does, with raw scores, time and FLOPs beside the order."""
-        if first_stage is not None and len(first_stage) != len(texts):
-            raise UserError(f"first_stage has {len(first_stage)} scores for {len(texts)} documents")
-        ranking = self.finish(self.pool(Pool, query, texts), first_stage)
+        return self._score(query, inputs.documents(texts), first_stage)
+
+    @exactly(tensors=True)
+    def _score(self, query: str, documents: Sequence[Document], first_stage: Iterable[float] | None) -> Ranking:
+        texts = [inputs.text_of(document, i) for i, document in enumerate(documents)]
+        ranking = self.finish(self.pool(Pool, query, texts), self._first(first_stage, len(texts)))
         self.trim()
         return ranking
+
+    def _first(self, first_stage: Iterable[float] | None, count: int) -> Tensor | None:
+        """First-stage scores, where they are given; those that are fused must be."""
+        if first_stage is None and self.fuse_first_stage:
+            raise UserError("first_stage is wanted, a score for each document: fuse_first_stage adds it; or leave fuse_first_stage out")
+        return None if first_stage is None else inputs.scores(first_stage, count)
 
     def trim(self) -> None:
         """Keeps the caches to their bounds; called when nothing is about to be gathered."""
@@ -191,16 +206,17 @@ class Reranker:
             max_tokens=self.max_tokens, clock=Clock(None if self.encoder is None else self.encoder.device),
         )  # fmt: skip
 
-    def finish(self, pool: Pool, first_stage: Sequence[float] | None = None) -> Ranking:
+    @exactly(tensors=True)
+    def finish(self, pool: Pool, first_stage: Iterable[float] | None = None) -> Ranking:
         """Scores a pool and puts its documents in order."""
+        first = self._first(first_stage, len(pool))
         with torch.inference_mode():
             scores = self.method.score(pool).cpu()
             with pool.clock.phase("rank"):
                 relevance = self.method.relevance(scores)
-                if self.fuse_first_stage and first_stage is not None:
+                if self.fuse_first_stage and first is not None:
                     kept = (scores != DROPPED).nonzero()[:, 0]
-                    first = torch.tensor(first_stage, dtype=torch.float32)[kept]
-                    scores = pool.scatter(kept, zscore(scores[kept]) + self.fuse_first_stage * zscore(first))
+                    scores = pool.scatter(kept, zscore(scores[kept]) + self.fuse_first_stage * zscore(first[kept]))
                     relevance = torch.sigmoid(scores.double())
                 if bool(scores.isnan().any()):
                     raise ModelError(f"method {self.method.name} gave a NaN score with model {self._names()}")
@@ -211,7 +227,7 @@ class Reranker:
     def using(self, method: str | Method, *, cross: bool = True) -> Reranker:
         """The same loaded models and cache under another method; cross=False hides the cross-encoder."""
         other = copy.copy(self)
-        other.method = make_method(method) if isinstance(method, str) else method
+        other.method = _method(method)
         other.cross = self.cross if cross else None
         _check_roles(other.method, self.encoder, other.cross)
         return other
@@ -219,7 +235,7 @@ class Reranker:
     def reading(self, max_tokens_per_doc: int) -> Reranker:
         """The same with another bound on a document's tokens."""
         other = copy.copy(self)
-        other.max_tokens = max_tokens_per_doc
+        other.max_tokens = inputs.whole("max_tokens_per_doc", max_tokens_per_doc)
         return other
 
     def without_cache(self) -> Reranker:
@@ -285,6 +301,7 @@ class Reranker:
             "arithmetic": self.arithmetic,
         }
 
+    @exactly(tensors=True)
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
         """Puts documents' vectors into the cache, so that ranking them later costs no forward."""
         for encoder, cache, own in self._makers(detail):
@@ -302,6 +319,7 @@ class Reranker:
         if isinstance(self.cross, OneWayCrossEncoder) and self.cross_cache is not None and self.cross_cache is not self.cache and detail is Detail.STATES:
             yield self.cross.encoder, self.cross_cache, detail
 
+    @exactly(tensors=True)
     def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: Progress = lambda done, total: None) -> Tensor:
         """Pooled vectors, N × d, through the cache."""
         if self.encoder is None or self.cache is None:
@@ -341,15 +359,19 @@ class Reranker:
         return " and ".join(model.name for model in (self.encoder, self.cross) if model is not None)
 
 
-def rerank(query: str, documents: Sequence[Document], *, top_n: int | None = None, **options: Any) -> list[Result]:
+def rerank(query: str, documents: Iterable[Document], *, top_n: int | None = None, first_stage: Iterable[float] | None = None, **options: Any) -> list[Result]:
     """Reranker(**options).rank(query, documents, top_n), with the last few rerankers kept loaded; threads take turns, since a cache is one thread's."""
     with _TURNS:
-        return _kept(tuple(sorted(options.items()))).rank(query, documents, top_n)
+        try:
+            hash(tuple(options.values()))
+        except TypeError:  # of no type that an option has: Reranker says so
+            return Reranker(**options).rank(query, documents, top_n, first_stage=first_stage)
+        return _kept(**dict(sorted(options.items()))).rank(query, documents, top_n, first_stage=first_stage)
 
 
-@lru_cache(maxsize=4)
-def _kept(options: tuple[tuple[str, Any], ...]) -> Reranker:
-    return Reranker(**dict(options))
+@lru_cache(maxsize=4, typed=True)  # 1, 1.0 and True are equal, and not the same setting
+def _kept(**options: Any) -> Reranker:
+    return Reranker(**options)
 
 
 def _travelled(arguments: tuple[tuple[str, Any], ...], method: Method, cross: bool, max_tokens: int) -> Reranker:
@@ -362,11 +384,19 @@ def _loaded(arguments: tuple[tuple[str, Any], ...]) -> Reranker:
     return Reranker(method="fast" if named["model"] is not None else "standard", **named)
 
 
-def _text(document: Document, position: int) -> str:
-    text = document.get("text") if isinstance(document, Mapping) else document
-    if not isinstance(text, str):
-        raise UserError(f"documents[{position}] must be a string or an object with a string under 'text'")
-    return text
+def _method(method: str | Method) -> Method:
+    if isinstance(method, str):
+        return make_method(method)
+    if not isinstance(method, Method):
+        raise UserError(f"method must be one of {', '.join(METHODS)}, with settings as in 'best:tau=0.05', not {method!r}")
+    return method
+
+
+def _model(name: str, given: Any, *kinds: type) -> Any:
+    named = inputs.model(name, given)
+    if named is not None and not isinstance(named, (str, *kinds)):
+        raise UserError(f"{name} must be an id, a folder or a hub name, or a {' or '.join(kind.__name__ for kind in kinds)} of rerank_lab, not {given!r:.100}")
+    return named
 
 
 def _check_roles(method: Method, model: object, cross: object) -> None:

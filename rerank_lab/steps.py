@@ -23,6 +23,10 @@ from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.reranker import Ranking, Reranker
 
 
+def _tensor(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 class Missing(Exception):
     """What a pool lacks.
 
@@ -108,7 +112,7 @@ class StepPool(Pool):
         if lacking:
             raise Missing(self._pairs(cross, lacking))
         logits, lengths, cut = zip(*(self.logit[i] for i in positions))
-        return torch.tensor(logits), torch.tensor(lengths), torch.tensor(cut)
+        return _tensor(logits, torch.float32), _tensor(lengths, torch.int64), _tensor(cut, torch.bool)
 
     def one_way(self, cross: OneWayCrossEncoder, query: Read, positions: Sequence[int], documents: Vectors, states: Sequence[Tensor]) -> Tensor:
         lengths = documents.offsets.diff().cpu()
@@ -116,7 +120,7 @@ class StepPool(Pool):
         if lacking:
             batches = cross.plan(lengths[lacking])
             raise Missing([Batch(self, int(lengths[lacking][b].sum()) + len(b), cross, query, [positions[lacking[n]] for n in b]) for b in batches])
-        return torch.tensor([self.logit[i][0] for i in positions])
+        return _tensor([self.logit[i][0] for i in positions], torch.float32)
 
     def cached(self, positions: Sequence[int]) -> tuple[Vectors, list[Tensor]]:
         """What a one-way cross-encoder reads of the documents at these positions."""

@@ -118,7 +118,8 @@ def test_the_first_stage_joins_as_a_z_term(reranker: Reranker) -> None:
     stage = torch.tensor(first)
     expected = (cosine - cosine.mean()) / cosine.std(correction=0) + 0.5 * (stage - stage.mean()) / stage.std(correction=0)
     torch.testing.assert_close(both.scores, expected[both.order], atol=1e-4, rtol=0)
-    assert torch.equal(fused.score(QUERY, TEXTS).scores, plain.scores)
+    with pytest.raises(UserError, match="first_stage is wanted"):
+        fused.score(QUERY, TEXTS)
 
 
 def test_a_model_that_breaks_is_named(reranker: Reranker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rerank_kernels.ambient import exactly
 from rerank_kernels.backend import BACKENDS, use_backend
 from rerank_kernels.contrast_score import contrast_score
 from rerank_kernels.packed_attention import packed_attention
@@ -12,6 +13,6 @@ from rerank_kernels.similarity_topk import similarity_topk
 from rerank_kernels.subspace_attention import subspace_attention
 
 __all__ = [
-    "BACKENDS", "MIN_TAU", "add_norm_", "bias_gelu_", "contrast_score", "packed_attention", "pool_normalize", "project_normalize", "project_quantize", "similarity_topk", "subspace_attention",
+    "BACKENDS", "MIN_TAU", "add_norm_", "bias_gelu_", "contrast_score", "exactly", "packed_attention", "pool_normalize", "project_normalize", "project_quantize", "similarity_topk", "subspace_attention",
     "use_backend", "zscore",
 ]  # fmt: skip

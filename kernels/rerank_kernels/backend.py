@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rerank_kernels.ambient import exactly
+
 
 class _Absent:
     """Stands for Triton where there is none (it has wheels for Linux alone): kernels can be defined, not launched."""
@@ -99,7 +101,7 @@ def operator(name: str, differentiable: bool = False) -> Callable[[Callable[...,
     def register(function: Callable[..., Any]) -> Any:
         full = f"rerank_kernels::{name}"
         torch.library.define(full, torch.library.infer_schema(function, mutates_args=()))
-        torch.library.impl(full, "default", function)
+        torch.library.impl(full, "default", exactly(tensors=False)(function))
         if not differentiable:
 
             def refuse(ctx: Any, *grads: Any) -> None:

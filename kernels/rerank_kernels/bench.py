@@ -105,7 +105,7 @@ def _local(task: peers.Ragged | peers.Search) -> dict[str, peers.Call]:
         }
     packed = x["q"], x["q_offsets"], x["tokens"], x["d_offsets"], x["pairs"]
     full, mask = peers.padded(x)
-    owner = torch.repeat_interleave(torch.arange(task.documents), x["d_offsets"].diff())
+    owner = torch.repeat_interleave(torch.arange(task.documents, dtype=torch.int64, device="cpu"), x["d_offsets"].diff())
     return {
         "MaxSim": lambda: subspace_attention(*packed, 0.0).view(-1, task.Lq).sum(1),
         "soft attention": lambda: subspace_attention(*packed, TAU),
@@ -115,7 +115,7 @@ def _local(task: peers.Ragged | peers.Search) -> dict[str, peers.Call]:
 
 
 def _time(task: peers.Ragged | peers.Search, rounds: int, side: int, with_peers: bool, threads: int) -> dict[str, Any]:
-    a, x, ragged = torch.randn(side, side), task.tensors(), isinstance(task, peers.Ragged)
+    a, x, ragged = torch.randn(side, side, dtype=torch.float32, device="cpu"), task.tensors(), isinstance(task, peers.Ragged)
     matrix = x["tokens" if ragged else "documents"]
     calls = {"GEMM": lambda: a @ a, "read": lambda: matrix.sum(), **_local(task)}
     title = (
@@ -183,7 +183,7 @@ def _cuda(quick: bool, with_peers: bool) -> list[dict[str, Any]]:
                 calls |= {peer: call} if absent[peer] is None else {}
         print(title, file=sys.stderr)
         rows: list[Row] = [{"name": peer, "status": status} for peer, status in absent.items() if status]
-        flop, base, ours = 2 * matrix.numel() * lanes, 0.0, torch.empty(0)
+        flop, base, ours = 2 * matrix.numel() * lanes, 0.0, torch.empty(0, dtype=torch.float32, device="cpu")
         for peer, call in calls.items():
             try:
                 result, ms = call(), do_bench(call, return_mode="median")
@@ -279,4 +279,6 @@ def _table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from rerank_lab import cli  # the command alone: the package does without
+
+    sys.exit(cli.run(main, "rerank_kernels"))

@@ -39,12 +39,12 @@ class Ragged:
 
     def tensors(self) -> dict[str, Tensor]:
         """q, q_offsets, tokens, d_offsets, pairs as subspace_attention takes them."""
-        g = torch.Generator().manual_seed(self.d)
-        ends = torch.randint(20, 301, (self.documents,), generator=g).cumsum(0)
-        tokens = normalize(torch.randn(int(ends[-1]), self.d, generator=g), dim=-1)
-        q = normalize(torch.randn(self.Lq, self.d, generator=g), dim=-1)
-        pairs = torch.stack([torch.zeros(self.documents, dtype=torch.int64), torch.arange(self.documents)], 1)
-        return {"q": q, "q_offsets": torch.tensor([0, self.Lq]), "tokens": tokens, "d_offsets": torch.cat([ends.new_zeros(1), ends]), "pairs": pairs}
+        g = torch.Generator("cpu").manual_seed(self.d)
+        ends = torch.randint(20, 301, (self.documents,), generator=g, dtype=torch.int64, device="cpu").cumsum(0)
+        tokens, q = _unit(int(ends[-1]), self.d, g), _unit(self.Lq, self.d, g)
+        places = torch.arange(self.documents, dtype=torch.int64, device="cpu")
+        pairs, q_offsets = torch.stack([torch.zeros_like(places), places], 1), torch.tensor([0, self.Lq], dtype=torch.int64, device="cpu")
+        return {"q": q, "q_offsets": q_offsets, "tokens": tokens, "d_offsets": torch.cat([ends.new_zeros(1), ends]), "pairs": pairs}
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,19 @@ class Search:
 
     def tensors(self) -> dict[str, Tensor]:
         """queries and documents as similarity_topk takes them."""
-        g = torch.Generator().manual_seed(self.queries)
+        g = torch.Generator("cpu").manual_seed(self.queries)
         sizes = {"queries": self.queries, "documents": self.documents}
-        return {name: normalize(torch.randn(count, self.d, generator=g), dim=-1) for name, count in sizes.items()}
+        return {name: _unit(count, self.d, g) for name, count in sizes.items()}
+
+
+def _unit(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return normalize(torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu"), dim=-1)
 
 
 def padded(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Documents of one length (N × longest × d), and which of their tokens are real."""
     lengths = x["d_offsets"].diff()
-    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    mask = torch.arange(int(lengths.max()), dtype=torch.int64, device=lengths.device) < lengths[:, None]
     full = x["tokens"].new_zeros(*mask.shape, x["tokens"].shape[1])
     full[mask] = x["tokens"]
     return full, mask
@@ -79,7 +83,7 @@ def padded_maxsim(q: Tensor, full: Tensor, mask: Tensor) -> Tensor:
 
 def packed_maxsim(x: dict[str, Tensor], owner: Tensor) -> Tensor:
     """MaxSim in packed products of 8,192 tokens and a scattered maximum; owner: each token's document."""
-    best = torch.full((len(x["pairs"]), len(x["q"])), -torch.inf)
+    best = torch.full((len(x["pairs"]), len(x["q"])), -torch.inf, dtype=torch.float32, device="cpu")
     for start in range(0, len(owner), 8192):
         part = slice(start, start + 8192)
         best.scatter_reduce_(0, owner[part, None].expand(-1, len(x["q"])), x["tokens"][part] @ x["q"].T, "amax")

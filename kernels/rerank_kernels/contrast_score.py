@@ -156,7 +156,7 @@ def _op(
     if backend.resolve(A) != "triton" or pool > MAX_POOL or Lq > MAX_LQ or d > MAX_D:
         terms = list(zip(columns[1:].unbind(), weights[1:]))
         return reference.contrast_score(A, a_offsets, pools, columns[0], alpha, terms, gamma, embeddings)
-    config, out = configuration(pool, Lq, d), torch.empty(P, device=A.device)
+    config, out = configuration(pool, Lq, d), torch.empty(P, dtype=torch.float32, device=A.device)
     with on_device(A):
         _forward_kernel[(len(sizes),)](
             A.contiguous(), a_offsets.contiguous(), pools.contiguous(), columns.contiguous(), torch.tensor(weights, dtype=torch.float32, device=A.device),

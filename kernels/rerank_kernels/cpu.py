@@ -82,19 +82,19 @@ def native_attention(
     level, library = _level(), _library()
     if level < 0 or library is None:
         return None
-    q, d, pairs = q.float().contiguous(), _plain(d), pairs.contiguous()
+    q, d, pairs = _plain(q.float()), _plain(d), pairs.contiguous()
     q_offsets, d_offsets = q_offsets.contiguous(), d_offsets.contiguous()
     scales = None if scales is None else scales.contiguous()
-    starts = torch.empty(len(pairs) + 1, dtype=torch.int64)
-    longest = library.rerank_layout(
-        q_offsets.data_ptr(), len(q_offsets) - 1, len(q), d_offsets.data_ptr(), len(d_offsets) - 1, len(d), pairs.data_ptr(), len(pairs), starts.data_ptr()
-    )
+    (nnz, dim), count, starts = d.shape, len(pairs), torch.empty(len(pairs) + 1, dtype=torch.int64, device="cpu")
+    q_at, d_at = _integers("q_offsets", q_offsets), _integers("d_offsets", d_offsets)
+    pairs_at, starts_at = _integers("pairs", pairs, 2 * count), _integers("starts", starts)
+    longest = library.rerank_layout(q_at, len(q_offsets) - 1, len(q), d_at, len(d_offsets) - 1, nnz, pairs_at, count, starts_at)
     if longest < 0:
         return None
-    out = torch.empty(int(starts[-1]))
+    out = torch.empty(int(starts[-1]), dtype=torch.float32, device="cpu")
     failed = len(out) and library.rerank_attention(
-        level, _pool(), torch.get_num_threads(), q.data_ptr(), q_offsets.data_ptr(), longest, d.data_ptr(), DTYPES[d.dtype],
-        d_offsets.data_ptr(), d.shape[1], _address(scales), pairs.data_ptr(), starts.data_ptr(), len(pairs), tau, out.data_ptr(),
+        level, _pool(), torch.get_num_threads(), _floats("q", q, len(q) * dim), q_at, longest, _address("d", d, d.dtype, nnz * dim), DTYPES[d.dtype],
+        d_at, dim, _floats("scales", scales, nnz), pairs_at, starts_at, count, tau, _floats("out", out),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the working space of subspace_attention")
@@ -103,14 +103,15 @@ def native_attention(
 
 def torch_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
     """`subspace_attention` in torch alone: each query's documents, their tokens in chunks, one product a chunk, then maximum or sums by document."""
-    q, lengths, out = q.float(), d_offsets.diff(), [torch.zeros(0)]
+    q, lengths, out = q.float(), d_offsets.diff(), [torch.zeros(0, dtype=torch.float32, device="cpu")]
     queries, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
     for query, documents in zip(queries.tolist(), pairs[:, 1].split_with_sizes(counts.tolist())):
         x = q[q_offsets[query] : q_offsets[query + 1]]
         sizes = lengths[documents]
-        owner = torch.repeat_interleave(torch.arange(len(documents)), sizes)
-        rows = torch.arange(len(owner)) + (d_offsets[documents] + sizes - sizes.cumsum(0))[owner]
-        first, second = torch.full((len(documents), len(x)), -torch.inf if tau == 0 else 0.0), torch.zeros(len(documents), len(x))
+        owner = torch.repeat_interleave(torch.arange(len(documents), dtype=torch.int64, device="cpu"), sizes)
+        rows = torch.arange(len(owner), dtype=torch.int64, device="cpu") + (d_offsets[documents] + sizes - sizes.cumsum(0))[owner]
+        first = torch.full((len(documents), len(x)), -torch.inf if tau == 0 else 0.0, dtype=torch.float32, device="cpu")
+        second = torch.zeros_like(first)
         for start in range(0, len(rows), CHUNK):
             row, text = rows[start : start + CHUNK], owner[start : start + CHUNK]
             s = dequantize(d[row], None if scales is None else scales[row]) @ x.T
@@ -153,14 +154,16 @@ def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, 
     level, library = _level(), _library()
     if level < 0 or library is None or q.dtype != torch.float32 or _needs_gradient(q, k, v, q_bias):
         return None
-    q, k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (q.resolve_neg(), k.resolve_neg(), v.resolve_neg()))
     if k.stride(0) != v.stride(0):
         k, v = k.contiguous(), v.contiguous()
-    q_offsets, k_offsets, out = q_offsets.contiguous(), k_offsets.contiguous(), torch.zeros(q.shape)
+    q_offsets, k_offsets, out = q_offsets.contiguous(), k_offsets.contiguous(), torch.zeros(q.shape, dtype=torch.float32, device="cpu")
     q_bias = None if q_bias is None else q_bias.contiguous()
+    (rows, width), texts = q.shape, len(q_offsets) - 1
     failed = library.rerank_packed(
-        level, _pool(), torch.get_num_threads(), q.data_ptr(), k.data_ptr(), v.data_ptr(), _address(q_bias), q_offsets.data_ptr(), k_offsets.data_ptr(),
-        len(q_offsets) - 1, len(q), len(k), heads, q.shape[1] // heads, q.stride(0), k.stride(0), out.data_ptr(),
+        level, _pool(), torch.get_num_threads(), _rows("q", q, width), _rows("k", k, width), _rows("v", v, width), _floats("q_bias", q_bias, width),
+        _integers("q_offsets", q_offsets), _integers("k_offsets", k_offsets, max(1, texts + 1)), texts, rows, min(len(k), len(v)), heads, width // heads,
+        q.stride(0), k.stride(0), _floats("out", out),
     )  # fmt: skip
     if failed == 1:
         raise MemoryError("no memory for the working space of packed_attention")
@@ -170,7 +173,7 @@ def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, 
 def torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int, q_bias: Tensor | None = None) -> Tensor:
     """`packed_attention` in torch alone: its fused attention, text by text."""
     q = q if q_bias is None else q + q_bias
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    out = torch.zeros(q.shape, dtype=q.dtype, device="cpu")
     for a, b, c, d in zip(q_offsets.tolist(), q_offsets[1:].tolist(), k_offsets.tolist(), k_offsets[1:].tolist()):
         if a < b and c < d:
             Q, K, V = (x.view(-1, heads, x.shape[1] // heads).transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
@@ -182,13 +185,16 @@ def native_rows(x: Tensor, bias: Tensor | None, residual: Tensor | None = None, 
     """The passes of row_passes.py by the C library, in place; False without it, or where x is not whole rows of fp32 without gradient."""
     level, library = _level(), _library()
     others = [t for t in (bias, residual, *(norm or ())[:2]) if t is not None]
-    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, *others)) and not _needs_gradient(x, *others)
-    if level < 0 or library is None or not plain:
+    whole = (bias if norm is None else residual) is not None
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() and not t.is_neg() for t in (x, *others)) and not _needs_gradient(x, *others)
+    if level < 0 or library is None or not (plain and whole):
         return False
     weight, shift, eps = norm or (None, None, 0.0)
+    rows, width = x.shape
     library.rerank_rows(
-        level, _pool(), torch.get_num_threads(), x.data_ptr(), _address(bias), _address(residual), _address(weight), _address(shift), *x.shape, eps
-    )
+        level, _pool(), torch.get_num_threads(), _floats("x", x), _floats("bias", bias, width), _floats("residual", residual, rows * width),
+        _floats("weight", weight, width), _floats("shift", shift, width), rows, width, eps,
+    )  # fmt: skip
     return True
 
 
@@ -211,15 +217,17 @@ def similarity_topk(
     level, library = _level(), _library()
     if level < 0 or library is None or len(documents) >= MAX_DOCUMENTS:
         return chunked_topk(queries, documents, k, segments, metric, scales)
-    queries, documents = queries.float().contiguous(), _plain(documents)
+    queries, documents = _plain(queries.float()), _plain(documents)
     scales = None if scales is None else scales.float().contiguous()
     segments = None if segments is None else segments.contiguous()
     if metric == "cosine":
         queries = normalize(queries, dim=-1)
-    values, indices = torch.empty(len(queries), k, dtype=torch.float32), torch.empty(len(queries), k, dtype=torch.int64)
+    count, (rows, dim) = len(queries), documents.shape
+    values, indices = torch.empty(count, k, dtype=torch.float32, device="cpu"), torch.empty(count, k, dtype=torch.int64, device="cpu")
     failed = library.rerank_topk(
-        level, _pool(), torch.get_num_threads(), queries.data_ptr(), len(queries), documents.data_ptr(), DTYPES[documents.dtype], len(documents),
-        documents.shape[1], _address(scales), _address(segments), k, metric == "cosine", values.data_ptr(), indices.data_ptr(),
+        level, _pool(), torch.get_num_threads(), _floats("queries", queries, count * dim), count,
+        _address("documents", documents, documents.dtype, rows * dim), DTYPES[documents.dtype], rows, dim, _floats("scales", scales, rows),
+        None if segments is None else _integers("segments", segments, count + 1), k, metric == "cosine", _floats("values", values), _integers("indices", indices, count * k),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the results of similarity_topk")
@@ -227,15 +235,43 @@ def similarity_topk(
 
 
 def _plain(x: Tensor) -> Tensor:
-    return (x if x.dtype in DTYPES else x.float()).contiguous()
+    return (x if x.dtype in DTYPES else x.float()).contiguous().resolve_neg()
+
+
+def _address(name: str, x: Tensor, dtype: torch.dtype, count: int, width: int = 0) -> int:
+    """Where a tensor's elements begin, for the library, which reads and writes what it is told to, whatever stands there.
+
+    Args:
+        name: what the message calls it.
+        x: elements one after another; with a width, rows that may be further apart.
+        dtype: that the library takes there.
+        count: elements that it will touch at least; 0 with a width.
+        width: of a row whose elements stand one after another.
+
+    Raises:
+        ValueError: another dtype or place than the library takes, or fewer elements.
+    """
+    good = (x.stride(1) == 1 or width == 1) and x.shape[1] >= width if width else x.is_contiguous() and x.numel() >= count
+    if x.dtype != dtype or x.device.type != "cpu" or not good or x.is_neg():
+        wanted = f"{dtype}, {f'rows of {width}' if width else f'{count} or more in a row'}, on the CPU"
+        raise ValueError(f"{name} is not what the C library takes ({wanted}): {x.dtype} of shape {tuple(x.shape)}, strides {x.stride()}, on {x.device}")
+    return x.data_ptr()
+
+
+def _integers(name: str, x: Tensor, count: int = 1) -> int:
+    return _address(name, x, torch.int64, count)
+
+
+def _floats(name: str, x: Tensor | None, count: int = 0) -> int | None:
+    return None if x is None else _address(name, x, torch.float32, count)
+
+
+def _rows(name: str, x: Tensor, width: int) -> int:
+    return _address(name, x, torch.float32, 0, width)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def chunked_topk(
@@ -252,7 +288,7 @@ def chunked_topk(
     for start in range(0, len(documents), CHUNK):
         block = dequantize(documents[start : start + CHUNK], None if scales is None else scales[start : start + CHUNK])
         values = torch.cat([values, queries @ (normalize(block, dim=-1) if metric == "cosine" else block).T], 1)
-        places = torch.arange(values.shape[1], device=queries.device)
+        places = torch.arange(values.shape[1], dtype=torch.int64, device=queries.device)
         indices = torch.cat([indices, (places[indices.shape[1] :] + (start - indices.shape[1])).expand(len(queries), -1)], 1)
         # Distinct integers that order as (value, −place) do, since topk itself leaves open which of equal values it takes.
         bits = (values + 0.0).view(torch.int32).long()

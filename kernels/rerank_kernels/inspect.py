@@ -307,4 +307,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from rerank_lab import cli  # the command alone: the package does without
+
+    sys.exit(cli.run(main, "rerank_kernels"))

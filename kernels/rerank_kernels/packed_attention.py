@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rerank_kernels import backend, checks, cpu, reference
+from rerank_kernels.ambient import exact
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int, q_bias: Tensor | None = None) -> Tensor:
@@ -47,4 +48,5 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offse
     if on_cpu and (found := cpu.native_packed_attention(q, k, v, q_offsets, k_offsets, heads, q_bias)) is not None:
         return found
     checks.rising(("q_offsets", q_offsets, len(q)), ("k_offsets", k_offsets, len(k)))
-    return (cpu.torch_packed_attention if on_cpu else reference.packed_attention)(q, k, v, q_offsets, k_offsets, heads, q_bias)
+    with exact(tensors=False):
+        return (cpu.torch_packed_attention if on_cpu else reference.packed_attention)(q, k, v, q_offsets, k_offsets, heads, q_bias)

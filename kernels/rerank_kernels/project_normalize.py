@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import backend, checks, reference
+from rerank_kernels.ambient import exactly
 from rerank_kernels.backend import on_device, operator, tl, triton
 from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
 
@@ -179,7 +180,7 @@ def _op(h: Tensor, V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor
         return reference.quantize(y, dtype) if quantized else (y.to(dtype), y.new_empty(0))
     checks.fp8_runs("dtype", dtype, h.device)
     out = torch.empty(len(h), h.shape[1] if V is None else V.shape[1], dtype=dtype, device=h.device)
-    scales = torch.empty(len(h) if quantized else 0, device=h.device)
+    scales = torch.empty(len(h) if quantized else 0, dtype=torch.float32, device=h.device)
     _launch("forward", h, V, {"out_ptr": out, "scale_ptr": scales if quantized else h}, LARGEST=reference.LARGEST.get(dtype, 0.0))
     return out, scales
 
@@ -220,6 +221,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.mark_non_differentiable(output[1])
 
 
+@exactly(tensors=False)
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     h, V = ctx.saved_tensors
     dx = _backward_op(grad, h, V)
@@ -269,7 +271,7 @@ def _pool_op(h: Tensor, offsets: Tensor) -> Tensor:
     checks.rising(("offsets", offsets, len(h)))
     if not _runs(h, None) or len(offsets) == 1:
         return reference.pool_normalize(h, offsets)
-    out = torch.empty(len(offsets) - 1, h.shape[1], device=h.device)
+    out = torch.empty(len(offsets) - 1, h.shape[1], dtype=torch.float32, device=h.device)
     config = configuration("pool", architecture(h.device), NAMES[h.dtype], h.shape[1], _columns(h.shape[1]), True)
     with on_device(h):
         _pool_kernel[(len(out),)](h.contiguous(), offsets.contiguous(), out, h.shape[1], config.block_m, config.block_n, num_warps=config.num_warps)
@@ -285,8 +287,9 @@ def _(h: Tensor, offsets: Tensor) -> Tensor:
 def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     h, offsets = ctx.saved_tensors
     lengths = offsets.diff()
-    text = torch.repeat_interleave(torch.arange(len(lengths), device=h.device), lengths, output_size=len(h))
-    mean = torch.zeros(len(lengths), h.shape[1], device=h.device).index_add(0, text, h.float()) / lengths.clamp(min=1)[:, None]
+    text = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int64, device=h.device), lengths, output_size=len(h))
+    sums = torch.zeros(len(lengths), h.shape[1], dtype=torch.float32, device=h.device).index_add(0, text, h.float())
+    mean = sums / lengths.clamp(min=1)[:, None]
     return (_through_norm(mean, grad) / lengths.clamp(min=1)[:, None])[text].to(h.dtype), None
 
 

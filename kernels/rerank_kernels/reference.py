@@ -82,7 +82,7 @@ def similarity_topk(
     queries, documents = queries.float(), dequantize(documents, scales)
     if metric == "cosine":
         queries, documents = normalize(queries, dim=-1), normalize(documents, dim=-1)
-    values = torch.full((len(queries), k), -torch.inf, device=queries.device)
+    values = torch.full((len(queries), k), -torch.inf, dtype=torch.float32, device=queries.device)
     indices = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
     bounds = [(0, len(documents))] * len(queries) if segments is None else list(zip(segments[:-1].tolist(), segments[1:].tolist()))
     for b, (start, end) in enumerate(bounds):
@@ -101,20 +101,20 @@ def project_normalize(h: Tensor, V: Tensor | None) -> Tensor:
 def pool_normalize(h: Tensor, offsets: Tensor) -> Tensor:
     """Mean over each text's packed tokens, at unit length; zero for a text without tokens."""
     lengths = offsets.diff()
-    text = torch.repeat_interleave(torch.arange(len(lengths), device=h.device), lengths)
-    sums = torch.zeros(len(lengths), h.shape[1], device=h.device).index_add(0, text, h.float())
+    text = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int64, device=h.device), lengths)
+    sums = torch.zeros(len(lengths), h.shape[1], dtype=torch.float32, device=h.device).index_add(0, text, h.float())
     return normalize(sums / lengths.clamp(min=1)[:, None], dim=-1)
 
 
 def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
     """A_i = Σ_j exp((s_ij − 1)/τ) s_ij / Σ_j exp((s_ij − 1)/τ) with s_ij = q_i · d_j; max_j s_ij at τ = 0; −1 without tokens j."""
     q_at, d_at = q_offsets.tolist(), d_offsets.tolist()
-    blocks = [torch.zeros(0, device=q.device)]
+    blocks = [torch.zeros(0, dtype=torch.float32, device=q.device)]
     for query, document in pairs.tolist():
         own = slice(d_at[document], d_at[document + 1])
         qi, dj = q[q_at[query] : q_at[query + 1]].float(), dequantize(d[own], None if scales is None else scales[own])
         if len(dj) == 0:
-            blocks.append(torch.full((len(qi),), -1.0, device=q.device))
+            blocks.append(torch.full((len(qi),), -1.0, dtype=torch.float32, device=q.device))
             continue
         s = qi @ dj.T
         blocks.append(s.max(1).values if tau == 0 else ((weight := torch.exp((s - 1) / tau)) * s).sum(1) / weight.sum(1))
@@ -164,7 +164,7 @@ def contrast_score(
 
     A document with a NaN among its values is NaN in the result and left out of every maximum, mean and std.
     """
-    out = torch.full((len(cosine),), torch.nan, device=cosine.device)
+    out = torch.full((len(cosine),), torch.nan, dtype=torch.float32, device=cosine.device)
     for start, end in zip(pools[:-1].tolist(), pools[1:].tolist()):
         if start == end:
             continue

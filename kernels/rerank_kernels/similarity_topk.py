@@ -216,7 +216,7 @@ def _triton(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None,
     queries = normalize(queries.float(), dim=-1) if metric == "cosine" else queries
     queries = queries.to(torch.float16 if documents.dtype in checks.QUANTIZED else documents.dtype).contiguous()
     keys = torch.empty(B, splits, 2 ** constants["LOG_K"], dtype=torch.int64, device=device)
-    values, indices = torch.empty(B, k, device=device), torch.empty(B, k, dtype=torch.int64, device=device)
+    values, indices = torch.empty(B, k, dtype=torch.float32, device=device), torch.empty(B, k, dtype=torch.int64, device=device)
     unused = queries
     _forward_kernel[(groups, splits)](
         queries, documents.contiguous(), (unused if scales is None else scales).contiguous(), (unused if segments is None else segments).contiguous(),

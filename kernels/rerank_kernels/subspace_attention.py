@@ -283,13 +283,13 @@ def _op(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tenso
     with on_device(q):
         plan = _plan(q, q_offsets, d, d_offsets, scales, pairs) if name == "triton" else None
         if plan is not None:
-            out = torch.empty(plan.rows, device=q.device)
+            out = torch.empty(plan.rows, dtype=torch.float32, device=q.device)
             if plan.rows:
                 plan.launch("forward", d, tau, out_ptr=out)
             return out
     checks.rising(("q_offsets", q_offsets, len(q)), ("d_offsets", d_offsets, len(d)))
     if not len(pairs):
-        return torch.empty(0, device=q.device)
+        return torch.empty(0, dtype=torch.float32, device=q.device)
     low, high = pairs.aminmax(dim=0)
     inside = bool((low >= 0).all()) and int(high[0]) < len(q_offsets) - 1 and int(high[1]) < len(d_offsets) - 1
     wanted = f"(query, document) among {len(q_offsets) - 1} queries and {len(d_offsets) - 1} documents"

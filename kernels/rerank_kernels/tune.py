@@ -114,29 +114,32 @@ def candidates(variant: Variant) -> Iterator[Config]:
 
 def workload(variant: Variant, device: torch.device, rows: int) -> Call:
     """A call of the variant's operator on random tensors of its named shape, or a smaller one."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     dtype = next(t for t, name in NAMES.items() if name == variant.dtype)
 
+    def normal(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
+
     def unit(count: int) -> torch.Tensor:
-        return torch.nn.functional.normalize(torch.randn(count, variant.d, generator=generator), dim=-1).to(device)
+        return torch.nn.functional.normalize(normal(count, variant.d), dim=-1).to(device)
 
     if variant.op == "project_normalize":
-        h, V = unit(160 * rows).to(dtype), torch.linalg.qr(torch.randn(variant.d, 128, generator=generator))[0].to(device, dtype)
+        h, V = unit(160 * rows).to(dtype), torch.linalg.qr(normal(variant.d, 128))[0].to(device, dtype)
         if variant.direction == "forward":
             return lambda: project_normalize(h, V, dtype)
-        grad = torch.ones(len(h), 128, device=device)
+        grad = torch.ones(len(h), 128, dtype=torch.float32, device=device)
         return lambda: torch.ops.rerank_kernels.project_normalize_backward(grad, h, V)
     count = 100 * rows if variant.op == "similarity_topk" else 160 * rows
     x, scales = reference.quantize(unit(count), dtype) if dtype in reference.LARGEST else (unit(count).to(dtype), None)
     if variant.op == "similarity_topk":
         queries = unit(16)
         return lambda: similarity_topk(queries, x, min(100, count), scales=scales)
-    q, ends = unit(32), torch.arange(0, count + 1, 160, device=device)
-    arguments = q.to(dtype if scales is None else torch.float16), torch.tensor([0, 32], device=device), x, ends
-    pairs = torch.stack([torch.zeros_like(ends[1:]), torch.arange(rows, device=device)], 1)
+    q, ends = unit(32), torch.arange(0, count + 1, 160, dtype=torch.int64, device=device)
+    arguments = q.to(dtype if scales is None else torch.float16), torch.tensor([0, 32], dtype=torch.int64, device=device), x, ends
+    pairs = torch.stack([torch.zeros_like(ends[1:]), torch.arange(rows, dtype=torch.int64, device=device)], 1)
     if variant.direction == "forward":
         return lambda: subspace_attention(*arguments, pairs, 0.1, scales)
-    grad = torch.ones(32 * rows, device=device)
+    grad = torch.ones(32 * rows, dtype=torch.float32, device=device)
     return lambda: torch.ops.rerank_kernels.subspace_attention_backward(grad, *arguments, pairs, 0.1, scales)
 
 
@@ -151,4 +154,6 @@ def write(path: Path, found: dict[str, Config], gpu: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from rerank_lab import cli  # the command alone: the package does without
+
+    sys.exit(cli.run(main, "rerank_kernels"))

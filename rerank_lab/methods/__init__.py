@@ -41,12 +41,15 @@ def make_method(spec: str, **defaults: float) -> Method:
         raise UserError(f"method {name!r} is not known; valid: {', '.join(METHODS)}")
     kind = METHODS[name]
     types = {f.name: typing.get_type_hints(kind)[f.name] for f in fields(kind)}
-    settings = {key: value for key, value in defaults.items() if key in types}
+    settings, given = {key: value for key, value in defaults.items() if key in types}, set[str]()
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or key not in types:
             valid = f"valid: {', '.join(types)}" if types else "it has none"
             raise UserError(f"method {spec!r}: {part!r} is no setting of {name} ({valid}; written {name}:SETTING=VALUE)")
+        if key in given:
+            raise UserError(f"method {spec!r}: {key} stands there twice")
+        given.add(key)
         try:
             settings[key] = types[key](value)
         except ValueError:

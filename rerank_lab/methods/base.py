@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import similarity_topk, subspace_attention
+from rerank_lab import inputs
 from rerank_lab.lexical import BM25
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Read, Vectors
 from rerank_lab.models.cache import VectorCache, ensure
@@ -64,11 +65,11 @@ class Pool:
         self.encoder, self.cache, self.cross, self.cross_cache, self.detail = encoder, cache, cross, cross_cache, detail
         self.clock, self.flops = clock or Clock(), Flops()
         first: dict[str, int] = {}
-        self._first = torch.tensor([first.setdefault(text, i) for i, text in enumerate(documents)], dtype=torch.int64)
+        self._first = torch.tensor([first.setdefault(text, i) for i, text in enumerate(documents)], dtype=torch.int64, device="cpu")
         self._encoded: dict[int, Tensor] = {}
-        self._cut = torch.zeros(len(documents), dtype=torch.bool)
+        self._cut = torch.zeros(len(documents), dtype=torch.bool, device="cpu")
         self._read: dict[int, Read] = {}
-        self._tokens = torch.zeros(len(documents), dtype=torch.int64)
+        self._tokens = torch.zeros(len(documents), dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -98,9 +99,9 @@ class Pool:
             states = cache.states(keys) if detail >= Detail.STATES else []
         limit, lengths = min(self.max_tokens, encoder.limit), vectors.lengths.cpu()
         self._cut[first[lengths > limit]] = True
-        new = torch.zeros(len(self), dtype=torch.int64)
+        new = torch.zeros(len(self), dtype=torch.int64, device="cpu")
         new[first] = self._tokens[first] = lengths.clamp(max=limit)
-        encoded = self._encoded.setdefault(id(encoder), torch.zeros(len(self), dtype=torch.bool))
+        encoded = self._encoded.setdefault(id(encoder), torch.zeros(len(self), dtype=torch.bool, device="cpu"))
         fresh = torch.zeros_like(encoded)
         fresh[first] = True
         fresh &= ~encoded
@@ -164,7 +165,7 @@ class Pool:
 
     def attention(self, query: Vectors, documents: Vectors, tau: float) -> Tensor:
         """What each of the query's Lq tokens finds in each of K documents: A of `best`, K · Lq, document by document."""
-        places = torch.arange(len(documents.lengths), device=documents.offsets.device)
+        places = torch.arange(len(documents.lengths), dtype=torch.int64, device=documents.offsets.device)
         self.flops.seen += 2 * len(query.tokens) * documents.tokens.numel()
         return self.attend(query, documents, torch.stack([torch.zeros_like(places), places], 1), tau)
 
@@ -209,7 +210,7 @@ class Pool:
 
     def scatter(self, positions: Tensor, scores: Tensor) -> Tensor:
         """Scores of some documents among all n, the others DROPPED."""
-        return torch.full((len(self),), DROPPED).index_copy_(0, positions, scores.float().cpu())
+        return torch.full((len(self),), DROPPED, dtype=torch.float32, device="cpu").index_copy_(0, positions, scores.float().cpu())
 
     def unify(self, scores: Tensor) -> Tensor:
         """Gives repeated documents exactly one score: rounding differs by a row's place in a matrix product.
@@ -237,11 +238,8 @@ class Method:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("top_k") and value < 1:
-                raise ValueError(f"{self.name}: {field.name} must be at least 1, not {value}")
-            if not field.name.endswith("top_k") and not 0 <= value < float("inf"):
-                raise ValueError(f"{self.name}: {field.name} must be a finite number ≥ 0, not {value}")
+            read = inputs.whole if field.name.endswith("top_k") else inputs.weight
+            object.__setattr__(self, field.name, read(f"{self.name}: {field.name}", getattr(self, field.name)))
 
     def score(self, pool: Pool) -> Tensor:
         """n scores, fp32, higher is better; DROPPED for what stage 1 left behind."""

@@ -50,7 +50,7 @@ class Best(Method):
             terms.append((pool.logits(kept).to(cosine.device), self.cross_weight))
         with pool.clock.phase("score"):
             count, length = len(kept), len(query.tokens)
-            places = torch.arange(count + 1, device=cosine.device)
+            places = torch.arange(count + 1, dtype=torch.int64, device=cosine.device)
             scores = contrast_score(
                 pool.attention(query, documents, self.tau),
                 places * length,

@@ -20,4 +20,4 @@ class Standard(Method):
     uses_cross: ClassVar[bool] = True
 
     def score(self, pool: Pool) -> Tensor:
-        return pool.logits(torch.arange(len(pool)))
+        return pool.logits(torch.arange(len(pool), dtype=torch.int64, device="cpu"))

@@ -180,14 +180,15 @@ class VectorCache:
 
     def gather(self, keys: Sequence[bytes], detail: Detail) -> Vectors:
         """The vectors of N texts that are all here, in that order; `detail` and no more, states left to `states`."""
-        nothing = torch.zeros(0, 0, dtype=torch.float16)
+        nothing = torch.zeros(0, 0, dtype=torch.float16, device="cpu")
         runs = self._runs(keys)
         if not runs:
-            return Vectors(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), nothing, nothing)
+            none, first = nothing.float(), torch.zeros(1, dtype=torch.int64, device="cpu")
+            return Vectors(none, first[:0], first, nothing, nothing)
         pooled = torch.cat([v.pooled[a:b] for v, a, b in runs])
         lengths = torch.cat([v.lengths[a:b] for v, a, b in runs])
         if not detail:
-            return Vectors(pooled, lengths, torch.zeros(len(pooled) + 1, dtype=torch.int64), nothing, nothing)
+            return Vectors(pooled, lengths, torch.zeros(len(pooled) + 1, dtype=torch.int64, device="cpu"), nothing, nothing)
         counts = torch.cat([lengths.new_zeros(1), *(v.offsets[a : b + 1].diff() for v, a, b in runs)])
         tokens = torch.cat([v.tokens[int(v.offsets[a]) : int(v.offsets[b])] for v, a, b in runs])
         return Vectors(pooled, lengths, counts.cumsum(0), tokens, nothing)

@@ -33,6 +33,7 @@ from rerank_lab.models.forward import plan_batches
 TAU = 0.1
 # Padded document tokens of one batch. Keys and values of 2,048 take 19 MB in fp32 and stay in cache.
 TOKEN_BUDGET = 2048
+NEW: Any = {"dtype": torch.float32, "device": "cpu"}  # of parameters, until the network is moved
 
 
 class FusedLayer(nn.Module):
@@ -51,8 +52,8 @@ class FusedLayer(nn.Module):
         self.document_output.bias = None
         self.up, self.down = _own(layer.intermediate.dense), _own(layer.output.dense)
         self.norm, self.last_norm = copy.deepcopy(attention.output.LayerNorm), copy.deepcopy(layer.output.LayerNorm)
-        self.gate = nn.Parameter(torch.full((self.heads,), 0.1))
-        self.null_key = nn.Parameter(torch.zeros(self.heads, self.query.out_features // self.heads))
+        self.gate = nn.Parameter(torch.full((self.heads,), 0.1, **NEW))
+        self.null_key = nn.Parameter(torch.zeros(self.heads, self.query.out_features // self.heads, **NEW))
 
     def forward(self, x: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, document_mask: Tensor) -> Tensor:
         """One layer.
@@ -79,7 +80,7 @@ class FusedLayer(nn.Module):
 
 def _own(linear: nn.Linear) -> Any:
     """A copy that holds its own weights alone; those of a packed transformer are views of larger ones, which deepcopy would take along."""
-    own = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features)  # type: ignore[no-untyped-call]
+    own = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features, **NEW)  # type: ignore[no-untyped-call]
     own.load_state_dict(linear.state_dict())
     return own
 
@@ -98,10 +99,10 @@ class OneWay(nn.Module):
         super().__init__()
         d, self.heads = int(bert.config.hidden_size), int(bert.config.num_attention_heads)
         self.layers = nn.ModuleList(FusedLayer(bert.encoder.layer[n]) for n in layers)
-        self.token_weight = nn.Linear(d, 1)
-        self.cosine_scale, self.token_scale = nn.Parameter(torch.tensor(6.0)), nn.Parameter(torch.tensor(12.0))
-        self.diagonal, self.mean_readout, self.token_readout = (nn.Parameter(torch.zeros(d)) for _ in range(3))
-        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # slope and intercept on training lists
+        self.token_weight = nn.Linear(d, 1, **NEW)
+        self.cosine_scale, self.token_scale = nn.Parameter(torch.tensor(6.0, **NEW)), nn.Parameter(torch.tensor(12.0, **NEW))
+        self.diagonal, self.mean_readout, self.token_readout = (nn.Parameter(torch.zeros(d, **NEW)) for _ in range(3))
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0], **NEW))  # slope and intercept on training lists
         nn.init.zeros_(self.token_weight.weight), nn.init.zeros_(self.token_weight.bias)
 
     def forward(
@@ -153,9 +154,9 @@ def padded_states(documents: Sequence[Tensor], net: OneWay, longest: int) -> tup
     """
     device, lengths = net.cosine_scale.device, [min(len(states), longest) for states in documents]
     size = max(lengths, default=0)
-    mask = torch.arange(-1, size, device=device) < torch.tensor(lengths, device=device)[:, None]
+    mask = torch.arange(-1, size, dtype=torch.int64, device=device) < torch.tensor(lengths, dtype=torch.int64, device=device)[:, None]
     # One pass from packed fp16 to padded fp32; what is padding must be finite, since softmax gives it a weight of 0.
-    taken = torch.empty(len(lengths), 1 + size, documents[0].shape[1], device=device)
+    taken = torch.empty(len(lengths), 1 + size, documents[0].shape[1], dtype=torch.float32, device=device)
     taken[:, 0] = 0
     for row, own, length in zip(taken, documents, lengths):
         row[1 : 1 + length] = own[:length]
@@ -230,11 +231,11 @@ class OneWayCrossEncoder:
     def logits(self, query: Read, documents: Vectors, states: Sequence[Tensor]) -> Tensor:
         """What `score` does, of a query that is read already (hidden=True)."""
         assert query.start is not None and query.last is not None
-        logits = torch.zeros(len(documents.pooled))
+        logits = torch.zeros(len(documents.pooled), dtype=torch.float32, device="cpu")
         with torch.inference_mode():
             own, tokens = query.own, query.vectors.tokens
             lengths, count = documents.offsets.diff(), len(documents.pooled)
-            places = torch.arange(count, device=self.device)
+            places = torch.arange(count, dtype=torch.int64, device=self.device)
             A = query.start.new_zeros(count, query.start.shape[1])
             if len(tokens):
                 pairs = torch.stack([torch.zeros_like(places), places], 1)

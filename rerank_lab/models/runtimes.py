@@ -164,7 +164,7 @@ def _onnx_file(outputs: Outputs, folder: Path, token_types: bool) -> Path:
     """
     if outputs.model.device.type != "cpu":
         raise UserError("it runs on the CPU here")
-    ids = torch.ones(2, 8, dtype=torch.int64)
+    ids = torch.ones(2, 8, dtype=torch.int64, device="cpu")
     outputs.detailed = len(outputs.upper) > 0
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if token_types else [])]
     made = ["logits"] if outputs.head else ["last", "start", "keys_values"] if outputs.detailed else ["last"]

@@ -44,8 +44,11 @@ class Padded:
 
     def inputs(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
         """B × L of what the model takes, of packed tokens."""
-        mask = torch.arange(max(1, *lengths)) < torch.tensor(lengths)[:, None]
-        padded = {"input_ids": torch.full(mask.shape, self.pad_id).masked_scatter_(mask, ids), "attention_mask": mask.long()}
+        mask = torch.arange(max(1, *lengths), dtype=torch.int64, device=ids.device) < torch.tensor(lengths, dtype=torch.int64, device=ids.device)[:, None]
+        padded = {
+            "input_ids": torch.full(mask.shape, self.pad_id, dtype=torch.int64, device=ids.device).masked_scatter_(mask, ids),
+            "attention_mask": mask.long(),
+        }
         if self.token_types:
             padded["token_type_ids"] = torch.zeros_like(padded["input_ids"]).masked_scatter_(mask, types)
         return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
@@ -121,10 +124,10 @@ class Packed:
             keep: a layer whose input is wanted too.
             keys_values: layers whose keys and values are wanted too.
         """
-        ends = torch.tensor([0, *lengths]).cumsum(0)
+        ends = torch.tensor([0, *lengths], dtype=torch.int64, device=ids.device).cumsum(0)
         types = types if self.token_types else torch.zeros_like(types)
         starts = torch.repeat_interleave(ends[:-1], ends.diff())
-        positions = torch.arange(len(ids)) - starts
+        positions = torch.arange(len(ids), dtype=torch.int64, device=ids.device) - starts
         if self.pad_id is not None:  # RoBERTa counts from after its padding token, and leaves that out where a text holds one
             present = (ids != self.pad_id).long()
             before = torch.cat([present.new_zeros(1), present.cumsum(0)])
@@ -138,7 +141,7 @@ class Packed:
             read, asked = x.to(self.dtype), ends
             bare = self.plain and n not in keys_values  # biases are left to what comes next
             if first and n == len(layers) - 1:
-                asked = torch.arange(len(ends))
+                asked = torch.arange(len(ends), dtype=torch.int64, device=ids.device)
                 joined, rows = linear(read, weight[d:], None if bare else bias[d:]), x[ends[:-1]]
                 queries = linear(read[ends[:-1]], weight[:d], None if bare else bias[:d])
             else:

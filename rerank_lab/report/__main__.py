@@ -19,6 +19,7 @@ except ImportError as error:
 
 from tqdm import tqdm
 
+from rerank_lab import cli
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.shards import default_place
 from rerank_lab.options import natural, path_of, place_of
@@ -203,4 +204,4 @@ def _write(out: Path, name: str, report: Section, extra: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

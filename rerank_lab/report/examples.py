@@ -162,7 +162,7 @@ def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str,
         A = pool.attention(read, pool.vectors(kept, detail=Detail.TOKENS), method.tau).view(len(kept), len(read.tokens)).cpu()
         weight = A.amax(0) - A.mean(0)
         weight = weight / weight.sum() if float(weight.sum()) else torch.full_like(weight, 1 / len(weight))
-        places = torch.tensor([pool_ids.index(d) for d in shown])
+        places = torch.tensor([pool_ids.index(d) for d in shown], dtype=torch.int64, device="cpu")
         documents = pool.vectors(places, detail=Detail.TOKENS)
         found = pool.attention(read, documents, method.tau).view(len(shown), len(read.tokens)).cpu()
     encoder, columns = source.reranker.encoder, []

@@ -24,6 +24,7 @@ from typing import NoReturn
 import torch
 
 from rerank_kernels import use_backend
+from rerank_lab import cli
 from rerank_lab.environment import kernels
 from rerank_lab.errors import UserError
 from rerank_lab.fleet import Fleet
@@ -304,4 +305,4 @@ def _prefix(value: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -1,0 +1,185 @@
+"""What a person may hand over as documents, scores, counts and weights: taken by position and value, or refused in a sentence that names the argument."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_lab.errors import UserError
+from rerank_lab.files import expanded
+
+Document = str | Mapping[str, Any]
+HEAVIEST = 1e9  # weight of a z-score; its square, and that of a sum of such, still fits fp32
+
+
+def documents(given: Iterable[Any]) -> list[Document]:
+    """Documents in the order in which they stand: a list, tuple, deque, iterator, pandas or polars Series (whatever its index), numpy or pyarrow
+    array, or a column of a dataset.
+
+    Raises:
+        UserError: one text alone, a table, a mapping, a set, or an item that is no document, with its position.
+    """
+    if isinstance(given, (str, bytes, bytearray, memoryview)):
+        raise UserError(f"documents must be a list of texts, not one {type(given).__name__}: write [text] to rank one document")
+    if isinstance(given, (Mapping, ItemsView)):
+        raise UserError("documents must be a list, not a mapping: give list(documents.values()), or [document] to rank one object")
+    if isinstance(given, AbstractSet) and not isinstance(given, (KeysView, Sequence)):
+        raise UserError("documents must be in an order, and a set has none: give a list")
+    found = [_python(item) for item in _items("documents", given)]
+    for i, document in enumerate(found):
+        text_of(document, i)
+    return found
+
+
+def text_of(document: Any, position: int) -> str:
+    """The text of a document, a plain str.
+
+    Raises:
+        UserError: it has none.
+    """
+    text = _python(document.get("text")) if isinstance(document, Mapping) else document
+    if isinstance(text, str):
+        return str.__str__(text)
+    place, under = f"documents[{position}]", " under 'text'" if isinstance(document, Mapping) else ""
+    hint = "must be a string or an object with a string under 'text'"
+    if under and "text" not in document:
+        raise UserError(f"{place} {hint}; its keys are {', '.join(map(repr, list(document)[:5])) or 'none'}")
+    if _missing(text):
+        raise UserError(f"{place} is missing ({text!r}{under}): it {hint}")
+    if isinstance(text, (bytes, bytearray)):
+        raise UserError(f"{place} holds bytes{under}: decode them first, as in .decode('utf-8')")
+    for name in ("page_content", "text", "content"):
+        if isinstance(getattr(text, name, None), str):
+            raise UserError(f"{place} {hint}, not {_kind(text)}: give [d.{name} for d in documents]")
+    raise UserError(f"{place} {hint}, not {_kind(text)}{under}")
+
+
+def scores(given: Iterable[Any], count: int) -> Tensor:
+    """First-stage scores, fp32 on the CPU, times a power of two so that none is too large or too small for its square; what z-scores are made of.
+
+    Args:
+        given: numbers by position: a list, Series, array, tensor, iterator.
+        count: documents that they belong to.
+
+    Raises:
+        UserError: not so many finite numbers, with the place.
+    """
+    if isinstance(given, (str, bytes, Mapping, AbstractSet)):
+        raise UserError(f"first_stage must be a list of numbers, one a document, not {_kind(given)}")
+    items = given.detach().cpu().tolist() if isinstance(given, Tensor) else list(_items("first_stage", given))
+    if not isinstance(items, list) or len(items) != count:
+        raise UserError(f"first_stage has {len(items) if isinstance(items, list) else 'no'} scores for {count} documents")
+    numbers = [real(f"first_stage[{i}]", _python(item)) for i, item in enumerate(items)]
+    exponent = math.frexp(max(map(abs, numbers), default=0.0))[1]
+    return torch.tensor([math.ldexp(number, -exponent) for number in numbers], dtype=torch.float32, device="cpu")
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A whole number, in whatever type.
+
+    Raises:
+        UserError: it is none, or below `least`; the message names the argument.
+    """
+    try:
+        if type(value).__name__ in ("bool", "bool_"):
+            raise TypeError
+        number = operator.index(value if not hasattr(value, "is_integer") or not value.is_integer() else int(value))
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} must be a whole number of at least {least}, not {_shown(value)}") from None
+    if number < least:
+        raise UserError(f"{name} must be at least {least}, not {value}")
+    return number
+
+
+def weight(name: str, value: Any) -> float:
+    """A weight, 0 to HEAVIEST.
+
+    Raises:
+        UserError: it is none; the message names the argument.
+    """
+    wanted = f" from 0 to {HEAVIEST:g}"
+    number = real(name, value, wanted)
+    if not 0 <= number <= HEAVIEST:
+        raise UserError(f"{name} must be a finite number{wanted}, not {_shown(value)}")
+    return number
+
+
+def real(name: str, value: Any, wanted: str = "") -> float:
+    """A finite number in whatever type.
+
+    Raises:
+        UserError: it is none; the message names the argument.
+    """
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} must be a finite number{wanted}, not {_shown(value)}")
+    return number
+
+
+def path(name: str, given: Any) -> str | None:
+    """A place in the file system or a URL, ~ expanded; None stays.
+
+    Raises:
+        UserError: neither a string nor a path.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, (str, os.PathLike)) or not isinstance(os.fspath(given), str) or not os.fspath(given):
+        raise UserError(f"{name} must be a path or None, not {_shown(given)}")
+    return expanded(str.__str__(os.fspath(given)))
+
+
+def model(name: str, given: Any) -> Any:
+    """The name of a model as the registry takes it, where one is named: a Path is a folder or a file and nothing else.
+
+    Raises:
+        UserError: a Path where nothing lies.
+    """
+    if isinstance(given, os.PathLike):
+        place = path(name, given)
+        assert place is not None
+        if not Path(place).exists():
+            raise UserError(f"{name}: there is no {place}; a model of a registry or hub is named by a string")
+        return place if os.path.isabs(place) else os.path.join(".", place)
+    return expanded(str.__str__(given)) if isinstance(given, str) else given
+
+
+def _items(name: str, given: Any) -> Iterator[Any]:
+    if hasattr(given, "columns") and not isinstance(given, Sequence):
+        raise UserError(f"{name} must be one column, not a table ({type(given).__name__}): give that of the texts, as in table['text']")
+    if getattr(given, "ndim", 1) != 1:
+        raise UserError(f"{name} must be a list, not an array of shape {tuple(given.shape)}")
+    try:
+        return iter(given)
+    except TypeError:
+        raise UserError(f"{name} must be a list, not {_kind(given)}") from None
+
+
+def _python(item: Any) -> Any:
+    """pyarrow's scalars as what they hold."""
+    return item.as_py() if callable(getattr(item, "as_py", None)) else item
+
+
+def _missing(value: Any) -> bool:
+    return value is None or type(value).__name__ in ("NAType", "NaTType", "MaskedConstant") or (isinstance(value, float) and math.isnan(value))
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60}"
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"{'an' if type(value).__name__[0] in 'aeiouAEIOU' else 'a'} {type(value).__name__}"
