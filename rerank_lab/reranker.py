@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from rerank_lab import inputs
 from rerank_lab.datasets import valid_text
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.inputs import Document
-from rerank_lab.methods import DROPPED, METHODS, Method, Pool, make_method
+from rerank_lab.methods import DROPPED, Method, Pool, as_method
 from rerank_lab.methods.base import Flops
 from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
@@ -116,7 +115,7 @@ class Reranker:
         precision: str = "fp32",
     ):
         self.max_tokens, self.cache_bytes = inputs.whole("max_tokens_per_doc", max_tokens_per_doc), inputs.whole("cache_bytes", cache_bytes, 0)
-        self.fuse_first_stage, self.method = inputs.weight("fuse_first_stage", fuse_first_stage), _method(method)
+        self.fuse_first_stage, self.method = inputs.weight("fuse_first_stage", fuse_first_stage), as_method(method)
         if model_cross is None and "cross-encoder" in self.method.roles:
             model_cross = DEFAULT_CROSS
         first, second = _model("model", model, BiEncoder), _model("model_cross", model_cross, CrossEncoder, OneWayCrossEncoder)
@@ -227,7 +226,7 @@ class Reranker:
     def using(self, method: str | Method, *, cross: bool = True) -> Reranker:
         """The same loaded models and cache under another method; cross=False hides the cross-encoder."""
         other = copy.copy(self)
-        other.method = _method(method)
+        other.method = as_method(method)
         other.cross = self.cross if cross else None
         _check_roles(other.method, self.encoder, other.cross)
         return other
@@ -287,21 +286,19 @@ class Reranker:
         return [min(self.max_tokens, model.limit) for model in models]
 
     def fingerprints(self) -> dict[str, str | None]:
-        """What identifies models and their settings in results: name and hash of each, and what their folders ask for beyond the usual."""
-        readings = {
-            role: json.dumps(reading, sort_keys=True, ensure_ascii=False)
-            for role, model in (("model_reading", self.encoder), ("model_cross_reading", self.cross))
-            if isinstance(model, BiEncoder | CrossEncoder) and (reading := model.checkpoint.reading())
-        }
-        return readings | {
+        """What identifies models and their settings in results: name and hash of each, and what a folder asks for beyond the usual."""
+        found: dict[str, str | None] = {
             "model": None if self.encoder is None else self.encoder.name,
             "model_vectors": None if self.encoder is None else self.encoder.key(),
             "model_cross": None if self.cross is None else self.cross.name,
             "model_cross_files": None if self.cross is None else self.cross.fingerprint,
             "arithmetic": self.arithmetic,
         }
+        for role, model in (("model_reading", self.encoder), ("model_cross_reading", self.cross)):
+            if isinstance(model, BiEncoder | CrossEncoder) and (reading := model.checkpoint.reading()):
+                found[role] = reading
+        return found
 
-    @exactly(tensors=True)
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
         """Puts documents' vectors into the cache, so that ranking them later costs no forward."""
         for encoder, cache, own in self._makers(detail):
@@ -382,14 +379,6 @@ def _travelled(arguments: tuple[tuple[str, Any], ...], method: Method, cross: bo
 def _loaded(arguments: tuple[tuple[str, Any], ...]) -> Reranker:
     named = dict(arguments)
     return Reranker(method="fast" if named["model"] is not None else "standard", **named)
-
-
-def _method(method: str | Method) -> Method:
-    if isinstance(method, str):
-        return make_method(method)
-    if not isinstance(method, Method):
-        raise UserError(f"method must be one of {', '.join(METHODS)}, with settings as in 'best:tau=0.05', not {method!r}")
-    return method
 
 
 def _model(name: str, given: Any, *kinds: type) -> Any:

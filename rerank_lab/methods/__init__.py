@@ -16,12 +16,25 @@ METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal,
 # In one table best stands without a cross-encoder; this label is best with it.
 BEST_CROSS = "best+cross"
 
-__all__ = ["BEST_CROSS", "DROPPED", "METHODS", "Method", "Pool", "make_method", "runs_cross"]
+__all__ = ["BEST_CROSS", "DROPPED", "METHODS", "Method", "Pool", "as_method", "make_method", "runs_cross"]
 
 
 def runs_cross(label: str, method: Method) -> bool:
     """Whether the row with this label (a spec, or BEST_CROSS with settings) runs the cross-encoder."""
     return "cross-encoder" in method.roles or label.partition(":")[0] == BEST_CROSS
+
+
+def as_method(given: str | Method) -> Method:
+    """A method as it is, or made from its spec.
+
+    Raises:
+        UserError: as make_method; neither of the two.
+    """
+    if isinstance(given, str):
+        return make_method(given)
+    if not isinstance(given, Method):
+        raise UserError(f"method must be one of {', '.join(METHODS)}, with settings as in 'best:tau=0.05', not {given!r}")
+    return given
 
 
 def make_method(spec: str, **defaults: float) -> Method:

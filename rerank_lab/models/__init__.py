@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rerank_kernels import exactly
 from rerank_lab.errors import UserError
 from rerank_lab.files import expanded
 from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
@@ -57,6 +58,7 @@ REGISTRY = {
 }
 
 
+@exactly(tensors=True)
 def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "auto", runtime: str = "auto", precision: str = "fp32") -> BiEncoder:
     """A bi-encoder by registry id, checkpoint folder or hub name.
 
@@ -74,6 +76,7 @@ def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "au
     return BiEncoder(folder, name, subspace=V, device=pick_device(device), runtime=runtime, precision=precision)
 
 
+@exactly(tensors=True)
 def load_cross_encoder(
     name: str, *, device: str = "auto", runtime: str = "auto", precision: str = "fp32", encoder: BiEncoder | None = None
 ) -> CrossEncoder | OneWayCrossEncoder:

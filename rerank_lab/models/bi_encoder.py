@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from rerank_kernels import pool_normalize, project_normalize
+from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
 from rerank_lab.models.families import BI, WEIGHTS, read_json
@@ -184,6 +184,7 @@ class BiEncoder:
         """
         return self.encode_tokens(self.tokenize(texts, kind, max_tokens), detail=detail, progress=progress)
 
+    @exactly(tensors=True)
     def encode_tokens(self, texts: Sequence[Tokens], *, detail: Detail = Detail.TOKENS, progress: Callable[[int], object] = lambda done: None) -> Vectors:
         """What `encode` does, of texts that are tokenised already."""
         kept = [len(t) - int(t.special.sum()) if detail else 0 for t in texts]
@@ -210,6 +211,7 @@ class BiEncoder:
             raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
         return Vectors(pooled, torch.tensor([t.wanted for t in texts], dtype=torch.int64, device="cpu"), offsets, **packed)
 
+    @exactly(tensors=True)
     def read(self, queries: Sequence[Tokens], *, detail: Detail = Detail.TOKENS, hidden: bool = False) -> list[Read]:
         """Queries as vectors and, with hidden=True, as the states that a one-way cross-encoder goes on from."""
         if not hidden:

@@ -6,6 +6,7 @@ models) is refused in one sentence that says what it is and what to do. sentence
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -75,10 +76,11 @@ class Checkpoint:
     lower: bool = False
     news: tuple[str, ...] = ()
 
-    def reading(self) -> dict[str, Any]:
-        """What the folder asks for beyond a plain reading: similarity, prompts and dimensions, for results."""
+    def reading(self) -> str:
+        """What the folder asks for beyond a plain reading (similarity, prompts, dimensions), as JSON for results; "" where that is nothing."""
         usual = {"similarity": "cosine", "truncate_dim": None, "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
-        return {key: value for key, before in usual.items() if (value := getattr(self, key)) != before}
+        asked = {key: value for key, before in usual.items() if (value := getattr(self, key)) != before}
+        return json.dumps(asked, ensure_ascii=False) if asked else ""
 
 
 def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from rerank_kernels import exactly
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import read_checkpoint
@@ -90,6 +91,7 @@ class CrossEncoder:
             pairs.append(Tokens.of(self.pairing.post_process(own, document), wanted))
         return pairs
 
+    @exactly(tensors=True)
     def logits(self, pairs: Sequence[Tokens]) -> Tensor:
         """Logits of N pairs (fp32, on the CPU), of one query or of many.
 

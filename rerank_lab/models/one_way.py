@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize, scaled_dot_product_attention, softplus
 
-from rerank_kernels import subspace_attention
+from rerank_kernels import exactly, subspace_attention
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import BiEncoder, Read, Vectors
 from rerank_lab.models.forward import plan_batches
@@ -228,6 +228,7 @@ class OneWayCrossEncoder:
         tokens = self.encoder.tokenize([query], "query", self.limit)
         return self.logits(self.encoder.read(tokens, hidden=True)[0], documents, states), tokens[0].wanted
 
+    @exactly(tensors=True)
     def logits(self, query: Read, documents: Vectors, states: Sequence[Tensor]) -> Tensor:
         """What `score` does, of a query that is read already (hidden=True)."""
         assert query.start is not None and query.last is not None
