@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,7 @@ BI_LIKE_REFERENCE: dict[str, Make] = {
         change(bi_encoder(f, "Normalize", architecture="MPNetModel", max_position_embeddings=66), "tokenizer_config.json", model_max_length=64),
         {"sentence_bert_config.json": {"max_seq_length": 64}},
     ),
+    "a limit above the tokenizer's, which it replaces": lambda f: change(bi_encoder(f, "Normalize", limit=300), "tokenizer_config.json", model_max_length=20),
     "a language model's head in the file": lambda f: bi_encoder(f, "Normalize", architecture="BertForMaskedLM"),
     "a causal transformer that says how to pool": lambda f: put(
         bi_encoder(f, "Normalize", architecture="Qwen3ForCausalLM"), {"1_Pooling/config.json": {"embedding_dimension": WIDTH, "pooling_mode": "lasttoken"}}
@@ -106,6 +108,7 @@ def test_vectors_and_similarity_are_sentence_transformers(layout: str, tmp_path:
 
 CROSS_LIKE_REFERENCE: dict[str, Make] = {
     "max_seq_length": lambda f: cross_encoder(f, about={}, max_seq_length=40),
+    "a limit above the tokenizer's": lambda f: change(cross_encoder(f, about={}, max_seq_length=200), "tokenizer_config.json", model_max_length=30),
     "a default prompt": lambda f: cross_encoder(f, about={"prompts": {"query": "Find what answers: "}, "default_prompt_name": "query"}),
     "a default prompt under another name": lambda f: cross_encoder(f, about={"prompts": {"mine": "Is it: "}, "default_prompt_name": "mine"}, max_seq_length=64),
     "a prompt that is not the default": lambda f: cross_encoder(f, about={"prompts": {"query": "Find what answers: "}, "default_prompt_name": None}),
@@ -145,6 +148,25 @@ def test_positions_bound_a_text_where_the_tokenizer_does_not(architecture: str, 
     with pytest.raises(IndexError):  # one more has no position, so the bound is the widest
         model.limit += 1
         model.encode([LONG], detail=Detail.POOLED)
+
+
+READS_PADDING: dict[str, dict[str, Any]] = {
+    "MobileBertModel": {"embedding_size": WIDTH, "intra_bottleneck_size": WIDTH, "true_hidden_size": WIDTH, "normalization_type": "layer_norm"},
+    "ConvBertModel": {"embedding_size": WIDTH},
+    "FNetModel": {"type_vocab_size": 4},
+    "ElectraModel": {"embedding_size": WIDTH},
+}
+
+
+@pytest.mark.parametrize("architecture", READS_PADDING)
+def test_a_texts_vector_is_its_own_whatever_shares_its_batch(architecture: str, tmp_path: Path) -> None:
+    """Some kinds read the padding behind a text; texts of one length alone share their batches."""
+    model = load_bi_encoder(str(bi_encoder(tmp_path, "Normalize", architecture=architecture, limit=200, **READS_PADDING[architecture])), device="cpu")
+    assert model.network.alike == (architecture != "ElectraModel")
+    together = model.encode(TEXTS, detail=Detail.POOLED).pooled
+    alone = torch.cat([model.encode([text], detail=Detail.POOLED).pooled for text in TEXTS])
+    assert together.std(0).max() > 0.01
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 def test_unused_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

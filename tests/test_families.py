@@ -55,6 +55,10 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
         "brings code of its own (tokens.Mine)",
     ),
     "quantised weights": (lambda f: change(bi_encoder(f), "config.json", quantization_config={"quant_method": "gptq"}), "holds weights quantised by gptq"),
+    "attention that depends on what was read before": (
+        lambda f: bi_encoder(f, architecture="BigBirdModel", attention_type="block_sparse", block_size=4),
+        "attends by blocks (attention_type block_sparse)",
+    ),
     "LoRA": (
         lambda f: put(transformer(f), {"adapter_config.json": {"base_model_name_or_path": "BAAI/bge-base-en"}}),
         "is a LoRA adapter of BAAI/bge-base-en, without the weights that it changes; merge them first",

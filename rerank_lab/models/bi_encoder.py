@@ -107,7 +107,7 @@ class BiEncoder:
         model, tokenizer = load_checkpoint(AutoModel, found.root, name, spare="pooler")
         self.model: nn.Module = model.to(self.device)
         self.config: Any = model.config
-        limits = [found.max_seq_length, tokenizer.model_max_length, places(model)]
+        limits = [found.max_seq_length or tokenizer.model_max_length, places(model)]  # the folder's own limit replaces the tokenizer's
         self.specials: int = tokenizer.num_special_tokens_to_add(False)
         known = [n for n in limits if isinstance(n, int) and n > 0]
         self.limit: int = min(known, default=512) - self.specials
@@ -146,6 +146,7 @@ class BiEncoder:
         subspace = b"" if self.subspace is None else self.subspace.cpu().numpy().tobytes()
         parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type, *self.checkpoint.news]
         parts += ["truncated from the left"] * (self.truncation_side == "left") + ["no tokens, no vector"] * (not self.specials)
+        parts += ["no padding"] * self.network.alike
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
     def about(self) -> dict[str, str]:

@@ -43,7 +43,7 @@ class CrossEncoder:
             raise UserError(f"model {name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
         self.model = model.to(self.device)
         self.config: Any = model.config
-        limits = [found.max_seq_length, tokenizer.model_max_length, places(model)]
+        limits = [found.max_seq_length or tokenizer.model_max_length, places(model)]
         self.limit: int = int(min(n for n in limits if n))
         self.runtime, self.precision = choose(runtime, precision), precision
         self.network = network(model, runtime=self.runtime, precision=precision, head=True, **padding(model, tokenizer))
@@ -99,7 +99,7 @@ class CrossEncoder:
             ModelError: the model gave a NaN or an infinite logit.
         """
         logits = torch.zeros(len(pairs), dtype=torch.float32, device="cpu")
-        for batch, texts in batches(pairs, self.device):
+        for batch, texts in batches(pairs, self.network, self.device):
             with torch.inference_mode():
                 logits[torch.from_numpy(batch)] = self._run(texts)[:, 0].float().cpu()
         if not bool(logits.isfinite().all()):

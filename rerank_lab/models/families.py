@@ -61,6 +61,11 @@ def refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) 
         method = as_dict(config["quantization_config"]).get("quant_method", "a quantisation")
         raise UserError(f"model {name!r} holds weights quantised by {method}, which are not read here; name the checkpoint that they were made of")
     kind = str(config.get("model_type", ""))
+    if config.get("attention_type") == "block_sparse" or (kind == "big_bird" and "attention_type" not in config):
+        raise UserError(
+            f"model {name!r} attends by blocks (attention_type block_sparse), and once it has read a short text no more: what it makes of a text depends on those "
+            f"before; set attention_type to original_full in {root / 'config.json'}"
+        )
     if config.get("is_encoder_decoder") or kind in T5:
         raise _refusal(name, f"an encoder-decoder or a half of one ({architecture or kind}), which is not computed here", role)
     others = sorted(format for format, pattern in OTHERS.items() if any(root.rglob(pattern)))

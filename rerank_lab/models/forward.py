@@ -156,14 +156,17 @@ def places(model: Any) -> int | None:
     return total - (0 if unused is None else unused + 1) if isinstance(total, int) and total > 0 else None
 
 
-def plan_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:
-    """Positions in batches: longest first, each padded to at most `budget` tokens (one text alone may exceed it)."""
+def plan_batches(lengths: Sequence[int], budget: int, alike: bool = False) -> list[np.ndarray]:
+    """Positions in batches: longest first, each padded to at most `budget` tokens (one text alone may exceed it); with `alike` of one length each."""
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches, start = [], 0
     while start < len(order):
         size = max(1, budget // max(1, lengths[order[start]]))
-        batches.append(order[start : start + size])
-        start += size
+        batch = order[start : start + size]
+        if alike:
+            batch = batch[: sum(lengths[i] == lengths[batch[0]] for i in batch)]
+        batches.append(batch)
+        start += len(batch)
     return batches
 
 
@@ -184,7 +187,7 @@ def forward(network: Padded | Packed, tokens: Sequence[Tokens], device: torch.de
     Yields:
         (positions of the batch's B texts, where each begins and the last ends (B + 1, int64), what the transformer leaves).
     """
-    for batch, texts in batches(tokens, device):
+    for batch, texts in batches(tokens, network, device):
         with torch.inference_mode():
             yield batch, torch.tensor([0, *texts.lengths], dtype=torch.int64, device=device).cumsum(0), network(*texts, **wanted)
 
@@ -197,9 +200,9 @@ class Texts(NamedTuple):
     lengths: list[int]
 
 
-def batches(tokens: Sequence[Tokens], device: torch.device) -> Iterator[tuple[np.ndarray, Texts]]:
+def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.device) -> Iterator[tuple[np.ndarray, Texts]]:
     """All texts in batches under the device's token budget: positions, and what stands there."""
-    for batch in plan_batches([len(t) for t in tokens], token_budget(device)):
+    for batch in plan_batches([len(t) for t in tokens], token_budget(device), network.alike):
         chosen = [tokens[position] for position in batch]
         ids, types = (torch.from_numpy(np.concatenate([getattr(t, name) for t in chosen]).astype(np.int64)) for name in ("ids", "types"))
         yield batch, Texts(ids, types, [len(t) for t in chosen])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.transformer import Packed, Padded, States
+from rerank_lab.models.transformer import Packed, Padded, States, reads_padding
 
 PRECISIONS = ("fp32", "bf16", "int8")
 RUNTIMES = {"torch": ("fp32", "bf16"), "compile": ("fp32", "bf16", "int8"), "onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16")}
@@ -57,16 +57,17 @@ def network(model: Any, *, pad_id: int, token_types: bool, runtime: str, precisi
     if precision != "fp32" and not head:
         model = copy.deepcopy(model)  # a one-way cross-encoder starts from the weights as they are
     base = model.base_model if head else model
+    if runtime == "torch" and Packed.fits(base) and (not head or type(model).__name__ in HEADS):
+        return Packed(base, torch.bfloat16 if precision == "bf16" else torch.float32, token_types=token_types)
+    alike = reads_padding(Padded(model, pad_id, token_types))
     if runtime == "torch":
-        if Packed.fits(base) and (not head or type(model).__name__ in HEADS):
-            return Packed(base, torch.bfloat16 if precision == "bf16" else torch.float32, token_types=token_types)
-        return Padded(model.to(torch.bfloat16) if precision == "bf16" else model, pad_id, token_types)
+        return Padded(model.to(torch.bfloat16) if precision == "bf16" else model, pad_id, token_types, alike)
     outputs = Outputs(model, head)
     try:
         run = BUILD[runtime](outputs, precision, token_types)
     except Exception as error:  # each runtime raises its own; each means the same to the user
         raise UserError(f"runtime {runtime} in {precision} does not take the model: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    return Exported(model, pad_id, token_types, outputs, run)
+    return Exported(model, pad_id, token_types, alike, outputs, run)
 
 
 class Outputs(nn.Module):
@@ -104,13 +105,13 @@ class Exported(Padded):
     """A transformer that another runtime holds.
 
     Args:
-        model, pad_id, token_types: as Padded takes them.
+        model, pad_id, token_types, alike: as Padded takes them.
         outputs: what was handed to the runtime.
         run: (inputs of `outputs` by name, whether detailed) → its outputs.
     """
 
-    def __init__(self, model: Any, pad_id: int, token_types: bool, outputs: Outputs, run: Run):
-        super().__init__(model, pad_id, token_types)
+    def __init__(self, model: Any, pad_id: int, token_types: bool, alike: bool, outputs: Outputs, run: Run):
+        super().__init__(model, pad_id, token_types, alike)
         self.outputs, self._run = outputs, run
 
     def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -37,10 +37,11 @@ class Padded:
         model: in eval mode; a head may stand on it.
         pad_id: the tokenizer's padding token.
         token_types: whether it takes token_type_ids.
+        alike: it reads padding, so that texts of one length alone may share a batch (`reads_padding`).
     """
 
-    def __init__(self, model: Any, pad_id: int, token_types: bool):
-        self.model, self.pad_id, self.token_types = model, pad_id, token_types
+    def __init__(self, model: Any, pad_id: int, token_types: bool, alike: bool = False):
+        self.model, self.pad_id, self.token_types, self.alike = model, pad_id, token_types, alike
 
     def inputs(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
         """B × L of what the model takes, of packed tokens."""
@@ -73,6 +74,22 @@ class Padded:
         return States(output.last_hidden_state[inside].float(), kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
 
 
+@torch.inference_mode()
+def reads_padding(network: Padded) -> bool:
+    """Whether what a transformer makes of a text depends on the padding behind it, which its mask should hide; convolutions and Fourier transforms do."""
+    vocabulary = int(getattr(network.model.config, "vocab_size", 0) or 0)
+    ids = [n for n in range(vocabulary - 1, 0, -1) if n != network.pad_id][:8]
+
+    def made(*texts: list[int]) -> Tensor:
+        flat = torch.tensor([n for text in texts for n in text], dtype=torch.int64, device="cpu")
+        output = network.model(**network.inputs(flat, torch.zeros_like(flat), [len(text) for text in texts]))
+        found: Tensor = output.logits[0] if hasattr(output, "logits") else output.last_hidden_state[0, :3]
+        return found.float()
+
+    alone, padded = made(ids[:3]), made(ids[:3], ids)
+    return not torch.allclose(alone, padded, rtol=1e-3, atol=1e-3 * float(alone.abs().mean()))
+
+
 class Packed:
     """A transformer that never sees padding: the same weights and arithmetic in fewer passes over memory.
 
@@ -89,7 +106,7 @@ class Packed:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32, *, token_types: bool = True):
-        self.model, self.dtype, self.token_types, config = model, dtype, token_types, model.config
+        self.model, self.dtype, self.token_types, self.alike, config = model, dtype, token_types, False, model.config
         model.encoder.requires_grad_(False)
         for module in model.encoder.modules():
             if isinstance(module, torch.nn.Linear):
