@@ -110,8 +110,8 @@ def make_candidates(
             run[q] = Ranked([given[q].documents[i] for i in known[:fetch]], given[q].scores[known[:fetch]])
         if any(ties):
             notes.append(
-                f"{path}: {sum(ties)} candidates of {np.count_nonzero(ties)} queries have another's score; such stand as the file has them, "
-                "where trec_eval sorts them by id, so that its figures for this file may differ"
+                f"{path}: {sum(ties)} candidates of {np.count_nonzero(ties)} queries have another's score in fp32, in which trec_eval compares; "
+                "it sorts such by id, and here the full score decides, then the place in the file, so that its figures for this file may differ"
             )
         if not any(r.documents for r in run.values()):
             raise UserError(f"{path}: none of its queries and documents belong to {dataset.name} ({dataset.split})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -129,7 +130,9 @@ def _folder_source(folder: Path) -> Source:
     missing = [n for n in ("corpus.jsonl", "queries.jsonl", "qrels") if not (folder / n).exists() and not (folder / f"{n}.gz").exists()]
     if missing:
         raise UserError(f"{folder}: not in BEIR's layout, {', '.join(missing)} missing")
-    return _beir_source(folder.resolve().name, {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}, lambda p: p.open("rb"), str)
+    places = [folder / name for name in ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz")]
+    places += [Path(place) / name for place, _, names in os.walk(folder / "qrels", followlinks=True) for name in names]
+    return _beir_source(folder.resolve().name, {p.relative_to(folder).as_posix(): p for p in places if p.is_file()}, lambda p: p.open("rb"), str)
 
 
 def _zip_source(path: Path) -> Source:
@@ -137,12 +140,14 @@ def _zip_source(path: Path) -> Source:
         archive = zipfile.ZipFile(path)
     except Exception as error:
         raise UserError(f"{path}: not a whole zip archive: {error or type(error).__name__}") from error
-    names = [name for name in archive.namelist() if not hidden(name)]
-    roots = {found[1] for name in names if (found := re.fullmatch(r"(.*/|)corpus\.jsonl(\.gz)?", name))}
+    names = {name.replace("\\", "/"): name for name in archive.namelist()}  # some programs of Windows write its separator
+    found = {match[1] for name in names if (match := re.fullmatch(r"(.*/|)corpus\.jsonl(\.gz)?", name)) and not hidden(name.removeprefix(match[1]))}
+    roots = {root for root in found if not hidden(root)} or found
     if len(roots) != 1:
         raise UserError(f"{path}: needs exactly one corpus.jsonl inside, found {len(roots)}")
     root = roots.pop()
-    return _beir_source(path.stem, {n.removeprefix(root): n for n in names if n.startswith(root)}, archive.open, lambda n: f"{path}!{n}")
+    members = {name.removeprefix(root): own for name, own in names.items() if name.startswith(root)}
+    return _beir_source(path.stem, members, archive.open, lambda n: f"{path}!{n}")
 
 
 def _beir_source(name: str, files: dict[str, Any], open_file: Callable[[Any], Any], label: Callable[[Any], str]) -> Source:

@@ -36,7 +36,7 @@ from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cr
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.shards import default_place
-from rerank_lab.models.store import Store, is_url
+from rerank_lab.models.store import Store, folder_of, is_url
 from rerank_lab.options import effective, parse
 from rerank_lab.reranker import EXACT, Reranker
 
@@ -296,7 +296,7 @@ def _cache(options: argparse.Namespace) -> str | None:
     if options.no_cache:
         return None
     place = expanded(options.cache or default_place())
-    return place if is_url(place) else str(Path(place).absolute())
+    return place if is_url(place) else str(folder_of(place).absolute())
 
 
 def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, detail: Detail | None, executor: Executor) -> Candidates:
@@ -334,7 +334,7 @@ def _limited(dataset: Dataset, count: int) -> Dataset:
     return replace(
         dataset, queries=queries, qrels={q: dataset.qrels[q] for q in kept},
         notes=[*dataset.notes, *([f"only the first {count} of {len(dataset.qrels)} judged queries (--limit-queries)"] if count < len(dataset.qrels) else [])],
-        facts=dataset.facts | {"queries": len(kept), "judgements": sum(len(dataset.qrels[q]) for q in kept)},
+        facts=dataset.facts | {"queries": len(queries), "judged_queries_without_text": len(kept) - len(queries), "judgements": sum(len(dataset.qrels[q]) for q in kept)},
     )  # fmt: skip
 
 

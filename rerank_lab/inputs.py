@@ -7,6 +7,7 @@ import operator
 import os
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from numbers import Complex, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def documents(given: Iterable[Any]) -> list[Document]:
     if isinstance(given, (str, bytes, bytearray, memoryview)):
         raise UserError(f"documents must be a list of texts, not one {type(given).__name__}: write [text] to rank one document")
     if isinstance(given, (Mapping, ItemsView)):
-        raise UserError("documents must be a list, not a mapping: give list(documents.values()), or [document] to rank one object")
+        column = isinstance(given, Mapping) and not isinstance(given.get("text", ""), str)
+        hint = "documents['text']" if column else "list(documents.values()), or [document] to rank one object"
+        raise UserError(f"documents must be a list, not a mapping: give {hint}")
     if isinstance(given, AbstractSet) and not isinstance(given, (KeysView, Sequence)):
         raise UserError("documents must be in an order, and a set has none: give a list")
     found = [_python(item) for item in _items("documents", given)]
@@ -74,7 +77,7 @@ def scores(given: Iterable[Any], count: int) -> Tensor:
     """
     if isinstance(given, (str, bytes, Mapping, AbstractSet)):
         raise UserError(f"first_stage must be a list of numbers, one a document, not {_kind(given)}")
-    items = given.detach().cpu().tolist() if isinstance(given, Tensor) else list(_items("first_stage", given))
+    items = given.detach().to_dense().cpu().tolist() if isinstance(given, Tensor) else list(_items("first_stage", given))
     if not isinstance(items, list) or len(items) != count:
         raise UserError(f"first_stage has {len(items) if isinstance(items, list) else 'no'} scores for {count} documents")
     numbers = [real(f"first_stage[{i}]", _python(item)) for i, item in enumerate(items)]
@@ -119,7 +122,7 @@ def real(name: str, value: Any, wanted: str = "") -> float:
         UserError: it is none; the message names the argument.
     """
     try:
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, (str, bytes)) or (isinstance(value, Complex) and not isinstance(value, Real)):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -161,7 +164,7 @@ def _items(name: str, given: Any) -> Iterator[Any]:
     if hasattr(given, "columns") and not isinstance(given, Sequence):
         raise UserError(f"{name} must be one column, not a table ({type(given).__name__}): give that of the texts, as in table['text']")
     if getattr(given, "ndim", 1) != 1:
-        raise UserError(f"{name} must be a list, not an array of shape {tuple(given.shape)}")
+        raise UserError(f"{name} must be a list, not {f'an array of shape {tuple(given.shape)}' if hasattr(given, 'shape') else _kind(given)}")
     try:
         return iter(given)
     except TypeError:

@@ -15,6 +15,7 @@ from rerank_lab.datasets import GRADES, HIGHEST, Dataset, Qrels
 from rerank_lab.errors import UserError
 from rerank_lab.run import Run, rank_scores
 
+SLOW = 1_000  # the same of nDCG without a cut-off, which takes trec_eval 20 ms a query at this grade, and twice the time at twice the grade
 STEEP = 4  # the highest grade of gains of 2^grade - 1, for which ERR's probabilities are defined
 DEFAULT = ("nDCG@10", "RR@10", "AP@100", "R@100", "P@1", "Judged@10")
 
@@ -43,10 +44,10 @@ def _measure(name: str) -> Any:
     # Providers in C crash on cut-offs below 1, and read beyond their arrays at a `rel` that no grade may have; a sum over queries is no mean.
     if any(isinstance(v, int) and v < 1 for v in measure.params.values()) or not isinstance(measure.aggregator(), MeanAgg):
         raise ValueError(name)
-    numbers = [measure.params.get("rel", 1), *(measure.params.get("gains") or {}).values()]
-    if any(not isinstance(v, int) or abs(v) > HIGHEST for v in numbers):
+    rel, gains = measure.params.get("rel", 1), (measure.params.get("gains") or {}).values()
+    if any(not isinstance(v, int) or abs(v) > most for v, most in ((rel, HIGHEST), *((gain, _highest(measure)) for gain in gains))):
         raise ValueError(name)
-    list(ir_measures.iter_calc([measure], [ir_measures.Qrel("1", "1", numbers[0])], [ir_measures.ScoredDoc("1", "1", 1.0)]))
+    list(ir_measures.iter_calc([measure], [ir_measures.Qrel("1", "1", rel)], [ir_measures.ScoredDoc("1", "1", 1.0)]))
     return measure
 
 
@@ -72,11 +73,18 @@ def check_grades(names: Sequence[str], dataset: Dataset) -> None:
         raise UserError(f"{dataset.place(query, document)}: {problem}")
 
 
+def _highest(measure: Any) -> int:
+    """The highest grade that a measure bears: in bounds, in time and in memory."""
+    if measure.NAME == "ERR" or measure.params.get("dcg") == "exp-log2":
+        return STEEP
+    return SLOW if measure.NAME == "nDCG" and "cutoff" not in measure.params else HIGHEST
+
+
 def _unbearable(measures: Sequence[Any], qrels: Qrels) -> Iterator[tuple[str, str, str]]:
     """(query, document, what is wrong) of judgements that end a provider, or take all memory."""
-    steep = [str(m) for m in measures if m.NAME == "ERR" or m.params.get("dcg") == "exp-log2"]
-    highest = STEEP if steep else HIGHEST
-    said = f"the highest that {' and '.join(steep)} can have is {STEEP}" if steep else GRADES
+    highest = min(map(_highest, measures), default=HIGHEST)
+    strict = " and ".join(str(measure) for measure in measures if _highest(measure) == highest)
+    said = GRADES if highest == HIGHEST else f"the highest that {strict} can have is {highest}"
     for query, judged in qrels.items():
         for document, grade in judged.items():
             if not -HIGHEST <= grade <= highest:

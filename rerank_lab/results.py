@@ -214,6 +214,13 @@ def _per_query(label: str, frame: pd.DataFrame, records: list[dict[str, Any]], a
     return joined.reset_index()
 
 
+NOTHING_RANKED = pd.DataFrame(
+    {name: pd.Series(dtype=kind) for name, kind in {
+        "method": str, "query": str, "document": str, "rank": np.int32, "score": np.float32, "relevance": np.float64, "first_stage": np.float32, "grade": "Int32",
+    }.items()}
+)  # fmt: skip
+
+
 def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates, qrels: Qrels) -> bytes:
     parts = []
     for label, part in collected.items():
@@ -232,7 +239,7 @@ def _scores(collected: dict[str, dict[str, Any]], candidates: Candidates, qrels:
             }
             parts.append(pd.DataFrame(columns))
     buffer = io.BytesIO()
-    (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()).to_parquet(buffer, index=False)
+    (pd.concat(parts, ignore_index=True) if parts else NOTHING_RANKED).to_parquet(buffer, index=False)
     return buffer.getvalue()
 
 

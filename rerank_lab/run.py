@@ -153,7 +153,9 @@ def _read_parquet(path: Path, file: BufferedReader) -> Run:
         schema = pq.read_schema(place)
         names = schema.names
         missing = [name for name in wanted if name not in names or nested(schema.field(name).type)]
-        frame = None if missing else pq.read_table(place, columns=wanted + ["method"] * ("method" in names)).to_pandas()
+        frame = (
+            None if missing else pq.read_table(place, columns=wanted + ["method"] * ("method" in names)).to_pandas(ignore_metadata=True)
+        )  # which may make columns an index
     except (OSError, ValueError) as error:  # pyarrow's own are of these
         raise UserError(f"{path}: no Parquet file that can be read ({str(error).partition(chr(10))[0]})") from None
     if frame is None:

@@ -84,11 +84,9 @@ def bi_encoder(folder: Path, *after: str, architecture: str = "BertModel", about
     return put(folder, {"config_sentence_transformers.json": about}) if about is not None else folder
 
 
-def cross_encoder(
-    folder: Path, architecture: str = "BertForSequenceClassification", about: dict[str, Any] | None = None, max_position_embeddings: int = 512, **settings: Any
-) -> Path:
-    """A cross-encoder with one label; `about` and settings of its Transformer make it one of sentence-transformers 5.4 and later."""
-    transformer(folder, architecture, num_labels=1, max_position_embeddings=max_position_embeddings)
+def cross_encoder(folder: Path, architecture: str = "BertForSequenceClassification", about: dict[str, Any] | None = None, **settings: Any) -> Path:
+    """A cross-encoder with one label; `about` makes it one of sentence-transformers 5.4 and later, and settings those of its Transformer, else of config.json."""
+    transformer(folder, architecture, num_labels=1, **({} if about is not None else settings))
     if about is not None:
         put(folder, {"modules.json": modules("sentence_transformers.base.modules.transformer.Transformer")})
         put(folder, {"config_sentence_transformers.json": {"model_type": "CrossEncoder"} | about})

@@ -16,6 +16,7 @@ from sentence_transformers import CrossEncoder as CrossReference
 from sentence_transformers import SentenceTransformer
 
 from rerank_lab import Reranker
+from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval import main
 from rerank_lab.models import FETCHED, load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
@@ -169,6 +170,43 @@ def test_a_texts_vector_is_its_own_whatever_shares_its_batch(architecture: str, 
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+def test_a_score_read_off_the_last_place_is_not_read_off_padding(tmp_path: Path) -> None:
+    model = assert_cross_is_reference(cross_encoder(tmp_path, "XLNetForSequenceClassification", d_model=WIDTH, n_layer=2, n_head=4, d_inner=48))
+    assert model.network.alike
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
+    folder = bi_encoder(tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    added = tokenizer["added_tokens"][0] | {"id": 30522, "content": "[ENT]", "special": False}
+    put(folder, {"tokenizer.json": tokenizer | {"added_tokens": [*tokenizer["added_tokens"], added]}})
+    model = load_bi_encoder(str(folder), device="cpu")
+    assert bool(model.encode(["join two tables"]).pooled.isfinite().all())
+    with pytest.raises(ModelError, match="token number 30522, and it has embeddings for 30522: tokens were added to its tokenizer alone"):
+        model.encode(["join two [ENT]"])
+
+
+def test_a_tokenizers_other_files_are_part_of_the_cache_key_where_it_is_made_of_them(tmp_path: Path) -> None:
+    folder = put(bi_encoder(tmp_path), {"tokenizer.json": None})
+    before = load_bi_encoder(str(folder), device="cpu").key()
+    words = (folder / "vocab.txt").read_text().splitlines()
+    put(folder, {"vocab.txt": "\n".join([*words[:2000], *reversed(words[2000:])]) + "\n"})
+    assert load_bi_encoder(str(folder), device="cpu").key() != before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: "", "is no name, an id"),
+        (lambda f: str(put(f, {"file": "x"}) / "file"), "is a file; name its folder"),
+        (lambda f: str(put(f, {"models--a--b/snapshots/0/config.json": {}}) / "models--a--b"), "is the hub's own folder of a model; name one of its versions"),
+    ],
+)
+def test_places_that_are_no_checkpoint_are_told_so(make: Callable[[Path], str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_bi_encoder(make(tmp_path), device="cpu")
+
+
 def test_unused_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "rerank_lab"):
         load_bi_encoder(str(with_prompts(query="query: ", passage="passage: ")(tmp_path)), device="cpu")
@@ -237,3 +275,4 @@ def test_the_hub_is_asked_for_what_tells_a_model(tmp_path: Path) -> None:
         "modeling.py",
     ]
     assert list(filter_repo_objects(files, allow_patterns=FETCHED)) == files[:-2]
+    assert list(filter_repo_objects(["2_Dense/pytorch_model.bin", "pytorch_model.bin"], allow_patterns=FETCHED)) == ["2_Dense/pytorch_model.bin"]

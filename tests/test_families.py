@@ -16,6 +16,16 @@ from rerank_lab.models import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.families import CAUSAL, LATE, SPARSE, STATIC
 from tests.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
 
+
+def own_folder(folder: Path) -> Path:
+    """The same with the transformer in 0_Transformer."""
+    (folder / "0_Transformer").mkdir()
+    for path in [p for p in folder.iterdir() if p.is_file() and p.name != "modules.json"]:
+        path.rename(folder / "0_Transformer" / path.name)
+    listed = modules("Transformer", "Pooling")
+    return put(folder, {"modules.json": [listed[0] | {"path": "0_Transformer"}, listed[1]]})
+
+
 # What is refused, whichever role it is wanted in: files that make it so, and what the sentence says.
 
 ELSEWHERE: dict[str, tuple[Make, str]] = {
@@ -63,6 +73,19 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
         lambda f: put(transformer(f), {"adapter_config.json": {"base_model_name_or_path": "BAAI/bge-base-en"}}),
         "is a LoRA adapter of BAAI/bge-base-en, without the weights that it changes; merge them first",
     ),
+    "LoRA in the transformer's own folder": (
+        lambda f: put(own_folder(bi_encoder(f)), {"0_Transformer/adapter_config.json": {"base_model_name_or_path": "base"}}),
+        "is a LoRA adapter of base",
+    ),
+    "a pointer of git-lfs": (
+        lambda f: put(bi_encoder(f), {"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"}),
+        "model.safetensors is a pointer of git-lfs and no file yet; run git lfs pull",
+    ),
+    "images beside text": (
+        lambda f: change(transformer(f), "config.json", model_type="clip", architectures=["CLIPModel"], text_config={}, vision_config={}),
+        "is a model of more than text (CLIPModel)",
+    ),
+    "DPR": (lambda f: change(transformer(f), "config.json", model_type="dpr", architectures=["DPRContextEncoder"]), "is a half of DPR (DPRContextEncoder)"),
     "ONNX alone": (
         lambda f: put(bi_encoder(f), {"model.safetensors": None, "onnx/model.onnx": "x"}),
         "has weights for ONNX alone, which are not read here; name the model that they were made of",
@@ -115,6 +138,9 @@ BI_REFUSED: dict[str, tuple[Make, str]] = {
         lambda f: change(bi_encoder(f), "config.json", num_hidden_layers=1),
         "nothing takes the weights encoder.layer.1.attention.output.LayerNorm.bias",
     ),
+    "a Transformer alone": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer")}), "names no Pooling"),
+    "weights of another shape": (lambda f: change(bi_encoder(f), "config.json", intermediate_size=60), "are 48 in the file and 60 by config.json"),
+    "no room for a text": (lambda f: bi_encoder(f, limit=2), "a limit of 2 tokens leaves none for the text"),
     "another similarity": (lambda f: bi_encoder(f, about=st_about(similarity_fn_name="euclidean")), "compares by euclidean"),
     "truncate_dim of no number": (lambda f: bi_encoder(f, about=st_about(truncate_dim="16")), "truncate_dim in config_sentence_transformers.json must be"),
     "a key that is not known": (
@@ -175,6 +201,11 @@ CROSS_REFUSED: dict[str, tuple[Make, str]] = {
     "a chat template": (lambda f: put(cross_encoder(f), {"chat_template.jinja": "{{ messages }}"}), "reads its input through a chat template"),
     "a chat template in the tokenizer": (
         lambda f: change(cross_encoder(f), "tokenizer_config.json", chat_template="{{ messages }}"), "reads its input through a chat template"),
+    "no room for a pair": (lambda f: change(cross_encoder(f), "tokenizer_config.json", model_max_length=3), "a limit of 3 tokens leaves none for the text"),
+    "two labels that the file does not have": (
+        lambda f: change(cross_encoder(f), "config.json", id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1}),
+        "the weights classifier.bias are 1 in the file and 2 by config.json",
+    ),
     "an activation that is not rising": (lambda f: cross_encoder(f, about={"activation_fn": "torch.nn.modules.activation.Softmax"}), "shows its logits through torch.nn.modules.activation.Softmax"),
     "settings without modules.json": (lambda f: put(cross_encoder(f), {"sentence_bert_config.json": {"max_seq_length": 64}}), "has sentence_bert_config.json but no modules.json"),
     "a limit of no number": (lambda f: cross_encoder(f, about={}, max_seq_length="64"), "max_seq_length must be a whole number"),

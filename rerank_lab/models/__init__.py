@@ -23,7 +23,7 @@ for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed t
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_CROSS = "minilm-cross"
-FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata"]  # the last two tell what a folder is
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata", "[0-9]*_*/pytorch_model.bin"]  # what a folder is, and modules
 ADAPTERS = Path(__file__).parent.parent / "data" / "cross-encoders"
 
 
@@ -141,6 +141,12 @@ def locate(name: str, role: str) -> Path:
         return Path(str(importlib.import_module(package).get_model_path()))
     if info is not None:
         raise UserError(f"model {name!r} is a {info.role}, and a {role} is needed here")
+    if not name.strip() or Path(name).is_file():
+        raise UserError(f"model {name!r} is {'a file; name its folder' if name.strip() else 'no name'}, an id ({', '.join(REGISTRY)}) or a model of the hub")
+    if (Path(name) / "snapshots").is_dir():
+        raise UserError(
+            f"model {name!r} is the hub's own folder of a model; name one of its versions, {Path(name) / 'snapshots'}/…, or the model as the hub does"
+        )
     return Path(name) if Path(name).is_dir() else _download(name)
 
 
@@ -149,12 +155,16 @@ def _download(name: str) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=FETCHED))
-        if not any(folder.rglob("*.safetensors")):
+        if not any(path for place in ("", "0_*/") for path in folder.glob(f"{place}*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*FETCHED, "*.bin"]))
-        return folder
     except Exception as error:  # the hub client raises its own, requests' and OS errors; each means the same to the user
         known = ", ".join(REGISTRY)
         raise UserError(f"model {name!r} is no known id ({known}), no folder, and the hub did not give it: {str(error).splitlines()[0]}") from error
+    if not any(path for kind in ("*.safetensors", "*.bin") for path in folder.rglob(kind)):
+        raise UserError(
+            f"model {name!r}: the hub has no weights of it for torch; where it has those of ONNX or GGUF alone, name the model that they were made of"
+        )
+    return folder
 
 
 def _read_subspace(path: str | None) -> torch.Tensor | None:

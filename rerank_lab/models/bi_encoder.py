@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
 from rerank_lab.models.families import BI, WEIGHTS, read_json
-from rerank_lab.models.forward import Tokens, backend, encoder_flops, encodings, forward, load_checkpoint, padding, places
+from rerank_lab.models.forward import Tokens, backend, encoder_flops, encodings, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.runtimes import choose, network
 
 
@@ -107,12 +109,8 @@ class BiEncoder:
         model, tokenizer = load_checkpoint(AutoModel, found.root, name, spare="pooler")
         self.model: nn.Module = model.to(self.device)
         self.config: Any = model.config
-        limits = [found.max_seq_length or tokenizer.model_max_length, places(model)]  # the folder's own limit replaces the tokenizer's
         self.specials: int = tokenizer.num_special_tokens_to_add(False)
-        known = [n for n in limits if isinstance(n, int) and n > 0]
-        self.limit: int = min(known, default=512) - self.specials
-        if self.limit < 1:
-            raise UserError(f"model {name!r}: a limit of {min(known)} tokens leaves none for the text")
+        self.limit: int = limit_of(found, model, tokenizer, self.specials) - self.specials
         self.runtime, self.precision = choose(runtime, precision), precision
         self.network = network(model, runtime=self.runtime, precision=precision, **padding(model, tokenizer))
         self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
@@ -279,10 +277,17 @@ class Normalize(nn.Module):
         return normalize(x, dim=-1)
 
 
-def fingerprint(folder: Path, names: Sequence[str] = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")) -> str:
+DECIDING = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")
+TOKENIZERS = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")  # what it is made of where there is none
+
+
+def fingerprint(folder: Path, names: Sequence[str] = DECIDING) -> str:
     """SHA-256 over the files that decide a checkpoint's output: weights, configurations, tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted({p for name in names for p in folder.rglob(name)}):
+    files = {Path(place) / name for place, _, found in os.walk(folder, followlinks=True) for name in found}
+    if names is DECIDING and not any(path.name == "tokenizer.json" for path in files):
+        names = (*DECIDING, *TOKENIZERS)
+    for path in sorted(path for path in files if any(fnmatch(path.name, name) for name in names)):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
@@ -311,5 +316,5 @@ def _dense(folder: Path, name: str) -> nn.Sequential:
         state = load_file(weights) if weights.is_file() else torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
         linear.load_state_dict({key.removeprefix("linear."): value for key, value in state.items()})
     except Exception as error:  # torch, pickle and safetensors raise their own; each means the same to the user
-        raise UserError(f"model {name!r}: {folder} is no whole Dense module: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"model {name!r}: {folder} is no whole Dense module: {type(error).__name__}: {' '.join(str(error).split()):.200}") from error
     return nn.Sequential(linear, getattr(nn, activation)()).eval()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.families import BI, CROSS, INSTEAD, OPTIONS, as_dict, parse_json, read_json, refuse_family, refuse_foreign, role_of, short
+from rerank_lab.models.families import BI, CROSS, INSTEAD, OPTIONS, as_dict, parse_json, read_json, refuse_family, refuse_foreign, refuse_parts, role_of, short
 
 log = logging.getLogger(__name__)
 POOLINGS = ("mean", "cls", "max", "lasttoken")
@@ -94,18 +94,13 @@ def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:
     Raises:
         UserError: it is something else, or holds something that is not understood here.
     """
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "another model"
-        raise UserError(
-            f"model {name!r} is a LoRA adapter of {base}, without the weights that it changes; merge them first "
-            "(peft: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(folder)) and name that folder"
-        )
     modules, about = _modules(folder), read_json(folder / "config_sentence_transformers.json")
     types = [kind for kind, _ in modules]
     refuse_family(folder, name, role, types, about)
     if about.get("model_type") != "CrossEncoder":
         _check_modules(folder, [kind for kind in types if not KNOWN_MODULE.fullmatch(kind)])
     root = folder / (modules[0][1] if modules else "")
+    refuse_parts((folder, root), name)
     if not (root / "config.json").is_file():
         raise UserError(f"model {name!r}: {root / 'config.json'} is no readable model configuration (there is none)")
     try:
@@ -117,6 +112,8 @@ def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:
     if found == CROSS and len(modules) > 1:
         raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), which are not computed here; {INSTEAD[role]}")
     kinds = [short(kind) for kind in types]
+    if kinds == ["Transformer"] and found == BI:
+        raise UserError(f"{folder / 'modules.json'}: names no Pooling, which makes one vector of those of the tokens; add one with sentence-transformers")
     ordered = kinds in ([], ["Transformer"]) or (kinds[:2] == ["Transformer", "Pooling"] and not {"Transformer", "Pooling"} & {*kinds[2:]})
     _check_modules(folder, [] if ordered else kinds)
     if found != role:
@@ -224,7 +221,7 @@ def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *
     if given != task:
         raise UserError(f"model {name!r} runs its transformer for {given} (transformer_task), which is not computed here; {task} is")
     modalities = settings.get("modality_config")
-    templates = "chat_template" in read_json(root / "tokenizer_config.json") or any((root / file).exists() for file in TEMPLATES)
+    templates = read_json(root / "tokenizer_config.json").get("chat_template") or any((root / file).exists() for file in TEMPLATES)
     if (isinstance(modalities, dict) and "message" in modalities) or (templates and bare):
         raise UserError(f"model {name!r} reads its input through a chat template, which is not done here; name a model that reads plain text")
     if modalities is not None:

@@ -15,7 +15,7 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import read_checkpoint
 from rerank_lab.models.families import CROSS
-from rerank_lab.models.forward import Texts, Tokens, backend, batches, encoder_flops, encodings, load_checkpoint, padding, places
+from rerank_lab.models.forward import Texts, Tokens, backend, batches, encoder_flops, encodings, limit_of, load_checkpoint, padding
 from rerank_lab.models.runtimes import choose, network
 from rerank_lab.models.transformer import Packed, Padded
 
@@ -43,19 +43,18 @@ class CrossEncoder:
             raise UserError(f"model {name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
         self.model = model.to(self.device)
         self.config: Any = model.config
-        limits = [found.max_seq_length or tokenizer.model_max_length, places(model)]
-        self.limit: int = int(min(n for n in limits if n))
-        self.runtime, self.precision = choose(runtime, precision), precision
-        self.network = network(model, runtime=self.runtime, precision=precision, head=True, **padding(model, tokenizer))
-        if isinstance(self.network, Padded) and getattr(self.config, "pad_token_id", None) is None:
+        self.specials: int = tokenizer.num_special_tokens_to_add(True)
+        self.limit: int = limit_of(found, model, tokenizer, self.specials)
+        if getattr(self.config, "pad_token_id", None) is None:
             raise UserError(
                 f"model {name!r} names no padding token, by which it finds the end of a text; set pad_token in {found.root / 'tokenizer_config.json'}"
             )
+        self.runtime, self.precision = choose(runtime, precision), precision
+        self.network = network(model, runtime=self.runtime, precision=precision, head=True, **padding(model, tokenizer))
         self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         # One of two minds: truncation is a tokenizer's state, and threads share it.
         self.pairing = Tokenizer.from_str(self.tokenizer.to_str())
         self.pairing.enable_truncation(self.limit, strategy="longest_first", direction=self.truncation_side)
-        self.specials: int = tokenizer.num_special_tokens_to_add(True)
         self.fingerprint = fingerprint(folder)
 
     def score(self, query: str, documents: Sequence[str], *, max_tokens: int = 512) -> tuple[Tensor, Tensor, Tensor]:

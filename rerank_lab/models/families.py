@@ -13,6 +13,7 @@ from rerank_lab.errors import UserError
 BI, CROSS = "bi-encoder", "cross-encoder"
 OPTIONS = {BI: "--model", CROSS: "--model-cross"}
 T5 = ("longt5", "mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "udop", "umt5")
+LARGE, POINTER = (".safetensors", ".bin", ".json", ".model"), b"version https://git-lfs"  # files that git-lfs may hold, and what it leaves in their place
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 OTHERS = {"ONNX": "*.onnx", "GGUF": "*.gguf", "TensorFlow": "tf_model*.h5", "Flax": "flax_model*.msgpack", "OpenVINO": "openvino_*.xml"}
 LATE = "a late-interaction model (ColBERT, as {sign} says): it has a vector for each token and none for a text, and its own score is not computed here"
@@ -45,6 +46,21 @@ def refuse_family(folder: Path, name: str, role: str, types: Sequence[str], abou
         raise _refusal(name, f"a {about['model_type']} (model_type in config_sentence_transformers.json), which is not known here", role)
 
 
+def refuse_parts(folders: Sequence[Path], name: str) -> None:
+    """Refuses folders that lack what others hold: adapters without their model, pointers to files."""
+    for folder in dict.fromkeys(folders):
+        if (folder / "adapter_config.json").is_file():
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "another model"
+            raise UserError(
+                f"model {name!r} is a LoRA adapter of {base}, without the weights that it changes; merge them first "
+                "(peft: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained(folder)) and name that folder"
+            )
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in LARGE and path.is_file()):
+            with path.open("rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    raise UserError(f"model {name!r}: {path} is a pointer of git-lfs and no file yet; run git lfs pull in {folder}")
+
+
 def refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) -> None:
     """Refuses what a transformer's own files tell: other families, own code, weights of another kind."""
     architectures = config.get("architectures") or []
@@ -57,6 +73,10 @@ def refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) 
         raise _refusal(name, STATIC.format(sign="config.json"), role)
     if code := _own_code(config) or _own_code(read_json(root / "tokenizer_config.json")):
         raise UserError(f"model {name!r} brings code of its own ({code}), which is never run here; name a checkpoint that transformers loads by itself")
+    if odd := [key for key in ("vision_config", "audio_config") if key in config]:
+        raise _refusal(name, f"a model of more than text ({architecture or odd[0]}), which is not computed here", role)
+    if config.get("model_type") == "dpr":
+        raise _refusal(name, f"a half of DPR ({architecture}), whose questions and passages are read by two models, which is not computed here", role)
     if "quantization_config" in config:
         method = as_dict(config["quantization_config"]).get("quant_method", "a quantisation")
         raise UserError(f"model {name!r} holds weights quantised by {method}, which are not read here; name the checkpoint that they were made of")

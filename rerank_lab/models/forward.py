@@ -14,7 +14,8 @@ import torch
 from tokenizers import Encoding, Tokenizer, normalizers
 from torch import Tensor
 
-from rerank_lab.errors import UserError
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.checkpoint import Checkpoint
 from rerank_lab.models.transformer import Packed, Padded, States
 
 T = TypeVar("T")
@@ -90,10 +91,14 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
     from transformers import AutoTokenizer
 
     try:
-        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+        # What does not fit is told below; the library's own sentence is for those who train.
+        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and safetensors raise of every kind; each means the same to the user
-        raise UserError(f"model {name!r}: {folder} does not load: {str(error).strip().partition(chr(10))[0]}") from error
+        raise UserError(f"model {name!r}: {folder} does not load: {str(error).strip().partition(chr(10))[0]}; are its files whole? copy it again") from error
+    for key, stored, wanted in sorted(map(tuple, info["mismatched_keys"])):
+        shapes = f"{' x '.join(map(str, stored))} in the file and {' x '.join(map(str, wanted))} by config.json"
+        raise UserError(f"model {name!r}: {folder} does not load: the weights {key} are {shapes}; name a checkpoint that its config.json describes")
     if missing := sorted(key for key in info["missing_keys"] if spare is None or spare not in key):
         raise UserError(f"model {name!r}: the weights {_some(missing)} are not in {folder}")
     left = {key for key in info["unexpected_keys"] if not SPARE.fullmatch(key)}
@@ -143,6 +148,19 @@ def padding(model: Any, tokenizer: Any) -> dict[str, Any]:
     """What Padded needs to know of a model and its tokenizer; the model's own padding token counts where both name one."""
     own = next((n for n in (getattr(model.config, "pad_token_id", None), tokenizer.pad_token_id) if n is not None), 0)
     return {"pad_id": own, "token_types": "token_type_ids" in tokenizer.model_input_names}
+
+
+def limit_of(found: Checkpoint, model: Any, tokenizer: Any, specials: int) -> int:
+    """Tokens of one input, special ones counted: the folder's own limit, or else the tokenizer's, as far as the model has positions.
+
+    Raises:
+        UserError: no room for a text.
+    """
+    limits = [found.max_seq_length or tokenizer.model_max_length, places(model)]
+    limit = min((n for n in limits if isinstance(n, int) and n > 0), default=512)
+    if limit <= specials:
+        raise UserError(f"model {found.name!r}: a limit of {limit} tokens leaves none for the text")
+    return limit
 
 
 def places(model: Any) -> int | None:
@@ -202,9 +220,15 @@ class Texts(NamedTuple):
 
 def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.device) -> Iterator[tuple[np.ndarray, Texts]]:
     """All texts in batches under the device's token budget: positions, and what stands there."""
+    embedded = network.model.get_input_embeddings().num_embeddings
     for batch in plan_batches([len(t) for t in tokens], token_budget(device), network.alike):
         chosen = [tokens[position] for position in batch]
         ids, types = (torch.from_numpy(np.concatenate([getattr(t, name) for t in chosen]).astype(np.int64)) for name in ("ids", "types"))
+        if len(ids) and int(ids.max()) >= embedded:
+            raise ModelError(
+                f"model {network.model.name_or_path!r}: a text holds the token number {int(ids.max())}, and it has embeddings for {embedded}: tokens were added to its "
+                "tokenizer alone; name a checkpoint whose model was resized with it"
+            )
         yield batch, Texts(ids, types, [len(t) for t in chosen])
 
 

@@ -59,7 +59,12 @@ def network(model: Any, *, pad_id: int, token_types: bool, runtime: str, precisi
     base = model.base_model if head else model
     if runtime == "torch" and Packed.fits(base) and (not head or type(model).__name__ in HEADS):
         return Packed(base, torch.bfloat16 if precision == "bf16" else torch.float32, token_types=token_types)
-    alike = reads_padding(Padded(model, pad_id, token_types))
+    try:
+        alike = reads_padding(Padded(model, pad_id, token_types))
+    except Exception as error:  # whatever a model of another kind makes of a text
+        raise UserError(
+            f"{type(model).__name__} does not read texts as an encoder does ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        ) from error
     if runtime == "torch":
         return Padded(model.to(torch.bfloat16) if precision == "bf16" else model, pad_id, token_types, alike)
     outputs = Outputs(model, head)

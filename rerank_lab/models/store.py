@@ -30,6 +30,11 @@ def is_url(place: str | Path) -> bool:
     return bool(separator) and scheme not in ("file", "local")
 
 
+def folder_of(place: str) -> Path:
+    """The folder that a place names which is no URL."""
+    return Path(expanded(place.partition("://")[2] or place))
+
+
 class Store:
     """The files of one shared folder.
 
@@ -50,7 +55,7 @@ class Store:
         self._fs: Any = None
         self._root = ""
         if not is_url(place):
-            self.folder = Path(expanded(self.place.partition("://")[2] or self.place))
+            self.folder = folder_of(self.place)
             return
         import fsspec
 

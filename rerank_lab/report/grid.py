@@ -13,6 +13,7 @@ import pandas as pd
 
 from rerank_lab import stats
 from rerank_lab.errors import UserError
+from rerank_lab.files import expanded
 from rerank_lab.report import content, figures
 from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Quoted, Row, Section, Strong, Table, Text
 from rerank_lab.report.compare import flat, timed_on
@@ -138,7 +139,7 @@ def _check(folder: Path, cell: Done) -> None:
     """Whether a cell's results are those that the grid says; what a collection or a list is called may differ."""
     for axis, value in cell.values.items():
         own = cell.one.result["config"].get(axis, value)
-        if axis != "dataset" and isinstance(value, (str, int, float)) and own != value:
+        if axis != "dataset" and isinstance(value, (str, int, float)) and own not in (value, expanded(value) if isinstance(value, str) else value):
             raise UserError(f"{folder / cell.name} is not the cell that {GRID} describes: its {axis} is {own!r}, not {value!r}; run it again with --overwrite")
 
 
