@@ -311,6 +311,15 @@ def test_json_that_is_no_run_is_refused(beir: Beir, tmp_path: Path, text: str, m
         find(beir(), f"run:{tmp_path / 'run.json'}")
 
 
+def test_parquet_of_pandas_is_read_whatever_its_index(beir: Beir, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"query": ["q1", "q1"], "document": ["d2", "d1"], "score": [1.0, 2.0]})
+    found = []
+    for i, index in enumerate((None, "query", ["query", "document"])):
+        (frame if index is None else frame.set_index(index)).to_parquet(tmp_path / f"{i}.parquet")
+        found.append(find(beir(), f"run:{tmp_path / f'{i}.parquet'}").run["q1"].documents)
+    assert found == [["d1", "d2"]] * 3
+
+
 @pytest.mark.parametrize(("pack", "name"), [(bz2.compress, "bzip2"), (lzma.compress, "xz")])
 def test_a_run_of_another_packer_is_named(beir: Beir, tmp_path: Path, pack: Callable[[bytes], bytes], name: str) -> None:
     (tmp_path / "run.trec").write_bytes(pack(b"q1 Q0 d1 1 1 x\n"))
@@ -330,5 +339,5 @@ def test_ties_keep_the_files_order_and_a_note_says_so_where_they_are_ranked(beir
     made = find(folder, run_file(folder, *lines), top_k)
     assert {q: r.documents for q, r in made.run.items()} == {"q1": ["d3", "d1", "d2", "d5"][:top_k], "q2": ["d6", "d3"], "q3": ["d1"]}
     notes = [note for note in made.notes if "have another's score" in note]
-    assert len(notes) == 1 and said in notes[0] and "as the file has them, where trec_eval sorts them by id" in notes[0]
+    assert len(notes) == 1 and said in notes[0] and "here the full score decides, then the place in the file" in notes[0]
     assert not [note for note in find(folder, run_file(folder, *lines[:1])).notes if "score" in note and "have" in note and "another" in note]

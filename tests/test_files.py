@@ -1,9 +1,11 @@
-"""~ wherever a person may name a file: flags, TOML, environment, calls. Shells put it in full at the start of a word alone."""
+"""Files as people name and pack them: ~ in flags, TOML, environment and calls, which shells put in full at the start of a word alone; zips of other systems; links."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,16 @@ def test_every_option_that_names_a_file_takes_it(
         assert stopped.value.code == 2 and "~no-such-user is no user's home folder here" in capsys.readouterr().err
 
 
+def test_a_grid_between_home_and_home(home: Path, beir: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    beir("home/small")
+    (home / "first.trec").write_text("q1 Q0 d1 1 2 x\nq1 Q0 d2 2 1 x\nq2 Q0 d3 1 1 x\n")
+    table = 'methods = ["fast"]\ncold-queries = 0\ncache = "file://~/vectors"\n[grid]\ndataset = ["~/small"]\ncandidates = ["bm25", "run:~/first.trec"]\n'
+    (home / "g.toml").write_text(table)
+    assert main(["--grid=~/g.toml", "--out=~/grid"]) == 0
+    assert report.main(["~/grid"]) == 0
+    assert (home / "grid" / "report.md").is_file() and (home / "vectors").is_dir() and not any(Path().iterdir())
+
+
 def test_an_evaluation_between_home_and_home(
     home: Path, beir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,3 +115,20 @@ def test_calls_and_the_environment_take_it(home: Path, beir: Callable[..., Path]
 def test_what_systems_leave_is_hidden(name: str) -> None:
     assert hidden(name)
     assert not any(map(hidden, ["x", "a/x.y", "./x", "../x", "a.b/c", "MACOSX/x"]))
+
+
+@pytest.mark.parametrize("name", ["x\\{}", ".x/{}"])
+def test_a_zip_of_another_systems_names_is_the_folder(beir: Callable[..., Path], name: str) -> None:
+    folder = beir()
+    with zipfile.ZipFile(folder / "odd.zip", "w") as archive:
+        for file in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+            member = name.format(file)
+            archive.writestr(member.replace("/", "\\") if "\\" in name else member, (folder / file).read_text())
+    assert load_dataset(str(folder / "odd.zip")).hash == load_dataset(str(folder)).hash
+
+
+def test_a_linked_folder_of_judgements_is_one(beir: Callable[..., Path]) -> None:
+    folder, linked = beir(), beir("linked")
+    shutil.rmtree(linked / "qrels")
+    (linked / "qrels").symlink_to(folder / "qrels")
+    assert load_dataset(str(linked)).hash == load_dataset(str(folder)).hash

@@ -157,6 +157,14 @@ def test_a_grade_that_no_provider_bears_is_refused_with_file_and_line(beir: Call
         load_dataset(str(folder))
 
 
+def test_what_takes_minutes_is_refused_before_it_begins(beir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """trec_eval's nDCG without a cut-off walks all grades up to a query's highest, for each document."""
+    folder = beir(qrels={"q1": {"d1": 1_001}})
+    assert main(["--dataset", str(folder), "--methods", "fast", "--measures", "nDCG", "--out", str(tmp_path / "out")]) == 2
+    assert "test.tsv:2: grade 1001 of document d1 for query q1, and the highest that nDCG can have is 1000" in capsys.readouterr().err
+    assert evaluate({"q1": Ranked(["d1"], np.ones(1, dtype=np.float32))}, {"q1": {"d1": 1_000}}, ["nDCG"])["nDCG"].tolist() == [1.0]
+
+
 @pytest.mark.parametrize("measure", ["ERR@10", "nDCG(dcg='exp-log2')@10"])
 def test_a_grade_that_one_measure_does_not_bear_is_refused_before_the_work(
     beir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], measure: str

@@ -121,6 +121,12 @@ def test_without_results_the_newest_is_taken(made: Path, tmp_path: Path, monkeyp
     assert main(["--examples", "0"]) == 0 and "results/a/report.html" in capsys.readouterr().out
 
 
+def test_queries_without_candidates_are_reported(beir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = beir(queries={"q1": " ", "q2": ""}, qrels={"q1": {"d1": 1}, "q2": {"d2": 1}})
+    assert evaluation(["--dataset", str(folder), "--methods", "fast,best", "--cold-queries", "0", "--no-cache", "--out", str(tmp_path / "out")]) == 0
+    assert main([str(tmp_path / "out")]) == 0
+
+
 def test_ids_that_look_like_numbers_stay_text(made: Path, tmp_path: Path) -> None:
     ids = dict(zip(QUERIES, ("007", "1e3", "NA", "12")))
     copy = without_hashes(damaged(made, tmp_path, "per_query.csv", lambda text: re.sub(r"\bq[1-4]\b", lambda found: ids[found[0]], text)))
