@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from rerank_lab.datasets import BUNDLED
 from rerank_lab.errors import UserError
 from rerank_lab.models import load_bi_encoder
-from rerank_lab.models.bi_encoder import BiEncoder, fingerprint
-from rerank_lab.models.families import WEIGHTS
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.options import path_of, place_of
 
 WORDNET = ("data.adj", "data.adv", "data.noun", "data.verb")
@@ -86,7 +85,7 @@ def main() -> int:
     for name, vectors in {"fitted": fitted, **{f"held out, {n}": h[1] for n, h in zip(sources, halves)}, "held out": held}.items():
         print(f"energy kept, {name}: {float((vectors @ V).square().sum() / vectors.square().sum()):.4f}")
     about = {
-        "model": fingerprint(model.folder, WEIGHTS),
+        "model": model.weights,
         "name": options.model,
         "texts": ", ".join(f"{name} ({hashlib.sha256(chr(10).join(texts).encode()).hexdigest()[:16]})" for name, texts in sources.items()),
         "tokens": str(len(fitted)),

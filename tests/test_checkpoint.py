@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rerank_lab.eval import main
 from rerank_lab.models import FETCHED, load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.models.cross_encoder import CrossEncoder
-from tests.checkpoints import BASE, WIDTH, Make, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
+from tests.checkpoints import BASE, TOKENIZER, WIDTH, Make, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
 from tests.conftest import DOCUMENTS, QUERIES
 
 LONG = " ".join(text for _, text in DOCUMENTS.values()) * 12
@@ -37,7 +38,7 @@ def assert_bi_is_reference(folder: Path) -> BiEncoder:
     for a, b in zip(found, wanted):
         assert b.std(0).max() > 0.01, "texts differ"
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    fast = Reranker(model, "fast")
+    fast = Reranker(model, "fast", max_tokens_per_doc=9999)
     for query, row in zip(ASKED, reference.similarity(*wanted)):
         ranking = fast.score(query, TEXTS)
         torch.testing.assert_close(ranking.scores, row[ranking.order], atol=1e-4, rtol=1e-5)
@@ -261,6 +262,20 @@ def test_vectors_of_another_reading_are_not_taken_from_an_old_cache(tmp_path: Pa
     news = [load_bi_encoder(str(BI_LIKE_REFERENCE[name](tmp_path / str(i))), device="cpu").checkpoint.news for i, name in enumerate(
         ["prompts query and document", "dot", "prompts query and passage", "Normalize before Dense", "truncate_dim"])]  # fmt: skip
     assert news == [(), (), ("document prompt ''",), ("modules ['Normalize', 'Dense']",), ("truncate_dim 16",)]
+
+
+def test_weights_in_a_second_format_change_nothing(tmp_path: Path) -> None:
+    """A clone has both; transformers reads one of them, and the token subspace belongs to that."""
+    folder = shutil.copytree(TOKENIZER, tmp_path / "clone")
+    torch.save({}, folder / "pytorch_model.bin")
+    clone, own = load_bi_encoder(str(folder), device="cpu"), load_bi_encoder("all-MiniLM-L6-v2", device="cpu")
+    assert clone.weights == own.weights and clone.token_dimensions == own.token_dimensions == 128
+
+
+def test_a_model_that_names_no_bound_reads_any_length(tmp_path: Path) -> None:
+    folder = bi_encoder(tmp_path, architecture="XLNetModel", d_model=WIDTH, n_layer=2, n_head=4, d_inner=48)
+    put(folder, {"sentence_bert_config.json": None})
+    assert_bi_is_reference(change(folder, "tokenizer_config.json", model_max_length=None))
 
 
 def test_the_hub_is_asked_for_what_tells_a_model(tmp_path: Path) -> None:

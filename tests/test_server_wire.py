@@ -276,6 +276,11 @@ def test_what_no_browser_would_send_is_refused(flag: str, value: str, capsys: py
     assert caught.value.code == 2 and f"argument {flag}: must be" in capsys.readouterr().err
 
 
+def test_a_prefix_that_is_a_route_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--root-path", "/rerank", "--no-auth", "--port", "0"]) == 2
+    assert "--root-path /rerank: the server has a route of that name itself" in capsys.readouterr().err
+
+
 # Proxies
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
-from rerank_lab.models.families import BI, WEIGHTS, read_json
+from rerank_lab.models.families import BI, WEIGHTS, read_json, weights_of
 from rerank_lab.models.forward import Tokens, backend, encoder_flops, encodings, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.runtimes import choose, network
 
@@ -115,7 +115,7 @@ class BiEncoder:
         self.network = network(model, runtime=self.runtime, precision=precision, **padding(model, tokenizer))
         self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         self.after = nn.Sequential(*(Normalize() if kind == "Normalize" else _dense(place, name) for kind, place in found.after)).to(self.device)
-        self.fingerprint, self.weights = fingerprint(folder), fingerprint(found.root, WEIGHTS)
+        self.fingerprint, self.weights = fingerprint(folder), fingerprint(found.root, weights_of(found.root))
         self.subspace = subspace if subspace is not None else shipped_subspace(self.weights)
         if self.subspace is not None:
             if self.subspace.ndim != 2 or self.subspace.shape[0] != self.config.hidden_size:

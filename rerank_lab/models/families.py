@@ -61,6 +61,12 @@ def refuse_parts(folders: Sequence[Path], name: str) -> None:
                     raise UserError(f"model {name!r}: {path} is a pointer of git-lfs and no file yet; run git lfs pull in {folder}")
 
 
+def weights_of(root: Path) -> tuple[str, ...]:
+    """Patterns of the files that transformers reads a model's weights from, where a folder has them in several formats."""
+    order = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+    return next(((pattern,) for pattern in order if any(root.glob(pattern))), WEIGHTS)
+
+
 def refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) -> None:
     """Refuses what a transformer's own files tell: other families, own code, weights of another kind."""
     architectures = config.get("architectures") or []

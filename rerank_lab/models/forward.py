@@ -21,6 +21,7 @@ from rerank_lab.models.transformer import Packed, Padded, States
 T = TypeVar("T")
 # Buffers and unused poolers that old checkpoints carry; transformers computes, or leaves out, the same without them.
 SPARE = re.compile(r"(.*\.)?(position_ids|token_type_ids|rotary_emb\.inv_freq|attention\.(bias|masked_bias)|pooler\.dense\.(weight|bias))")
+LONGEST = 2**31 - 1  # tokens of one text, where neither model nor tokenizer names a bound
 # Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
 # Characters tokenised at once: a tokenizer's own objects take a hundred times the bytes of what is kept of them.
@@ -157,7 +158,7 @@ def limit_of(found: Checkpoint, model: Any, tokenizer: Any, specials: int) -> in
         UserError: no room for a text.
     """
     limits = [found.max_seq_length or tokenizer.model_max_length, places(model)]
-    limit = min((n for n in limits if isinstance(n, int) and n > 0), default=512)
+    limit = min((min(n, LONGEST) for n in limits if isinstance(n, int) and n > 0), default=512)
     if limit <= specials:
         raise UserError(f"model {found.name!r}: a limit of {limit} tokens leaves none for the text")
     return limit

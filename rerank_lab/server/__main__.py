@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         help="web pages of this origin may ask too, such as https://app.example:3000, or * for all; may stand several times (default: none)",
     )  # fmt: skip
     web.add_argument(
-        "--root-path", type=_prefix, default="", metavar="PATH", help="where a proxy in front shows this server, such as /rerank (default: at its root)"
+        "--root-path", type=_prefix, default="", metavar="PATH", help="where a proxy in front shows this server, such as /ranking (default: at its root)"
     )
     limits = p.add_argument_group("limits")
     limits.add_argument("--max-documents", type=count, default=1000, metavar="N", help="of a request (default: 1000)")
@@ -300,7 +300,7 @@ def _prefix(value: str) -> str:
     """A prefix of paths, without a slash at its end."""
     path = value.rstrip("/")
     if path and (PREFIX.fullmatch(path) is None or any(not part.strip(".") for part in path.split("/")[1:])):
-        raise argparse.ArgumentTypeError(f"must be a path such as /rerank, of letters, digits and . _ ~ -, not {value!r}")
+        raise argparse.ArgumentTypeError(f"must be a path such as /ranking, of letters, digits and . _ ~ -, not {value!r}")
     return path
 
 

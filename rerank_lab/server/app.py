@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rerank_lab.errors import UserError
 from rerank_lab.reranker import Ranking
 from rerank_lab.server import clients, contract, openapi, wire
 from rerank_lab.server.contract import Call, Refusal
@@ -108,6 +109,8 @@ def create_app(service: Service) -> ASGIApp:
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
     app.openapi = known.document(app)  # type: ignore[method-assign]
+    if prefix in {getattr(route, "path", None) for route in app.routes}:
+        raise UserError(f"--root-path {prefix}: the server has a route of that name itself; let the proxy show it elsewhere, such as under {prefix}-server")
     origins = service.settings.origins
 
     def around(answering: ASGIApp) -> ASGIApp:
