@@ -13,6 +13,7 @@ import numpy as np
 WORDS, LETTERS, BIGRAMS = "words", "letters", "bigrams"
 TOKENIZERS = {WORDS: "words of two letters and more", LETTERS: "single letters and words with marks", BIGRAMS: "character bigrams and words"}
 PARAMETERS = {"library": "bm25s", "method": "lucene", "k1": 1.2, "b": 0.75, "stopwords": "en", "stemmer": "snowball english", "tokenizer": TOKENIZERS[WORDS]}
+BLOCK = 1024  # documents whose terms are strings at once
 # Thai, Lao, Myanmar, Khmer; Japanese marks, Hiragana and Katakana with their extensions, Bopomofo; Han; half-width Katakana.
 SPACELESS = re.compile(
     "[\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u109f\uaa60-\uaa7f\u1780-\u17d3"
@@ -41,6 +42,7 @@ class BM25:
     def __init__(self, documents: Sequence[str], progress: bool = False):
         import Stemmer
 
+        self.progress = progress
         self.stemmer, self.documents, self.count = Stemmer.Stemmer("english"), documents, len(documents)
         tokens = self._tokens(documents, progress)
         self.index = None if not tokens.vocab else _index(tokens, progress)
@@ -64,8 +66,14 @@ class BM25:
 
     @cached_property
     def _wide(self) -> Any:
-        terms = self._wide_terms(self.documents)
-        return _index(terms, False) if any(terms) else None
+        from bm25s.tokenization import Tokenized
+
+        numbers: dict[str, int] = {}  # a term's own, so that a corpus of terms is one of numbers at once
+        ids: list[list[int]] = []
+        for start in range(0, self.count, BLOCK):
+            for terms in self._wide_terms(self.documents[start : start + BLOCK]):
+                ids.append([numbers.setdefault(term, len(numbers)) for term in terms])
+        return _index(Tokenized(ids, numbers), self.progress) if numbers else None
 
     def _wide_terms(self, texts: Sequence[str], asked: bool = False) -> list[list[str]]:
         """Words, letters, and of scripts without spaces pairs of characters; single ones for documents, or where a query has no pair."""

@@ -134,6 +134,10 @@ BI_REFUSED: dict[str, tuple[Make, str]] = {
         lambda f: add_weights(bi_encoder(f, architecture="BertForMaskedLM"), "projection.weight", "more.weight"),
         "nothing takes the weights cls.predictions",
     ),
+    "a head of a class that transformers lacks": (
+        lambda f: add_weights(change(bi_encoder(f), "config.json", architectures=["FooForMaskedLM"]), "lm_head.weight"),
+        "nothing takes the weights lm_head.weight",
+    ),
     "layers past those of its configuration": (
         lambda f: change(bi_encoder(f), "config.json", num_hidden_layers=1),
         "nothing takes the weights encoder.layer.1.attention.output.LayerNorm.bias",

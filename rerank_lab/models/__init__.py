@@ -59,7 +59,9 @@ REGISTRY = {
 
 
 @exactly(tensors=True)
-def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "auto", runtime: str = "auto", precision: str = "fp32") -> BiEncoder:
+def load_bi_encoder(
+    name: str | Path, *, subspace: str | Path | None = None, device: str | torch.device = "auto", runtime: str = "auto", precision: str = "fp32"
+) -> BiEncoder:
     """A bi-encoder by registry id, checkpoint folder or hub name.
 
     Args:
@@ -71,14 +73,14 @@ def load_bi_encoder(name: str, *, subspace: str | None = None, device: str = "au
     Raises:
         UserError: not to be found, or of another role.
     """
-    name, subspace = expanded(name), None if subspace is None else expanded(subspace)
+    name, subspace = expanded(str(name)), None if subspace is None else expanded(str(subspace))
     folder, V = locate(name, "bi-encoder"), _read_subspace(subspace)
     return BiEncoder(folder, name, subspace=V, device=pick_device(device), runtime=runtime, precision=precision)
 
 
 @exactly(tensors=True)
 def load_cross_encoder(
-    name: str, *, device: str = "auto", runtime: str = "auto", precision: str = "fp32", encoder: BiEncoder | None = None
+    name: str | Path, *, device: str | torch.device = "auto", runtime: str = "auto", precision: str = "fp32", encoder: BiEncoder | None = None
 ) -> CrossEncoder | OneWayCrossEncoder:
     """A cross-encoder by registry id, checkpoint folder, hub name, or the file of a one-way adapter on the default model.
 
@@ -89,7 +91,7 @@ def load_cross_encoder(
     Raises:
         UserError: as for load_bi_encoder.
     """
-    name = expanded(name)
+    name = expanded(str(name))
     if backbone := backbone_of(name):
         file = ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name)
         shared = encoder is not None and encoder.name == backbone and _has_shipped_subspace(encoder)
@@ -112,11 +114,12 @@ def _has_shipped_subspace(encoder: BiEncoder) -> bool:
     return shipped is not None and encoder.subspace is not None and torch.equal(encoder.subspace.cpu(), shipped)
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """The device by name; "auto" is CUDA, then MPS, then the CPU."""
+    device = str(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+    if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", device):
         raise UserError(f"device {device!r} is not known; valid: auto, cpu, cuda, cuda:N, mps")
     try:
         torch.zeros(1, dtype=torch.float32, device=device)

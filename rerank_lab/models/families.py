@@ -83,7 +83,7 @@ def refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) 
         raise _refusal(name, f"a model of more than text ({architecture or odd[0]}), which is not computed here", role)
     if config.get("model_type") == "dpr":
         raise _refusal(name, f"a half of DPR ({architecture}), whose questions and passages are read by two models, which is not computed here", role)
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         method = as_dict(config["quantization_config"]).get("quant_method", "a quantisation")
         raise UserError(f"model {name!r} holds weights quantised by {method}, which are not read here; name the checkpoint that they were made of")
     kind = str(config.get("model_type", ""))

@@ -128,10 +128,11 @@ def _heads(config: Any) -> set[str]:
     import transformers
 
     architecture = next(iter(config.architectures or ()), "")
-    if not architecture.endswith(("ForMaskedLM", "ForPreTraining", "ForCausalLM", "LMHeadModel")):
+    kind = getattr(transformers, architecture, None)
+    if kind is None or not architecture.endswith(("ForMaskedLM", "ForPreTraining", "ForCausalLM", "LMHeadModel")):
         return set()
     with torch.device("meta"):
-        return set(getattr(transformers, architecture)(config).state_dict())
+        return set(kind(config).state_dict())
 
 
 def backend(tokenizer: Any, *, lower: bool) -> Tokenizer:
