@@ -95,7 +95,7 @@ def make_candidates(
                 run[q] = Ranked([ids[i] for _, i in ranked], np.array([-score for score, _ in ranked], dtype=np.float32))
         about = {"source": "dense"}
     elif kind == "run" and path:
-        given = read_run(Path(path), dataset.split)
+        digest, given = file_hash(Path(path)), read_run(Path(path), dataset.split)
         unknown_queries = [q for q in given if q not in dataset.qrels]
         unknown = sum(d not in dataset.corpus for q, r in given.items() if q in queries for d in r.documents)
         if unknown_queries:
@@ -115,7 +115,7 @@ def make_candidates(
             )
         if not any(r.documents for r in run.values()):
             raise UserError(f"{path}: none of its queries and documents belong to {dataset.name} ({dataset.split})")
-        about = {"source": "run", "file": Path(path).name, "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        about = {"source": "run", "file": Path(path).name, "file_sha256": digest}
     else:
         raise UserError(f"candidates {source!r} are not known; valid: bm25, dense, run:FILE")
     if drop_identical:
@@ -125,6 +125,20 @@ def make_candidates(
     if without:
         notes.append(f"{without} of {len(dataset.qrels)} judged queries have no candidates: they score 0 and count")
     return Candidates(run, about | {"drop_identical_ids": drop_identical, "queries_without": without} | _facts(run, top_k), notes)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        UserError: it cannot be read, or not twice: a pipe.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: no file but a pipe; write the run to a file first, which results then name by its hash")
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _facts(run: Run, top_k: int) -> dict[str, Any]:

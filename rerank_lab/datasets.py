@@ -240,7 +240,7 @@ def _read_judgements(lines: Iterable[tuple[str, str]]) -> Judgements:
             parts = next(csv.reader([text], delimiter="\t", strict=True)) if '"' in text else text.split("\t")
         except csv.Error:
             parts = []
-        if i == 0 and len(parts) >= 3 and not any(character.isdecimal() for character in parts[-1]):
+        if i == 0 and len(parts) >= 3 and (parts[-1].strip()[:1].isalpha() or not any(character.isdecimal() for character in parts[-1])):
             continue  # names of columns
         if len(parts) == 4:  # TREC's second column
             parts = [parts[0], parts[2], parts[3]]

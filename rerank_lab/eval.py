@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from rerank_kernels import use_backend
 from rerank_lab import cli, grid, kernel_check, results, rows, sweep
-from rerank_lab.candidates import Candidates, Found, make_candidates
+from rerank_lab.candidates import Candidates, Found, file_hash, make_candidates
 from rerank_lab.datasets import Dataset, bundled_names, load_dataset
 from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
 from rerank_lab.errors import ModelError, UserError
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, argv: Sequence[str]) -> str:
     """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
+    _collection_hash.cache_clear()
     if options.grid is None:
         _checked(options)
     with _ended_as_interrupted(), closing(_executor(options)) as executor, _ended_as_interrupted():  # Ray sets a handler of its own
@@ -122,7 +123,9 @@ def evaluate(options: argparse.Namespace, executor: Executor) -> str:
     journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
     config = effective(options) | {"methods": list(methods), "baseline": baseline}
     if journal.finished:
-        return results.table(journal.results(config, results.SCHEMA)) + f"\n{out} was finished already; nothing done\n"
+        found = journal.results(config, results.SCHEMA)
+        _check_same(found, options, out)
+        return results.table(found) + f"\n{out} was finished already; nothing done\n"
     with ExitStack() as connections:
         remote = {}
         for label, method in methods.items():
@@ -131,6 +134,24 @@ def evaluate(options: argparse.Namespace, executor: Executor) -> str:
                 remote[label].check()
         with use_backend(options.kernels):
             return _evaluate(options, methods, remote, journal, config, executor)
+
+
+def _check_same(found: dict[str, Any], options: argparse.Namespace, out: Path) -> None:
+    """Whether finished results are still those of the files that the options name.
+
+    Raises:
+        UserError: collection, judgements or the run changed since.
+    """
+    kind, _, path = options.candidates.partition(":")
+    changed = [options.candidates] if kind == "run" and file_hash(Path(path)) != found["candidates"].get("file_sha256") else []
+    changed += [options.dataset] if _collection_hash(options.dataset, options.split) != found["dataset"]["hash"] else []
+    if changed:
+        raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
+
+
+@cache  # a grid's finished cells share their collections
+def _collection_hash(dataset: str, split: str) -> str:
+    return load_dataset(dataset, split).hash
 
 
 def _checked(options: argparse.Namespace) -> tuple[dict[str, Method], str]:

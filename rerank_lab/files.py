@@ -50,6 +50,8 @@ def unpacked(file: BufferedReader, label: str) -> BufferedReader:
     start = file.peek(10)[:10]
     if start.startswith(b"\x1f\x8b"):
         return cast(BufferedReader, gzip.GzipFile(fileobj=file))
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{label}: text in UTF-16, as PowerShell's > writes it; save it as UTF-8")
     for magic, name in PACKERS.items():
         if re.match(magic, start):
             raise UserError(f"{label}: packed with {name}, and of such gzip alone is read: unpack it")

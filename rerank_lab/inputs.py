@@ -145,6 +145,16 @@ def path(name: str, given: Any) -> str | None:
     return expanded(str.__str__(os.fspath(given)))
 
 
+def state(*places: Any) -> tuple[Any, ...]:
+    """Which files are meant now by folders and files, and their times and sizes; other values are as they are."""
+    found: list[Any] = []
+    for place in places:
+        root = Path(expanded(os.fspath(place))).absolute() if isinstance(place, (str, os.PathLike)) and str(place) else None
+        files = [] if root is None or not root.exists() else sorted(root.rglob("*")) or [root]
+        found.append((str(root), tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)) if files else place)
+    return tuple(found)
+
+
 def model(name: str, given: Any) -> Any:
     """The name of a model as the registry takes it, where one is named: a Path is a folder or a file and nothing else.
 

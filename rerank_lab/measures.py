@@ -44,6 +44,8 @@ def _measure(name: str) -> Any:
     # Providers in C crash on cut-offs below 1, and read beyond their arrays at a `rel` that no grade may have; a sum over queries is no mean.
     if any(isinstance(v, int) and v < 1 for v in measure.params.values()) or not isinstance(measure.aggregator(), MeanAgg):
         raise ValueError(name)
+    if not 0 < float(measure.params.get("p", 0.5)) < 1:  # of Compat and RBP: the share of readers that goes on
+        raise ValueError(name)
     rel, gains = measure.params.get("rel", 1), (measure.params.get("gains") or {}).values()
     if any(not isinstance(v, int) or abs(v) > most for v, most in ((rel, HIGHEST), *((gain, _highest(measure)) for gain in gains))):
         raise ValueError(name)

@@ -363,11 +363,12 @@ def rerank(query: str, documents: Iterable[Document], *, top_n: int | None = Non
             hash(tuple(options.values()))
         except TypeError:  # of no type that an option has: Reranker says so
             return Reranker(**options).rank(query, documents, top_n, first_stage=first_stage)
-        return _kept(**dict(sorted(options.items()))).rank(query, documents, top_n, first_stage=first_stage)
+        files = inputs.state(*(options.get(name) for name in ("model", "model_cross", "subspace")))  # what is saved there anew is loaded anew
+        return _kept(files, **dict(sorted(options.items()))).rank(query, documents, top_n, first_stage=first_stage)
 
 
 @lru_cache(maxsize=4, typed=True)  # 1, 1.0 and True are equal, and not the same setting
-def _kept(**options: Any) -> Reranker:
+def _kept(files: object, **options: Any) -> Reranker:
     return Reranker(**options)
 
 

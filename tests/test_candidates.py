@@ -320,6 +320,12 @@ def test_parquet_of_pandas_is_read_whatever_its_index(beir: Beir, tmp_path: Path
     assert found == [["d1", "d2"]] * 3
 
 
+def test_a_run_in_utf_16_is_told_so(beir: Beir, tmp_path: Path) -> None:
+    (tmp_path / "run.trec").write_text("q1 Q0 d1 1 1 x\n", encoding="utf-16")
+    with pytest.raises(UserError, match="text in UTF-16, as PowerShell's > writes it; save it as UTF-8"):
+        find(beir(), f"run:{tmp_path / 'run.trec'}")
+
+
 @pytest.mark.parametrize(("pack", "name"), [(bz2.compress, "bzip2"), (lzma.compress, "xz")])
 def test_a_run_of_another_packer_is_named(beir: Beir, tmp_path: Path, pack: Callable[[bytes], bytes], name: str) -> None:
     (tmp_path / "run.trec").write_bytes(pack(b"q1 Q0 d1 1 1 x\n"))

@@ -127,6 +127,25 @@ def test_a_zip_of_another_systems_names_is_the_folder(beir: Callable[..., Path],
     assert load_dataset(str(folder / "odd.zip")).hash == load_dataset(str(folder)).hash
 
 
+def test_a_finished_run_is_not_shown_for_files_that_changed_since(beir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, run = beir(), tmp_path / "r.trec"
+    run.write_text("q1 Q0 d1 1 2 x\nq1 Q0 d2 2 1 x\n")
+    command = ["--dataset", str(folder), "--candidates", f"run:{run}", "--methods", "fast", "--cold-queries", "0", "--no-cache", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert main([*command, "--resume"]) == 0 and "finished already" in capsys.readouterr().out
+    run.write_text("q1 Q0 d2 1 2 x\n")
+    assert main([*command, "--resume"]) == 2 and f"was finished before run:{run} changed; --overwrite replaces" in capsys.readouterr().err
+    judgements = folder / "qrels" / "test.tsv"
+    judgements.write_text(judgements.read_text().replace("\t2\n", "\t1\n"))
+    assert main([*command, "--resume"]) == 2 and f"run:{run} and {folder} changed" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_read_twice_is_refused(beir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--dataset", str(beir()), "--methods", "fast", "--out", str(tmp_path / "out"), "--candidates"]
+    assert main([*command, "run:/dev/null"]) == 2 and "no file but a pipe" in capsys.readouterr().err
+    assert main([*command, "run:/no/such"]) == 2 and "/no/such: No such file" in capsys.readouterr().err
+
+
 def test_a_linked_folder_of_judgements_is_one(beir: Callable[..., Path]) -> None:
     folder, linked = beir(), beir("linked")
     shutil.rmtree(linked / "qrels")

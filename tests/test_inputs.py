@@ -236,7 +236,8 @@ def test_kept_rerankers_are_told_apart_by_type(fast: Reranker) -> None:
     assert rerank(QUERY, TEXTS, **given, max_tokens_per_doc=1)[0].relevance_score == rerank(QUERY, TEXTS, **given, max_tokens_per_doc=1.0)[0].relevance_score
     with pytest.raises(UserError, match="max_tokens_per_doc"):
         rerank(QUERY, TEXTS, **given, max_tokens_per_doc=True)
-    kept = reranker._kept(**given)
-    assert reranker._kept(**given) is kept
+    files = inputs.state(given["model"], None, None)
+    kept = reranker._kept(files, **given)
+    assert reranker._kept(files, **given) is kept
     rerank(QUERY, TEXTS, **dict(reversed(given.items())))
-    assert reranker._kept(**given) is kept
+    assert reranker._kept(files, **given) is kept

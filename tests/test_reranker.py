@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rerank_lab
-from rerank_lab import Reranker
+from rerank_lab import Reranker, rerank
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.bi_encoder import Detail
+from tests.checkpoints import bi_encoder
 from tests.conftest import DOCUMENTS
 
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
@@ -134,3 +137,22 @@ def test_a_model_that_breaks_is_named(reranker: Reranker) -> None:
 def test_rerank_is_the_same_in_one_call() -> None:
     results = rerank_lab.rerank(QUERY, TEXTS, top_n=1, method="fast")
     assert [(r.index, r.document) for r in results] == [(4, TEXTS[4])]
+
+
+def test_rerank_reads_a_folder_again_that_was_saved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = ["Sort by the values.", "Dot product of two arrays.", "Write a parquet file."]
+    monkeypatch.chdir(tmp_path)
+    bi_encoder(tmp_path / "m", "Normalize")
+
+    def scores() -> list[float]:
+        return [result.relevance_score for result in rerank("dot product", documents, model="m", method="fast", device="cpu")]
+
+    before = scores()
+    assert scores() == before
+    weights = load_file("m/model.safetensors")
+    save_file({name: value.flip(0) if "word_embeddings" in name else value for name, value in weights.items()}, "m/model.safetensors", {"format": "pt"})
+    assert scores() != before
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(UserError, match="model 'm' is no known id"):
+        scores()

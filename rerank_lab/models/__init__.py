@@ -21,6 +21,7 @@ from rerank_lab.models.one_way import OneWayCrossEncoder
 for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed transformers imports it, and it says which GPU libraries it misses
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
+log = logging.getLogger(__name__)
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_CROSS = "minilm-cross"
 FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata", "[0-9]*_*/pytorch_model.bin"]  # what a folder is, and modules
@@ -135,6 +136,8 @@ def locate(name: str, role: str) -> Path:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     info = REGISTRY.get(name)
+    if info is not None and Path(name).is_dir():
+        log.warning("model %r is the one that is known by this id; the folder of that name here is ./%s", name, name)
     if info is not None and info.role == role:
         kind, _, package = info.source.partition(":")
         if kind != "package":

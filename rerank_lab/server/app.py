@@ -177,7 +177,7 @@ async def _body(service: Service, request: Request) -> bytes:
         for piece in (chunk,) if gunzip is None or came > most else gunzip.pieces(chunk):
             size += len(piece)
             _hold(service, request, size)
-            if max(came, size) > most:
+            if max(came, size) > most or (gunzip is not None and size > wire.FREE + wire.FOLDS * came):
                 raise too_large
             if service.body_bytes > 4 * most:
                 service.metrics.dropped.labels("queue_full").inc()

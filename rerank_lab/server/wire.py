@@ -16,6 +16,7 @@ from rerank_lab.server.contract import Refusal, invalid
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^/]*", re.IGNORECASE)
 PIECE = 1 << 16  # bytes that come out of a compressed body at once
+FREE, FOLDS = 1 << 20, 100  # bytes of a compressed body whatever they came from, and how many times what came it may hold beyond; texts are a tenth of that
 MEMBERS = 1000  # gzip files that one body may consist of; each costs time, however little it holds
 GZIP_WITH_HEADER = 16 + zlib.MAX_WBITS
 
