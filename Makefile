@@ -29,9 +29,9 @@ reports: $(VENV)/.installed
 serve: $(VENV)/.installed
 	$(BIN)/python -m rerank_lab.server $(ARGS)
 
-# A worker a core, each with one thread: kernels in Triton's interpreter and servers keep no more busy.
+# Files go in the order of tests/conftest.py, the longest first. A worker a core, each with one thread: kernels in Triton's interpreter and servers keep no more busy.
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Full collections, long fuzzing, other versions.
 test-slow: $(VENV)/.installed

@@ -32,6 +32,16 @@ from tests.serving import ALIASES, Server, serving
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+# Files that take long, which begin first, so that no core waits for one at the end.
+FIRST = (
+    "test_on_ray_faults.py",
+    "test_train_cross_encoder.py",
+    "test_on_ray.py",
+    "test_scale.py",
+    "test_inspect.py",
+    "test_server_schema.py",
+    "test_ambient.py",
+)
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
     "d1": ("Merge", "Merge DataFrame or named Series objects with a database-style join."),
@@ -43,6 +53,11 @@ DOCUMENTS = {
 }
 QUERIES = {"q1": "join two tables on a key", "q2": "complex-conjugating dot product", "q3": "zeros of a polynomial", "q4": "order rows by a column"}
 QRELS = {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}, "q3": {"d5": 1, "d3": 1}, "q4": {"d2": 1}}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of FIRST in front."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 def unit(rows: int, columns: int, seed: int = 0) -> Tensor:
