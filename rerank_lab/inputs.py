@@ -150,7 +150,7 @@ def state(*places: Any) -> tuple[Any, ...]:
     found: list[Any] = []
     for place in places:
         root = Path(expanded(os.fspath(place))).absolute() if isinstance(place, (str, os.PathLike)) and str(place) else None
-        files = [] if root is None or not root.exists() else sorted(root.rglob("*")) or [root]
+        files = [] if root is None or not root.exists() else sorted(file for file in (root, *root.rglob("*")) if file.is_file())
         found.append((str(root), tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)) if files else place)
     return tuple(found)
 

@@ -17,6 +17,13 @@ from rerank_lab.models.families import CAUSAL, LATE, SPARSE, STATIC
 from tests.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
 
 
+def assert_refused(load: Callable[..., object], make: Make, message: str, folder: Path) -> None:
+    """A loader says this of what is made in the folder."""
+    with pytest.raises(UserError) as refused:
+        load(str(make(folder)), device="cpu")
+    assert message in str(refused.value)
+
+
 def own_folder(folder: Path) -> Path:
     """The same with the transformer in 0_Transformer."""
     (folder / "0_Transformer").mkdir()
@@ -193,10 +200,7 @@ BI_REFUSED: dict[str, tuple[Make, str]] = {
 
 @pytest.mark.parametrize("case", BI_REFUSED)
 def test_what_a_bi_encoder_does_not_do_is_refused(case: str, tmp_path: Path) -> None:
-    make, message = BI_REFUSED[case]
-    with pytest.raises(UserError) as refused:
-        load_bi_encoder(str(make(tmp_path)), device="cpu")
-    assert message in str(refused.value)
+    assert_refused(load_bi_encoder, *BI_REFUSED[case], tmp_path)
 
 
 CROSS_REFUSED: dict[str, tuple[Make, str]] = {
@@ -226,10 +230,7 @@ CROSS_REFUSED: dict[str, tuple[Make, str]] = {
 
 @pytest.mark.parametrize("case", CROSS_REFUSED)
 def test_what_a_cross_encoder_does_not_do_is_refused(case: str, tmp_path: Path) -> None:
-    make, message = CROSS_REFUSED[case]
-    with pytest.raises(UserError) as refused:
-        load_cross_encoder(str(make(tmp_path)), device="cpu")
-    assert message in str(refused.value)
+    assert_refused(load_cross_encoder, *CROSS_REFUSED[case], tmp_path)
 
 
 def test_nobody_is_asked_whether_to_run_a_folders_code_and_it_is_not_run(tmp_path: Path) -> None:
