@@ -1,0 +1,285 @@
+"""One evaluation, from its options to its folder: collection, first stage, rankings, costs, results."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import re
+import shlex
+import sys
+from collections import Counter
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rerank_kernels import use_backend
+from rerank_lab import kernel_check, results, rows, sweep
+from rerank_lab.candidates import Candidates, Found, file_hash, make_candidates
+from rerank_lab.datasets import Dataset, load_dataset
+from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
+from rerank_lab.errors import UserError
+from rerank_lab.executor import Executor, Work
+from rerank_lab.files import expanded
+from rerank_lab.journal import Journal
+from rerank_lab.measures import DEFAULT, check_grades, parse_measures
+from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
+from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.shards import default_place
+from rerank_lab.models.store import folder_of, is_url
+from rerank_lab.options import effective
+from rerank_lab.reranker import EXACT, Reranker
+
+log = logging.getLogger("rerank_lab")
+
+
+def evaluate(options: argparse.Namespace, executor: Executor) -> str:
+    """Runs the evaluation that the options describe, writes its folder and returns the table for stdout."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    methods, baseline = checked(options)
+    if options.methods is None and options.model_cross == "none":
+        print(f"{', '.join(name for name in METHODS if name not in methods)} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
+    out = out_folder(options, stem(options.dataset))
+    journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
+    config = effective(options) | {"methods": list(methods), "baseline": baseline}
+    if journal.finished:
+        found = journal.results(config, results.SCHEMA)
+        _check_same(found, options, out)
+        return results.table(found) + f"\n{out} was finished already; nothing done\n"
+    with ExitStack() as connections:
+        remote = {}
+        for label, method in methods.items():
+            if url := split_label(label)[0]:
+                remote[label] = connections.enter_context(closing(_endpoint(url, label, method, options)))
+                remote[label].check()
+        with use_backend(options.kernels):
+            return _evaluate(options, methods, remote, journal, config, executor)
+
+
+def _check_same(found: dict[str, Any], options: argparse.Namespace, out: Path) -> None:
+    """Whether finished results are still those of the files that the options name.
+
+    Raises:
+        UserError: collection, judgements or the run changed since.
+    """
+    kind, _, path = options.candidates.partition(":")
+    changed = [options.candidates] if kind == "run" and file_hash(Path(path)) != found["candidates"].get("file_sha256") else []
+    changed += [options.dataset] if collection_hash(options.dataset, options.split) != found["dataset"]["hash"] else []
+    if changed:
+        raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
+
+
+@cache  # a grid's finished cells share their collections
+def collection_hash(dataset: str, split: str) -> str:
+    return load_dataset(dataset, split).hash
+
+
+def checked(options: argparse.Namespace) -> tuple[dict[str, Method], str]:
+    """Label → method, and the baseline.
+
+    Raises:
+        UserError: everything that is wrong with methods, measures and sweeps.
+    """
+    options.measures = options.measures or list(DEFAULT)
+    methods, problems = _methods(options)
+    try:
+        parse_measures(options.measures)
+    except UserError as error:
+        problems.append(str(error))
+    problems += sweep.problems(options.sweep, {label: method for label, method in methods.items() if not split_label(label)[0]})
+    if problems:
+        raise UserError("; ".join(problems))
+    baseline = options.baseline or next(iter(methods))
+    if baseline not in methods:
+        raise UserError(f"--baseline {baseline!r} is not among the methods {', '.join(methods)}")
+    return methods, baseline
+
+
+def _evaluate(
+    options: argparse.Namespace, methods: dict[str, Method], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Any], executor: Executor
+) -> str:
+    dataset = load_dataset(options.dataset, options.split, executor.corpus())
+    if options.limit_queries:
+        dataset = _limited(dataset, options.limit_queries)
+    check_grades(options.measures, dataset)
+    for note in dataset.notes:
+        log.warning("%s: %s", dataset.name, note)
+    local = {label: method for label, method in methods.items() if label not in remote}
+    reranker = _reranker(options, local)
+    log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
+    try:
+        about = executor.about(reranker)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--kernels {options.kernels}: {error}") from None
+    own = {label: reranker.using(method, cross=runs_cross(label, method)) for label, method in local.items()}
+    detail = max((row.detail for row in own.values()), default=None)
+    detail = max((d for d in (detail, options.detail) if d is not None), default=None)
+    rankers: dict[str, Reranker | Endpoint] = {**own, **remote}
+    deep = _candidates(options, dataset, reranker, detail, executor)
+    work = Work(executor, dataset, deep.cut(options.top_k), journal)
+    for note in work.candidates.notes:
+        log.warning("%s", note)
+
+    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.about["hash"], "models": about["models"]})
+    collected: dict[str, dict[str, Any]] = {}
+    for label in methods:
+        ranks = rankers[label]
+        collected[label] = {"records": work.records(label, ranks), "token_limit": ranks.token_limit, "cold": work.cold(label, ranks, options.cold_queries)}
+    if local and reranker.arithmetic != EXACT:
+        # What a faster runtime or precision loses on the same candidates, beside what it wins.
+        exact = _reranker(options, local, exact=True)
+        _encode_candidates(exact, dataset, work.candidates, detail, "encode candidates in fp32", executor)
+        for label, method in local.items():
+            row = exact.using(method, cross=runs_cross(label, method))
+            collected[label]["exact"] = work.records(f"{label} in fp32", row)
+    for label, row in own.items() if not options.no_kernel_check else ():
+        if "bi-encoder" in row.method.roles and row.cross is None:  # what a cross-encoder computes no kernel of these has touched
+            collected[label]["kernels"] = kernel_check.check(label, row, about["types"], work.records)
+
+    def encode(tokens: int) -> None:
+        _encode_candidates(reranker.reading(tokens), dataset, work.candidates, detail, f"encode {tokens} tokens", executor)
+
+    done = {label: collected[label]["records"] for label in own}
+    points = list(sweep.run(options.sweep, local, own, done, work, deep, encode))
+    who = Counter(record["by"] for part in collected.values() for record in part["records"])
+    if len(who) > 1:
+        said = " and ".join(f"{name} ({times})" for name, times in who.items())
+        dataset.notes.append(f"the run went on elsewhere: rankings were timed by {said}; compare their latencies with care")
+        log.warning("%s", dataset.notes[-1])
+    found = {
+        "environment": about["environment"] | {"timed_by": sorted(who)} | ({"vector_cache": reranker.cache_state} if executor.name == "local" else {}),
+        "config": config,
+        "dataset": {"name": dataset.name, "split": dataset.split, "hash": dataset.hash, "notes": dataset.notes} | dataset.facts,
+        "models": about["models"],
+    }
+    result, files = results.summarize(found, dataset, work.candidates, methods, collected, points)
+    journal.finish(files)
+    return results.table(result) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"
+
+
+def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]:
+    """Label → method, and what is wrong with every name and setting that is."""
+    names, cross = options.methods, options.model_cross != "none"
+    if names is None:
+        names = [name for name, kind in METHODS.items() if cross or "cross-encoder" not in kind.roles]
+        names += [BEST_CROSS] if cross else []
+    methods: dict[str, Method] = {}
+    problems: list[str] = []
+    for label in names:
+        try:
+            url, own = split_label(label)
+            name, colon, settings = own.partition(":")
+            defaults = {"stage1_top_k": max(1, options.top_k // 2)} if name == "optimal" else {}
+            methods[label] = make_method(("best" if name == BEST_CROSS else name) + colon + settings, **defaults)
+            if runs_cross(own, methods[label]) and not cross:
+                raise UserError(f"method {label!r} needs a cross-encoder, and --model-cross is none")
+            if url and options.fuse_first_stage:
+                raise UserError(f"method {label!r}: a server does not know the first stage's scores; leave out --fuse-first-stage or this row")
+        except UserError as error:
+            problems.append(str(error))
+    return methods, problems
+
+
+def stem(dataset: str) -> str:
+    """A collection in a folder's name."""
+    scheme, _, rest = dataset.partition(":")
+    place = Path(rest if scheme in ("hf", "irds") else dataset)
+    return re.sub(r"[^\w.-]", "_", (place.resolve() if place.exists() else place).name.removesuffix(".zip"))
+
+
+def out_folder(options: argparse.Namespace, stem: str) -> Path:
+    if options.out is not None:
+        return Path(options.out)
+    wanted = Path("results") / f"{datetime.date.today():%Y-%m-%d}-{stem}"
+    if options.resume:
+        ours = [p for p in Path("results").glob("*") if re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{re.escape(stem)}(-\d+)?", p.name)]
+        return max(ours, key=lambda p: ((p / "partial").is_dir(), p.stat().st_mtime), default=wanted)
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 10_000))]
+    return next(path for path in names if options.overwrite or not path.exists())
+
+
+def _endpoint(url: str, label: str, method: Method, options: argparse.Namespace) -> Endpoint:
+    return Endpoint(
+        url,
+        method,
+        model=options.model,
+        model_cross=options.model_cross if runs_cross(split_label(label)[1], method) else None,
+        max_tokens_per_doc=options.max_tokens_per_doc,
+        key=key_from(KEY),
+    )
+
+
+def _reranker(options: argparse.Namespace, methods: dict[str, Method], *, exact: bool = False) -> Reranker:
+    """The models; `exact`: under torch in fp32, whatever the options say."""
+    needs_cross = any(runs_cross(label, method) for label, method in methods.items())
+    elsewhere = options.executor == "ray"  # what is here then describes models that run on workers, whose device this machine need not have
+    made = Reranker(
+        options.model,
+        next(iter(methods.values()), "fast"),
+        options.model_cross if needs_cross else None,
+        max_tokens_per_doc=options.max_tokens_per_doc,
+        fuse_first_stage=options.fuse_first_stage,
+        cache_dir=None if elsewhere else cache_place(options),
+        cache_bytes=int(options.cache_gb * 1e9),
+        subspace=options.subspace,
+        device="cpu" if elsewhere else options.device,
+        runtime="torch" if exact else options.runtime,
+        precision="fp32" if exact else options.precision,
+    )
+    made.arguments["device"] = options.device
+    return made
+
+
+def cache_place(options: argparse.Namespace) -> str | None:
+    """Where vectors are kept: a folder, absolute since workers have folders of their own, or a URL."""
+    if options.no_cache:
+        return None
+    place = expanded(options.cache or default_place())
+    return place if is_url(place) else str(folder_of(place).absolute())
+
+
+def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, detail: Detail | None, executor: Executor) -> Candidates:
+    """First stage, and the vectors of all documents that the methods will look at (detail None: none of them needs any)."""
+    # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
+    whole = detail and len(dataset.qrels) * options.top_k >= len(dataset.corpus)
+
+    def search(ids: list[str], queries: list[str], fetch: int) -> list[Found]:
+        if whole and detail:
+            executor.encode(reranker, dataset.corpus, ids, detail, "encode corpus")
+        return executor.search(reranker, dataset.corpus, ids, queries, fetch)
+
+    found = make_candidates(
+        options.candidates,
+        dataset,
+        sweep.deepest(options.sweep, options.top_k),
+        search=search,
+        drop_identical=options.drop_identical_ids,
+        progress=rows.bar,
+    )
+    _encode_candidates(reranker, dataset, found, detail, "encode candidates", executor)
+    return found
+
+
+def _encode_candidates(reranker: Reranker, dataset: Dataset, candidates: Candidates, detail: Detail | None, title: str, executor: Executor) -> None:
+    """Puts the vectors of all candidates into the cache (detail None: none are needed)."""
+    if detail is not None:
+        needed = list({d: None for ranked in candidates.run.values() for d in ranked.documents})
+        executor.encode(reranker, dataset.corpus, needed, detail, title)
+
+
+def _limited(dataset: Dataset, count: int) -> Dataset:
+    kept = list(dataset.qrels)[:count]
+    queries = {q: dataset.queries[q] for q in kept if q in dataset.queries}
+    return replace(
+        dataset, queries=queries, qrels={q: dataset.qrels[q] for q in kept},
+        notes=[*dataset.notes, *([f"only the first {count} of {len(dataset.qrels)} judged queries (--limit-queries)"] if count < len(dataset.qrels) else [])],
+        facts=dataset.facts | {"queries": len(queries), "judged_queries_without_text": len(kept) - len(queries), "judgements": sum(len(dataset.qrels[q]) for q in kept)},
+    )  # fmt: skip
