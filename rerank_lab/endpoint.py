@@ -16,7 +16,7 @@ import torch
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.methods import BEST_CROSS, METHODS, Method
-from rerank_lab.methods.base import Flops
+from rerank_lab.methods.pool import Flops
 from rerank_lab.reranker import Ranking
 from rerank_lab.run import LARGEST
 

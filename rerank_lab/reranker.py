@@ -19,7 +19,7 @@ from rerank_lab.datasets import valid_text
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.inputs import Document
 from rerank_lab.methods import DROPPED, Method, Pool, as_method
-from rerank_lab.methods.base import Flops
+from rerank_lab.methods.pool import Flops
 from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure, text_key

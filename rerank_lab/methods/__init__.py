@@ -6,10 +6,11 @@ import typing
 from dataclasses import fields
 
 from rerank_lab.errors import UserError
-from rerank_lab.methods.base import DROPPED, Method, Pool
 from rerank_lab.methods.best import Best
 from rerank_lab.methods.fast import Fast
+from rerank_lab.methods.method import Method
 from rerank_lab.methods.optimal import Optimal
+from rerank_lab.methods.pool import DROPPED, Pool
 from rerank_lab.methods.standard import Standard
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal, Best)}

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from rerank_kernels import zscore
-from rerank_lab.methods.base import Method, Pool
+from rerank_lab.methods.method import Method
+from rerank_lab.methods.pool import Pool
 from rerank_lab.models.bi_encoder import Detail
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerank_lab.methods.base import Method, Pool
+from rerank_lab.methods.method import Method
+from rerank_lab.methods.pool import Pool
 
 
 @dataclass(frozen=True)

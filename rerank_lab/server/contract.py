@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
 from rerank_lab.methods import METHODS, make_method
-from rerank_lab.methods.base import Method
+from rerank_lab.methods.method import Method
 from rerank_lab.reranker import Ranking
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
