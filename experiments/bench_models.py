@@ -42,7 +42,8 @@ from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.lexical import BM25
 from rerank_lab.models import load_bi_encoder, load_cross_encoder, locate
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail, Inputs
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 from rerank_lab.options import count
@@ -121,6 +122,7 @@ def encode_peer(s: Setting) -> Work:
 
 def encode_ours(s: Setting, way: str) -> Work:
     model = load_bi_encoder(MODEL, device="cpu", **asked(way))
+    assert isinstance(model, BiEncoder)
     return lambda: model.encode(s.texts, max_tokens=s.options.tokens - model.specials, detail=Detail.POOLED).pooled
 
 
@@ -219,7 +221,7 @@ def flops(s: Setting, row: str) -> float:
     if row == "pairs":
         cross = load_cross_encoder(s.checkpoint, device="cpu")
         assert isinstance(cross, CrossEncoder)
-        return float(sum(cross.flops(torch.tensor([len(t) for t in cross.tokenize(query, pool, 512)])) for query, pool in s.pools))
+        return float(sum(cross.flops(cross.work(Inputs(query, pool, 512))) for query, pool in s.pools))
     return float("nan")
 
 

@@ -38,7 +38,7 @@ from rerank_kernels import similarity_topk, subspace_attention
 from rerank_lab.candidates import better
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
-from rerank_lab.models.bi_encoder import Detail, Vectors
+from rerank_lab.models.base import Detail, Vectors
 from rerank_lab.models.cache import VectorCache, text_key
 from rerank_lab.options import count, path_of
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from rerank_lab.datasets import BUNDLED
 from rerank_lab.errors import UserError
-from rerank_lab.models import load_bi_encoder
-from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models import Place
+from rerank_lab.models.bi_encoder import BiEncoder, load
 from rerank_lab.options import path_of, place_of
 
 WORDNET = ("data.adj", "data.adv", "data.noun", "data.verb")
@@ -72,7 +72,7 @@ def main() -> int:
         p.error("give --wordnet or --text")
     try:
         general = glosses(options.wordnet) if options.wordnet else options.text.read_text(encoding="utf-8").splitlines()
-        model = load_bi_encoder(options.model, device="cpu")
+        model = load(options.model, Place("cpu"))
         model.subspace = None
         rng = random.Random(options.seed)
         sources = {"numpydoc": numpydoc(), "wordnet" if options.wordnet else options.text.name: [t for t in general if t.strip()]}

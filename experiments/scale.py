@@ -32,7 +32,7 @@ import scale_measure
 from rerank_lab.datasets import load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.models.runtimes import choose
 from rerank_lab.options import count, path_of, positive
 from rerank_lab.options import parser as eval_options

@@ -40,7 +40,7 @@ from rerank_lab.journal import Journal
 from rerank_lab.measures import DEFAULT
 from rerank_lab.methods import make_method
 from rerank_lab.models import load_bi_encoder, load_cross_encoder, shards
-from rerank_lab.models.bi_encoder import Detail, Vectors
+from rerank_lab.models.base import Detail, Vectors
 from rerank_lab.models.cache import VectorCache, text_key
 from rerank_lab.models.store import Store
 from rerank_lab.on_ray import QUERIES

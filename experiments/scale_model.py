@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rerank_lab.corpus import PART
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import CHUNK, LOOK, MAPS
 from rerank_lab.on_ray import QUERIES
 

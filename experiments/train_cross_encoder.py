@@ -38,8 +38,9 @@ from rerank_kernels import project_normalize, subspace_attention
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.measures import evaluate
-from rerank_lab.models import DEFAULT_MODEL
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models import DEFAULT_MODEL, Place
+from rerank_lab.models.base import Detail
+from rerank_lab.models.bi_encoder import BiEncoder, load
 from rerank_lab.models.cache import VectorCache, ensure
 from rerank_lab.models.one_way import TAU, OneWay, padded_states
 from rerank_lab.options import path_of
@@ -242,7 +243,7 @@ def load_data(trainer: Trainer, options: argparse.Namespace) -> dict[str, str]:
                 detail=Detail.STATES,
                 progress=lambda n, _: bar.update(n),
             )
-        encoder.cache = trainer.cache
+        encoder.refresh()
 
         def pools(queries: list[tuple[str, list[str], str | None]], texts: dict[str, str] = texts) -> list[Example]:
             return examples(texts, queries, teacher, encoder, options.work, lambda items, title: tqdm(items, desc=title, disable=None))
@@ -310,8 +311,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    base = Reranker(DEFAULT_MODEL, "fast", device=options.device).encoder
-    assert base is not None
+    base = load(DEFAULT_MODEL, Place(options.device))
     trainer = Trainer(options, base)
     hashes = load_data(trainer, options)
     left_out = {"work", "out", "threads", "every", "device"}

@@ -28,7 +28,7 @@ from rerank_lab.files import expanded
 from rerank_lab.journal import Journal
 from rerank_lab.measures import DEFAULT, check_grades, parse_measures
 from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.models.shards import default_place
 from rerank_lab.models.store import folder_of, is_url
 from rerank_lab.options import effective
@@ -234,8 +234,7 @@ def _reranker(options: argparse.Namespace, methods: dict[str, Method], *, exact:
         runtime="torch" if exact else options.runtime,
         precision="fp32" if exact else options.precision,
     )
-    made.arguments["device"] = options.device
-    return made
+    return made.elsewhere(device=options.device)
 
 
 def cache_place(options: argparse.Namespace) -> str | None:

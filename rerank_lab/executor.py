@@ -20,7 +20,7 @@ from rerank_lab.endpoint import Endpoint
 from rerank_lab.environment import describe
 from rerank_lab.journal import Journal
 from rerank_lab.kernel_check import types
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.models.store import Store
 from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import WARM_UP, Asked, Ranks, asked, bar, cold, counting, rank

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from rerank_lab.engine import Engine, encoders
 from rerank_lab.errors import UserError
 from rerank_lab.methods import METHODS, Method
-from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, backbone_of, load_bi_encoder, load_cross_encoder
-from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
+from rerank_lab.models.base import Encoder, Scorer
 from rerank_lab.models.cache import MEMORY_BYTES, VectorCache
-from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.reranker import Reranker
 
 TEXTS = ["Merge two tables on a key.", "Sort by the values along either axis. " * 40, ""]
@@ -25,12 +24,14 @@ class Fleet:
 
     Attributes:
         encoders, crosses: by name.
-        caches: by id() of the bi-encoder.
+        caches: by id() of the encoder.
+        engines: of any two of them, by their names, as far as they were asked for.
     """
 
-    encoders: dict[str, BiEncoder]
-    crosses: dict[str, CrossEncoder | OneWayCrossEncoder]
+    encoders: dict[str, Encoder]
+    crosses: dict[str, Scorer]
     caches: dict[int, VectorCache]
+    engines: dict[tuple[str | None, str | None], Engine] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -55,19 +56,20 @@ class Fleet:
             UserError: a model that is not to be found, or has another role.
         """
         place = {"device": device, "runtime": runtime, "precision": precision}
-        encoders = {name: load_bi_encoder(name, subspace=subspace if n == 0 else None, **place) for n, name in enumerate(models)}
-        readers = {name: load_cross_encoder(name, encoder=encoders.get(backbone_of(name) or ""), **place) for name in crosses}
-        making = {id(e): e for e in [*encoders.values(), *(c.encoder for c in readers.values() if isinstance(c, OneWayCrossEncoder))]}
+        loaded = {name: load_bi_encoder(name, subspace=subspace if n == 0 else None, **place) for n, name in enumerate(models)}
+        readers = {name: load_cross_encoder(name, encoder=loaded, **place) for name in crosses}
+        making = {id(one): one for cross in (None, *readers.values()) for encoder in (None, *loaded.values()) for one in encoders(encoder, cross)}
         bound = cache_bytes // max(1, len(making))
-        return cls(encoders, readers, {key: VectorCache(e.key(), memory_bytes=bound) for key, e in making.items()})
+        return cls(dict(loaded), readers, {key: VectorCache(one.key(), memory_bytes=bound) for key, one in making.items()})
 
     def reranker(self, method: str | Method, model: str | None, cross: str | None, *, max_tokens_per_doc: int = 512) -> Reranker:
         """Two of the models under a method; a name that the method has no use for may be None."""
-        reader = None if cross is None else self.crosses[cross]
-        ready = Reranker(None if model is None else self.encoders[model], method, reader, max_tokens_per_doc=max_tokens_per_doc)
-        ready.cache = None if ready.encoder is None else self.caches[id(ready.encoder)]
-        ready.cross_cache = self.caches[id(reader.encoder)] if isinstance(reader, OneWayCrossEncoder) else None
-        return ready
+        engine = self.engines.get((model, cross))
+        if engine is None:
+            encoder, reader = None if model is None else self.encoders[model], None if cross is None else self.crosses[cross]
+            caches = {id(one): self.caches[id(one)] for one in encoders(encoder, reader)}
+            engine = self.engines[model, cross] = Engine(encoder, reader, caches)
+        return Reranker.of(engine, method, max_tokens_per_doc=max_tokens_per_doc)
 
     @property
     def device(self) -> torch.device:

@@ -27,7 +27,7 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.journal import RESULTS
 from rerank_lab.methods import METHODS
 from rerank_lab.models import backbone_of
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.options import CLUSTER, flags, parse, parser, read_toml
 from rerank_lab.results import interval
 from rerank_lab.run import write_atomically

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rerank_kernels import project_quantize, similarity_topk, subspace_attention, use_backend
 from rerank_lab.methods import Pool
-from rerank_lab.models.bi_encoder import Read, Vectors
+from rerank_lab.models.base import Read, Vectors
 from rerank_lab.reranker import Ranking, Reranker
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -68,7 +68,7 @@ class Cast:
                 with use_backend("reference"):
                     self.reads[query] = pool.query_read(encoder, detail)
             ranking = self.reranker.finish(pool, first_stage)
-        self.reranker.trim()
+        self.reranker.engine.trim()
         return ranking
 
     def __reduce__(self) -> tuple[type[Cast], tuple[Any, ...]]:

@@ -7,13 +7,11 @@ by another, and what was finished is not: vectors lie in the cache, records in t
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import logging
 import math
 import os
-import pickle
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +24,10 @@ import torch
 
 from rerank_lab.candidates import Found
 from rerank_lab.corpus import Corpus, Texts
+from rerank_lab.engine import packed
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import merged
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.shards import VECTORS
 from rerank_lab.models.store import PLANS, Store
@@ -198,7 +197,7 @@ class OnRay:
 
         ray, count, size = self.ray, self._room(), len(left)
         pool = min(count, size)
-        arguments = (self.setup, self._pickled(reranker), self._expected.get(key(reranker)), texts, plan, int(detail))
+        arguments = (self.setup, self._packed(reranker), self._expected.get(key(reranker)), texts, plan, int(detail))
         # The first to be ready takes as many as it may hold: of few chunks, one each.
         strategy = ActorPoolStrategy(size=pool, max_tasks_in_flight_per_actor=AHEAD if size > 8 * pool else 1)
         found = ray.data.from_items(sorted(left), override_num_blocks=min(size, max(64 * pool, 200))).map_batches(
@@ -265,7 +264,7 @@ class OnRay:
 
     def _calls(self, ranks: Ranks, work: str, count: int, arguments: Callable[[int], tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Has so many calls made by some worker each, those of dead ones again; (number, what it gave), in the order in which they end."""
-        ray, what, expected = self.ray, self._pickled(ranks), self._expected.get(key(reranker_of(ranks)))
+        ray, what, expected = self.ray, self._packed(ranks), self._expected.get(key(reranker_of(ranks)))
         waiting, stalled = deque(range(count)), 0
         held: dict[Any, tuple[Hand, int]] = {}
         try:
@@ -359,15 +358,9 @@ class OnRay:
             except self.ray.exceptions.RayError as error:
                 self._exclude(node, short(error))
 
-    def _pickled(self, ranks: Ranks) -> bytes:
+    def _packed(self, ranks: Ranks) -> bytes:
         """What ranks, to be loaded where the shared cache is at hand."""
-        travelling = copy.copy(ranks)
-        own = copy.copy(reranker_of(ranks))
-        own.arguments = own.arguments | {"cache_dir": self.setup.cache}
-        if isinstance(travelling, Reranker):
-            return pickle.dumps(own)
-        travelling.reranker = own  # type: ignore[attr-defined]
-        return pickle.dumps(travelling)
+        return packed(ranks, cache_dir=self.setup.cache)
 
     def _plan(self, corpus: Corpus, ids: Sequence[str]) -> tuple[str, int]:
         """Puts the positions of the distinct texts of these documents where workers find them; the file's name, and how many there are."""

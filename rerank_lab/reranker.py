@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,20 +15,18 @@ from torch import Tensor
 from rerank_kernels import exactly, zscore
 from rerank_lab import inputs
 from rerank_lab.datasets import valid_text
+from rerank_lab.engine import Engine, EngineSpec
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.inputs import Document
 from rerank_lab.methods import DROPPED, Method, Pool, as_method
 from rerank_lab.methods.pool import Flops
-from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
-from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure, text_key
-from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.one_way import OneWayCrossEncoder
+from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL
+from rerank_lab.models.base import Detail, Encoder, Scorer
+from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure
 from rerank_lab.run import order
 from rerank_lab.timing import Clock
 
 EXACT = "torch, fp32"
-_TURNS = threading.Lock()  # of `rerank`
 BLOCK = 1 << 16  # documents whose pooled vectors are held at once where a whole corpus is looked at: 100 MB at 384 dimensions
 AnyPool = TypeVar("AnyPool", bound=Pool)
 
@@ -101,9 +98,9 @@ class Reranker:
     @exactly(tensors=True)
     def __init__(
         self,
-        model: str | Path | BiEncoder | None = DEFAULT_MODEL,
+        model: str | Path | Encoder | None = DEFAULT_MODEL,
         method: str | Method = "best",
-        model_cross: str | Path | CrossEncoder | OneWayCrossEncoder | None = None,
+        model_cross: str | Path | Scorer | None = None,
         *,
         max_tokens_per_doc: int = 512,
         fuse_first_stage: float = 0.0,
@@ -114,34 +111,36 @@ class Reranker:
         runtime: str = "auto",
         precision: str = "fp32",
     ):
-        self.max_tokens, self.cache_bytes = inputs.whole("max_tokens_per_doc", max_tokens_per_doc), inputs.whole("cache_bytes", cache_bytes, 0)
-        self.fuse_first_stage, self.method = inputs.weight("fuse_first_stage", fuse_first_stage), as_method(method)
-        if model_cross is None and "cross-encoder" in self.method.roles:
+        max_tokens, cache_bytes = inputs.whole("max_tokens_per_doc", max_tokens_per_doc), inputs.whole("cache_bytes", cache_bytes, 0)
+        fuse, method = inputs.weight("fuse_first_stage", fuse_first_stage), as_method(method)
+        if model_cross is None and "cross-encoder" in method.roles:
             model_cross = DEFAULT_CROSS
-        first, second = _model("model", model, BiEncoder), _model("model_cross", model_cross, CrossEncoder, OneWayCrossEncoder)
+        first, second = _model("model", model, Encoder, "BiEncoder"), _model("model_cross", model_cross, Scorer, "CrossEncoder or OneWayCrossEncoder")
         subspace, cache_dir = inputs.path("subspace", subspace), inputs.path("cache_dir", cache_dir)
         if not isinstance(device, (str, torch.device)):
             raise UserError(f"device must be a name, such as 'cpu' or 'cuda:0', or a torch.device, not {device!r}")
-        place = {"device": str(device), "runtime": runtime, "precision": precision}
-        self.arguments: dict[str, Any] = {
-            "model": first, "model_cross": second, "fuse_first_stage": self.fuse_first_stage, "cache_dir": cache_dir, "cache_bytes": self.cache_bytes,
-            "subspace": subspace, **place,
-        }  # fmt: skip
-        _check_roles(self.method, first, second)
-        self.encoder: BiEncoder | None = load_bi_encoder(first, subspace=subspace, **place) if isinstance(first, str) else first
-        self.cross = load_cross_encoder(second, encoder=self.encoder, **place) if isinstance(second, str) else second
-        self._new_caches(cache_dir)
+        _check_roles(method, first, second)
+        named = [given if isinstance(given, str) else None for given in (first, second)]
+        loaded = [None if isinstance(given, str) else given for given in (first, second)]
+        spec = EngineSpec(named[0], named[1], subspace, str(device), runtime, precision, cache_dir, cache_bytes)
+        self._set(spec.load(*loaded), method, max_tokens, fuse, True)
 
-    def __copy__(self) -> Reranker:
-        other = object.__new__(Reranker)
-        other.__dict__.update(self.__dict__)
-        return other
+    @classmethod
+    def of(cls, engine: Engine, method: str | Method, *, max_tokens_per_doc: int = 512, fuse_first_stage: float = 0.0, cross: bool = True) -> Reranker:
+        """A method on models that are loaded; cross=False hides the cross-encoder.
 
-    def __reduce__(self) -> tuple[Callable[..., Reranker], tuple[Any, ...]]:
-        """Travels to other processes as names and settings, without weights and vectors; they are loaded there, once a process."""
-        if not all(isinstance(self.arguments[name], str | None) for name in ("model", "model_cross")):
-            raise TypeError("a Reranker of models that were loaded elsewhere cannot travel: name them instead")
-        return _travelled, (tuple(sorted(self.arguments.items())), self.method, self.cross is not None, self.max_tokens)
+        Raises:
+            UserError: a method without the model that it needs.
+        """
+        made: Reranker = object.__new__(cls)
+        made._set(engine, as_method(method), max_tokens_per_doc, fuse_first_stage, cross)
+        _check_roles(made.method, made.encoder, made.cross)
+        return made
+
+    def _set(self, engine: Engine, method: Method, max_tokens: int, fuse_first_stage: float, cross: bool) -> None:
+        self.engine, self.method, self.max_tokens, self.fuse_first_stage = engine, method, max_tokens, fuse_first_stage
+        self.encoder, self.cross = engine.encoder, engine.cross if cross else None
+        self.scorer = self.cross if method.uses_cross else None  # what the method will ask
 
     def rank(self, query: str, documents: Iterable[Document], top_n: int | None = None, *, first_stage: Iterable[float] | None = None) -> list[Result]:
         """Ranks documents for a query, best first, equal scores in input order.
@@ -170,7 +169,7 @@ class Reranker:
     def _score(self, query: str, documents: Sequence[Document], first_stage: Iterable[float] | None) -> Ranking:
         texts = [inputs.text_of(document, i) for i, document in enumerate(documents)]
         ranking = self.finish(self.pool(Pool, query, texts), self._first(first_stage, len(texts)))
-        self.trim()
+        self.engine.trim()
         return ranking
 
     def _first(self, first_stage: Iterable[float] | None, count: int) -> Tensor | None:
@@ -178,12 +177,6 @@ class Reranker:
         if first_stage is None and self.fuse_first_stage:
             raise UserError("first_stage is wanted, a score for each document: fuse_first_stage adds it; or leave fuse_first_stage out")
         return None if first_stage is None else inputs.scores(first_stage, count)
-
-    def trim(self) -> None:
-        """Keeps the caches to their bounds; called when nothing is about to be gathered."""
-        for cache in (self.cache, self.cross_cache):
-            if cache is not None:
-                cache.trim()
 
     def pool(self, kind: Callable[..., AnyPool], query: str, texts: Sequence[str]) -> AnyPool:
         """The query and its documents, with these models to look at them.
@@ -198,10 +191,8 @@ class Reranker:
         for name, text in [("the query", query), *((f"documents[{i}]", text) for i, text in enumerate(texts))]:
             if not valid_text(text):
                 raise UserError(f"{name} holds half of a surrogate pair, which is no text")
-        cross = self.cross if self.cross is not None and self.method.uses_cross else None
         return kind(
-            query, texts, encoder=self.encoder, cache=self.cache, cross=cross, cross_cache=self.cross_cache,
-            detail=self.detail if self.cross_cache is self.cache else min(self.detail, Detail.TOKENS if self.method.tokens else Detail.POOLED),
+            query, texts, encoder=self.encoder, cross=self.scorer, caches=self.engine.caches, detail=Detail.TOKENS if self.method.tokens else Detail.POOLED,
             max_tokens=self.max_tokens, clock=Clock(None if self.encoder is None else self.encoder.device),
         )  # fmt: skip
 
@@ -224,54 +215,61 @@ class Reranker:
         return Ranking(places, scores[places], relevance[places], dict(pool.clock.seconds), pool.flops, pool.truncated, pool.tokens)
 
     def using(self, method: str | Method, *, cross: bool = True) -> Reranker:
-        """The same loaded models and cache under another method; cross=False hides the cross-encoder."""
-        other = copy.copy(self)
-        other.method = as_method(method)
-        other.cross = self.cross if cross else None
-        _check_roles(other.method, self.encoder, other.cross)
-        return other
+        """The same loaded models and caches under another method; cross=False hides the cross-encoder."""
+        shown = cross and self.cross is not None
+        return Reranker.of(self.engine, method, max_tokens_per_doc=self.max_tokens, fuse_first_stage=self.fuse_first_stage, cross=shown)
 
     def reading(self, max_tokens_per_doc: int) -> Reranker:
         """The same with another bound on a document's tokens."""
-        other = copy.copy(self)
-        other.max_tokens = inputs.whole("max_tokens_per_doc", max_tokens_per_doc)
-        return other
+        return self._changed(max_tokens=inputs.whole("max_tokens_per_doc", max_tokens_per_doc))
 
     def without_cache(self) -> Reranker:
-        """The same with an empty cache in memory: every document is new."""
-        other = copy.copy(self)
-        other._new_caches(None)
+        """The same with empty caches in memory: every document is new."""
+        return self._changed(engine=self.engine.fresh())
+
+    def elsewhere(self, **changes: Any) -> Reranker:
+        """The same here; other processes load it with these changes of its EngineSpec."""
+        return self._changed(engine=self.engine.elsewhere(**changes))
+
+    def _changed(self, **attributes: Any) -> Reranker:
+        other: Reranker = object.__new__(type(self))
+        other.__dict__.update(self.__dict__ | attributes)
         return other
+
+    def __reduce__(self) -> tuple[Callable[..., Reranker], tuple[Engine, Method, int, float, bool]]:
+        """Travels to other processes with its engine, which is loaded there (Engine.__reduce__)."""
+        return _travelled, (self.engine, self.method, self.max_tokens, self.fuse_first_stage, self.cross is not None)
+
+    @property
+    def cache(self) -> VectorCache | None:
+        """Vectors of the bi-encoder."""
+        return None if self.encoder is None else self.engine.caches[id(self.encoder)]
 
     @property
     def device(self) -> torch.device:
         """Where the models are."""
-        return next(model.device for model in (self.encoder, self.cross) if model is not None)
+        return self.engine.device
 
     @property
     def arithmetic(self) -> str:
         """Runtime and precision of the transformers: EXACT is what others are compared with."""
-        model = self.encoder or (self.cross.encoder if isinstance(self.cross, OneWayCrossEncoder) else self.cross)
-        assert model is not None
-        return f"{model.runtime}, {model.precision}"
+        return self.engine.arithmetic
 
     @property
     def cache_state(self) -> str:
-        """Where vectors are kept: "disk", "memory", or "none" without a bi-encoder."""
-        cache = self.cache if self.cache is not None else self.cross_cache
-        return "none" if cache is None else "memory" if cache.folder is None else "disk"
+        """Where vectors are kept: "disk", "memory", or "none" where no model makes any."""
+        return self.engine.cache_state
 
     @property
     def detail(self) -> Detail:
         """What a document's cached vectors hold for the method."""
-        if self.method.uses_cross and isinstance(self.cross, OneWayCrossEncoder):
-            return Detail.STATES
-        return Detail.TOKENS if self.method.tokens else Detail.POOLED
+        needed = Detail.POOLED if self.scorer is None or self.scorer.needs is None else self.scorer.needs.detail
+        return max(needed, Detail.TOKENS if self.method.tokens else Detail.POOLED)
 
     @property
     def caches(self) -> bool:
         """Whether the method has anything to cache of a document."""
-        return "bi-encoder" in self.method.roles or self.detail is Detail.STATES
+        return "bi-encoder" in self.method.roles or (self.scorer is not None and self.scorer.needs is not None)
 
     @property
     def token_limit(self) -> int:
@@ -281,8 +279,7 @@ class Reranker:
     @property
     def token_limits(self) -> list[int]:
         """The same, model by model."""
-        cross = self.cross if self.method.uses_cross else None
-        models = [model for model in (self.encoder if "bi-encoder" in self.method.roles else None, cross) if model is not None]
+        models = [model for model in (self.encoder if "bi-encoder" in self.method.roles else None, self.scorer) if model is not None]
         return [min(self.max_tokens, model.limit) for model in models]
 
     def fingerprints(self) -> dict[str, str | None]:
@@ -295,26 +292,26 @@ class Reranker:
             "arithmetic": self.arithmetic,
         }
         for role, model in (("model_reading", self.encoder), ("model_cross_reading", self.cross)):
-            if isinstance(model, BiEncoder | CrossEncoder) and (reading := model.checkpoint.reading()):
+            if model is not None and (reading := model.reading()):
                 found[role] = reading
         return found
 
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
-        """Puts documents' vectors into the cache, so that ranking them later costs no forward."""
-        for encoder, cache, own in self._makers(detail):
-            ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=own, progress=progress, keep=False)
+        """Puts documents' vectors into the caches, so that ranking them later costs no forward."""
+        self.engine.encode(texts, self.max_tokens, self._wanted(detail), progress)
 
     def lacks(self, texts: Sequence[str], *, detail: Detail) -> list[bool]:
         """Which of these documents `encode` would have to read."""
-        makers = [(cache, own, min(self.max_tokens, encoder.limit)) for encoder, cache, own in self._makers(detail)]
-        return [not all(cache.has(text_key(text, limit), own) for cache, own, limit in makers) for text in texts]
+        return self.engine.lacks(texts, self.max_tokens, self._wanted(detail))
 
-    def _makers(self, detail: Detail) -> Iterator[tuple[BiEncoder, VectorCache, Detail]]:
-        """Who makes vectors of documents, into which cache, in which detail."""
-        if self.encoder is not None and self.cache is not None:
-            yield self.encoder, self.cache, detail if self.cross_cache in (None, self.cache) else min(detail, Detail.TOKENS)
-        if isinstance(self.cross, OneWayCrossEncoder) and self.cross_cache is not None and self.cross_cache is not self.cache and detail is Detail.STATES:
-            yield self.cross.encoder, self.cross_cache, detail
+    def _wanted(self, detail: Detail) -> dict[int, Detail]:
+        """In which detail each encoder's vectors are wanted, by its id(): what a scorer needs beyond tokens is its own encoder's alone."""
+        needs = None if self.engine.cross is None else self.engine.cross.needs
+        other = needs is not None and needs.encoder is not self.encoder
+        wanted = {} if self.encoder is None else {id(self.encoder): min(detail, Detail.TOKENS) if other else detail}
+        if needs is not None and other and detail >= needs.detail:
+            wanted[id(needs.encoder)] = needs.detail
+        return wanted
 
     @exactly(tensors=True)
     def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: Progress = lambda done, total: None) -> Tensor:
@@ -338,55 +335,61 @@ class Reranker:
                 self.cache.trim()
 
     def refresh(self) -> None:
-        """Sees the vectors that other processes have put into the cache since."""
-        for cache in {id(c): c for c in (self.cache, self.cross_cache) if c is not None}.values():
-            cache.refresh()
-
-    def _new_caches(self, folder: str | Path | None) -> None:
-        """One for the bi-encoder and one for a one-way cross-encoder's backbone, which is the same where they are."""
-        read = self.cross.encoder if isinstance(self.cross, OneWayCrossEncoder) else None
-
-        def new(encoder: BiEncoder) -> VectorCache:
-            return VectorCache(encoder.key(), folder, disk_bytes=self.cache_bytes, about=encoder.about())
-
-        self.cache = None if self.encoder is None else new(self.encoder)
-        self.cross_cache = self.cache if read is self.encoder else None if read is None else new(read)
+        """Sees the vectors that other processes have put into the caches since."""
+        self.engine.refresh()
 
     def _names(self) -> str:
         return " and ".join(model.name for model in (self.encoder, self.cross) if model is not None)
 
 
-def rerank(query: str, documents: Iterable[Document], *, top_n: int | None = None, first_stage: Iterable[float] | None = None, **options: Any) -> list[Result]:
-    """Reranker(**options).rank(query, documents, top_n), with the last few rerankers kept loaded; threads take turns, since a cache is one thread's."""
-    with _TURNS:
+class Kept:
+    """The last few rerankers that `rerank` was asked for, loaded; `clear` frees them.
+
+    Args:
+        most: how many.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.turns = most, threading.Lock()
+        self.rerankers: OrderedDict[tuple[Any, ...], Reranker] = OrderedDict()
+
+    def get(self, options: dict[str, Any]) -> Reranker:
+        """The one with these options; loaded anew where something was saved at its files since."""
+        files = inputs.state(*(options.get(name) for name in ("model", "model_cross", "subspace")))
+        # 1, 1.0 and True are equal, and not the same setting.
+        key = (files, *((name, type(value), value) for name, value in sorted(options.items())))
         try:
-            hash(tuple(options.values()))
+            found = self.rerankers.pop(key, None)
         except TypeError:  # of no type that an option has: Reranker says so
-            return Reranker(**options).rank(query, documents, top_n, first_stage=first_stage)
-        files = inputs.state(*(options.get(name) for name in ("model", "model_cross", "subspace")))  # what is saved there anew is loaded anew
-        return _kept(files, **dict(sorted(options.items()))).rank(query, documents, top_n, first_stage=first_stage)
+            return Reranker(**options)
+        self.rerankers[key] = found or Reranker(**options)
+        while len(self.rerankers) > self.most:
+            self.rerankers.popitem(last=False)
+        return self.rerankers[key]
+
+    def clear(self) -> None:
+        """Keeps none."""
+        self.rerankers.clear()
 
 
-@lru_cache(maxsize=4, typed=True)  # 1, 1.0 and True are equal, and not the same setting
-def _kept(files: object, **options: Any) -> Reranker:
-    return Reranker(**options)
+kept = Kept(4)
 
 
-def _travelled(arguments: tuple[tuple[str, Any], ...], method: Method, cross: bool, max_tokens: int) -> Reranker:
-    return _loaded(arguments).using(method, cross=cross).reading(max_tokens)
+def rerank(query: str, documents: Iterable[Document], *, top_n: int | None = None, first_stage: Iterable[float] | None = None, **options: Any) -> list[Result]:
+    """Reranker(**options).rank(query, documents, top_n), with the last few rerankers kept loaded (`kept`); threads take turns, since a cache is one thread's."""
+    with kept.turns:
+        return kept.get(options).rank(query, documents, top_n, first_stage=first_stage)
 
 
-@lru_cache(maxsize=2)  # a row's models, and the same in fp32 beside them
-def _loaded(arguments: tuple[tuple[str, Any], ...]) -> Reranker:
-    named = dict(arguments)
-    return Reranker(method="fast" if named["model"] is not None else "standard", **named)
+def _travelled(engine: Engine, method: Method, max_tokens: int, fuse_first_stage: float, cross: bool) -> Reranker:
+    return Reranker.of(engine, method, max_tokens_per_doc=max_tokens, fuse_first_stage=fuse_first_stage, cross=cross)
 
 
-def _model(name: str, given: Any, *kinds: type) -> Any:
-    named = inputs.model(name, given)
-    if named is not None and not isinstance(named, (str, *kinds)):
-        raise UserError(f"{name} must be an id, a folder or a hub name, or a {' or '.join(kind.__name__ for kind in kinds)} of rerank_lab, not {given!r:.100}")
-    return named
+def _model(name: str, given: Any, kind: type, said: str) -> Any:
+    found = inputs.model(name, given)
+    if found is not None and not isinstance(found, (str, kind)):
+        raise UserError(f"{name} must be an id, a folder or a hub name, or a {said} of rerank_lab, not {given!r:.100}")
+    return found
 
 
 def _check_roles(method: Method, model: object, cross: object) -> None:

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from rerank_lab.methods import Pool
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Read, Vectors
+from rerank_lab.models.base import Detail, Encoder, Read, Scorer, Tokens, Work
 from rerank_lab.models.cache import VectorCache, text_key
-from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.forward import Tokens
-from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.reranker import Ranking, Reranker
-
-
-def _tensor(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 class Missing(Exception):
@@ -75,76 +68,60 @@ class StepPool(Pool):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        shared = [self.cache, self.cross_cache]
-        # What is borrowed from the shared cache stays for as long as this ranking needs it.
-        self.cache = None if shared[0] is None else VectorCache("")
-        self.cross_cache = self.cache if shared[1] is shared[0] else None if shared[1] is None else VectorCache("")
-        self._shared = {id(own): cache for own, cache in zip((self.cache, self.cross_cache), shared)}
+        self.shared = self.caches
+        # What is borrowed from the shared caches stays for as long as this ranking needs it.
+        self.caches = {key: VectorCache("") for key in self.shared}
         self.seen = self.new = 0  # distinct documents whose vectors were wanted at first, by where they were
-        self.logit: dict[int, tuple[float, int, bool]] = {}  # position → logit, tokens of the pair, whether it was cut
+        self.done: dict[int, tuple[float, Work]] = {}  # position → logit, and the work that made it
 
-    def first(self, roles: Sequence[str]) -> list[Unit]:
+    def first(self, roles: Sequence[str]) -> Sequence[Unit]:
         """Everything that is known to be needed, so that it can share a batch."""
-        if "bi-encoder" in roles:
-            encoder, cache, detail = self.encoder, self.cache, self.detail
-        elif isinstance(self.cross, OneWayCrossEncoder):
-            encoder, cache, detail = self.cross.encoder, self.cross_cache, Detail.STATES
-        else:
+        encoder = self.encoder if "bi-encoder" in roles else None if self.needs is None else self.needs.encoder
+        if encoder is None:
             assert self.cross is not None
-            return self._pairs(self.cross, sorted(set(self._first.tolist())))
-        assert encoder is not None and cache is not None
-        keys, texts = self._texts(encoder, cache, self.documents, detail)
+            return self._scores(self.cross, torch.unique(self._first))
+        keys, texts = self._texts(encoder, self.documents, self.ahead(encoder))
         self.new = len(texts)
         self.seen = len(set(keys)) - self.new
-        return [*texts, self._query(encoder, min(detail, Detail.TOKENS), self.goes_on_from(encoder))]
+        return [*texts, self._query(encoder, self.query_detail(encoder, self.detail))]
 
-    def read(self, encoder: BiEncoder, detail: Detail, hidden: bool) -> Read:
-        raise Missing([self._query(encoder, detail, hidden)])
+    def read(self, encoder: Encoder, detail: Detail) -> Read:
+        raise Missing([self._query(encoder, detail)])
 
-    def ensure(self, encoder: BiEncoder, cache: VectorCache, texts: Sequence[str], detail: Detail) -> list[bytes]:
-        keys, units = self._texts(encoder, cache, texts, detail)
+    def ensure(self, encoder: Encoder, texts: Sequence[str], detail: Detail) -> list[bytes]:
+        keys, units = self._texts(encoder, texts, detail)
         if units:
             raise Missing(units)
         return keys
 
-    def pairs(self, cross: CrossEncoder, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        lacking = [i for i in positions if i not in self.logit]
-        if lacking:
-            raise Missing(self._pairs(cross, lacking))
-        logits, lengths, cut = zip(*(self.logit[i] for i in positions))
-        return _tensor(logits, torch.float32), _tensor(lengths, torch.int64), _tensor(cut, torch.bool)
+    def scored(self, cross: Scorer, positions: Tensor) -> Tensor:
+        own = positions.tolist()
+        lacking = [position not in self.done for position in own]
+        if any(lacking):
+            raise Missing(self._scores(cross, positions[torch.tensor(lacking, device="cpu")]))
+        logits, work = zip(*(self.done[position] for position in own))
+        if cross.needs is None:
+            self.has_paired(positions, work)
+        return torch.tensor(logits, dtype=torch.float32, device="cpu")
 
-    def one_way(self, cross: OneWayCrossEncoder, query: Read, positions: Sequence[int], documents: Vectors, states: Sequence[Tensor]) -> Tensor:
-        lengths = documents.offsets.diff().cpu()
-        lacking = [n for n, i in enumerate(positions) if i not in self.logit]
-        if lacking:
-            batches = cross.plan(lengths[lacking])
-            raise Missing([Batch(self, int(lengths[lacking][b].sum()) + len(b), cross, query, [positions[lacking[n]] for n in b]) for b in batches])
-        return _tensor([self.logit[i][0] for i in positions], torch.float32)
+    def _scores(self, cross: Scorer, positions: Tensor) -> list[Unit]:
+        work = self.work(cross, positions)
+        self.flops.seen += cross.flops(work)
+        places = positions.tolist()
+        return sorted((Score(self, part.size, cross, part, [places[n] for n in part.positions]) for part in work), key=lambda unit: -unit.size)
 
-    def cached(self, positions: Sequence[int]) -> tuple[Vectors, list[Tensor]]:
-        """What a one-way cross-encoder reads of the documents at these positions."""
-        assert isinstance(self.cross, OneWayCrossEncoder) and self.cross_cache is not None
-        keys = [text_key(self.documents[i], min(self.max_tokens, self.cross.encoder.limit)) for i in positions]
-        return self.cross_cache.gather(keys, Detail.TOKENS).to(self.cross.device), self.cross_cache.states(keys)
-
-    def _query(self, encoder: BiEncoder, detail: Detail, hidden: bool) -> Unit:
+    def _query(self, encoder: Encoder, detail: Detail) -> Unit:
         (tokens,) = encoder.tokenize([self.query], "query", encoder.limit)
-        return Query(self, len(tokens), encoder, tokens, detail, hidden)
+        return Query(self, len(tokens), encoder, tokens, detail)
 
-    def _texts(self, encoder: BiEncoder, cache: VectorCache, texts: Sequence[str], detail: Detail) -> tuple[list[bytes], list[Unit]]:
+    def _texts(self, encoder: Encoder, texts: Sequence[str], detail: Detail) -> tuple[list[bytes], list[Unit]]:
         keys = [text_key(text, min(self.max_tokens, encoder.limit)) for text in texts]
-        shared = self._shared[id(cache)]
-        assert shared is not None
-        new = dict.fromkeys(cache.borrow(shared, keys, detail))
+        shared, own = self.shared[id(encoder)], self.caches[id(encoder)]
+        new = dict.fromkeys(own.borrow(shared, keys, detail))
         lacking = {key: text for key, text in zip(keys, texts) if key in new} if new else {}
         tokens = encoder.tokenize(list(lacking.values()), "document", self.max_tokens)
-        units = [Text(self, len(t), encoder, shared, cache, key, t, detail) for key, t in zip(lacking, tokens)]
+        units = [Text(self, len(t), encoder, shared, own, key, t, detail) for key, t in zip(lacking, tokens)]
         return keys, sorted(units, key=lambda unit: -unit.size)
-
-    def _pairs(self, cross: CrossEncoder, positions: Sequence[int]) -> list[Unit]:
-        tokens = cross.tokenize(self.query, [self.documents[i] for i in positions], self.max_tokens)
-        return sorted((Pair(self, len(t), cross, t, i) for i, t in zip(positions, tokens)), key=lambda unit: -unit.size)
 
 
 @dataclass(eq=False)
@@ -171,27 +148,26 @@ class Unit:
 
 @dataclass(eq=False)
 class Query(Unit):
-    """A query for a bi-encoder."""
+    """A query for an encoder."""
 
-    encoder: BiEncoder
+    encoder: Encoder
     tokens: Tokens
     detail: Detail
-    hidden: bool
 
     @property
     def group(self) -> Hashable:
-        return "query", id(self.encoder), self.detail, self.hidden
+        return "query", id(self.encoder), self.detail
 
     def run(self, units: Sequence[Query]) -> None:
-        for unit, read in zip(units, self.encoder.read([u.tokens for u in units], detail=self.detail, hidden=self.hidden)):
+        for unit, read in zip(units, self.encoder.read([u.tokens for u in units], detail=self.detail)):
             unit.pool.has_read(self.encoder, read, self.detail)
 
 
 @dataclass(eq=False)
 class Text(Unit):
-    """A document for a bi-encoder, whose vectors go to the shared cache and to the ranking's own."""
+    """A document for an encoder, whose vectors go to the shared cache and to the ranking's own."""
 
-    encoder: BiEncoder
+    encoder: Encoder
     shared: VectorCache
     own: VectorCache
     key: bytes
@@ -212,32 +188,19 @@ class Text(Unit):
 
 
 @dataclass(eq=False)
-class Pair(Unit):
-    """A query with a document for a cross-encoder."""
+class Score(Unit):
+    """A part of a scorer's work, for the documents at these positions of the pool."""
 
-    cross: CrossEncoder
-    tokens: Tokens
-    position: int
+    cross: Scorer
+    work: Work
+    positions: list[int]
 
     @property
     def group(self) -> Hashable:
-        return "pair", id(self.cross)
+        return ("score", id(self.cross)) if self.cross.shares else id(self)
 
-    def run(self, units: Sequence[Pair]) -> None:
-        for unit, logit in zip(units, self.cross.logits([u.tokens for u in units]).tolist()):
-            unit.pool.logit[unit.position] = logit, unit.size, unit.size < unit.tokens.wanted + self.cross.specials
-
-
-@dataclass(eq=False)
-class Batch(Unit):
-    """A query with some documents for a one-way cross-encoder: one forward, since its first layer reads the query once for them all."""
-
-    cross: OneWayCrossEncoder
-    query: Read
-    positions: list[int]
-
-    def run(self, units: Sequence[Batch]) -> None:
+    def run(self, units: Sequence[Score]) -> None:
+        logits = iter(self.cross.logits([unit.work for unit in units]).tolist())
         for unit in units:
-            documents, states = unit.pool.cached(unit.positions)
-            for position, logit in zip(unit.positions, unit.cross.logits(unit.query, documents, states).tolist()):
-                unit.pool.logit[position] = logit, 0, False
+            for position in unit.positions:
+                unit.pool.done[position] = next(logits), unit.work

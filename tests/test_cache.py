@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rerank_lab.models import cache as module
 from rerank_lab.models import shards as files
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models.base import Detail, Tokens, Vectors
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cache import VectorCache, ensure, text_key
-from rerank_lab.models.forward import Tokens
 from rerank_lab.models.shards import default_place
 from tests.conftest import DOCUMENTS, ROOT
 
@@ -238,7 +238,7 @@ def test_a_kill_while_writing_leaves_no_half_shard(tmp_path: Path, caplog: pytes
 import os, signal, sys
 from pathlib import Path
 from typing import Any
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import VectorCache
 from tests.test_cache import made
 cache = VectorCache("m", Path(sys.argv[1]))

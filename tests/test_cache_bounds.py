@@ -12,7 +12,8 @@ import torch
 
 from rerank_lab.models import cache as cache_module
 from rerank_lab.models import shards as files
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models.base import Detail, Vectors
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cache import VectorCache, ensure, text_key
 from tests.conftest import ROOT
 from tests.test_cache import assert_same, encoded, get, made, shards
@@ -96,7 +97,7 @@ def test_processes_that_write_read_and_trim_at_once_harm_nobody(tmp_path: Path) 
 import sys
 import torch
 from pathlib import Path
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import VectorCache
 from tests.test_cache import made
 folder, own = Path(sys.argv[1]), int(sys.argv[2])

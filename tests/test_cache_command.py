@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rerank_lab.cache import main
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.base import Detail
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cache import VectorCache
 from tests.test_cache import get, made, shards
 

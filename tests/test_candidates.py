@@ -22,7 +22,8 @@ from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
 from rerank_lab.executor import merged, search_block
 from rerank_lab.lexical import BM25, PARAMETERS
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.base import Detail
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.run import Ranked
 from tests.conftest import DOCUMENTS, QRELS, QUERIES
 

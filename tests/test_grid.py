@@ -10,7 +10,7 @@ import pytest
 
 from rerank_lab import grid
 from rerank_lab.eval import main
-from rerank_lab.models.bi_encoder import Detail, Vectors
+from rerank_lab.models.base import Detail, Vectors
 from rerank_lab.models.cache import VectorCache
 from tests.conftest import DOCUMENTS, QUERIES
 from tests.test_eval import failing, load

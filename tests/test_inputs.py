@@ -236,8 +236,7 @@ def test_kept_rerankers_are_told_apart_by_type(fast: Reranker) -> None:
     assert rerank(QUERY, TEXTS, **given, max_tokens_per_doc=1)[0].relevance_score == rerank(QUERY, TEXTS, **given, max_tokens_per_doc=1.0)[0].relevance_score
     with pytest.raises(UserError, match="max_tokens_per_doc"):
         rerank(QUERY, TEXTS, **given, max_tokens_per_doc=True)
-    files = inputs.state(given["model"], None, None)
-    kept = reranker._kept(files, **given)
-    assert reranker._kept(files, **given) is kept
+    held = reranker.kept.get(given)
+    assert reranker.kept.get(given) is held
     rerank(QUERY, TEXTS, **dict(reversed(given.items())))
-    assert reranker._kept(files, **given) is kept
+    assert reranker.kept.get(given) is held

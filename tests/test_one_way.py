@@ -20,8 +20,8 @@ from transformers import AutoModel, AutoTokenizer
 from rerank_lab import Reranker
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models import ADAPTERS, load_cross_encoder
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
-from rerank_lab.models.forward import Tokens
+from rerank_lab.models.base import Detail, Inputs, Tokens, Vectors
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
 from tests.conftest import DOCUMENTS
 
@@ -160,7 +160,9 @@ def test_every_tensor_of_the_adapter_counts(cross: OneWayCrossEncoder, changed: 
 
 def test_standard_reads_documents_that_best_and_fast_have_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = Reranker("all-MiniLM-L6-v2", "best", "minilm-cross", device="cpu")
-    assert isinstance(reranker.cross, OneWayCrossEncoder) and reranker.cross.encoder is reranker.encoder and reranker.cross_cache is reranker.cache
+    assert (
+        isinstance(reranker.cross, OneWayCrossEncoder) and reranker.cross.encoder is reranker.encoder and list(reranker.engine.caches) == [id(reranker.encoder)]
+    )
     encoded: list[str] = []
     real = BiEncoder.tokenize
 
@@ -181,10 +183,9 @@ def test_standard_reads_documents_that_best_and_fast_have_encoded(monkeypatch: p
 def test_another_bi_encoder_keeps_a_cache_of_its_own(tmp_path: Path) -> None:
     save_file({"V": torch.eye(384)[:, :16].contiguous()}, tmp_path / "v.safetensors")
     reranker = Reranker("all-MiniLM-L6-v2", "best", "minilm-cross", subspace=str(tmp_path / "v.safetensors"), cache_dir=tmp_path, device="cpu")
-    assert reranker.cache is not reranker.cross_cache and isinstance(reranker.cross, OneWayCrossEncoder)
+    assert len(reranker.engine.caches) == 2 and isinstance(reranker.cross, OneWayCrossEncoder)
     reranker.encode(TEXTS, detail=reranker.detail)
-    assert reranker.cache is not None and reranker.cross_cache is not None
-    assert len(reranker.cache) == len(reranker.cross_cache) == len(TEXTS)
+    assert reranker.cache is not None and [len(cache) for cache in reranker.engine.caches.values()] == [len(TEXTS)] * 2
     wanted = score(reranker.cross, QUERY, states(reranker.cross.encoder))[0]
     ranking = reranker.using("standard").score(QUERY, TEXTS)
     torch.testing.assert_close(ranking.scores, wanted[ranking.order], atol=5e-3, rtol=0)
@@ -212,7 +213,9 @@ def test_the_flops_formula_is_within_3_percent_of_what_torch_counts(cross: OneWa
     lengths = vectors.offsets.diff()
     attention = 2 * length * int(lengths.sum()) * 128  # the CPU kernel is not counted by torch
     counted = counter.get_total_flops() - encoding + attention - query_once  # which is read three times, and is not in the formula
-    assert cross.flops(length, lengths) == pytest.approx(counted, rel=0.03)
+    (read,) = cross.encoder.read(cross.encoder.tokenize(["sort rows by values"], "query", cross.limit), detail=Detail.STATES)
+    work = cross.work(Inputs("sort rows by values", texts, cross.limit, read, vectors, torch.split(vectors.states, lengths.tolist())))
+    assert cross.flops(work) == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.parametrize(

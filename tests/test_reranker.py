@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import rerank_lab
 from rerank_lab import Reranker, rerank
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
+from rerank_lab.models.bi_encoder import BiEncoder
 from tests.checkpoints import bi_encoder
 from tests.conftest import DOCUMENTS
 
@@ -96,7 +97,7 @@ def test_vectors_are_made_once(reranker: Reranker) -> None:
 
 def test_flops_separate_seen_from_new_documents(reranker: Reranker) -> None:
     ranking, encoder = reranker.score(QUERY, TEXTS + TEXTS), reranker.encoder
-    assert encoder is not None
+    assert isinstance(encoder, BiEncoder)
     lengths = encoder.encode(TEXTS).lengths
     assert ranking.flops.new == encoder.flops(lengths, Detail.TOKENS)
     own = encoder.encode([QUERY], kind="query").lengths
@@ -127,7 +128,7 @@ def test_the_first_stage_joins_as_a_z_term(reranker: Reranker) -> None:
 
 def test_a_model_that_breaks_is_named(reranker: Reranker) -> None:
     broken = Reranker(method="fast", device="cpu")
-    assert broken.encoder is not None
+    assert isinstance(broken.encoder, BiEncoder)
     with torch.no_grad():
         next(broken.encoder.model.parameters()).fill_(torch.nan)
     with pytest.raises(ModelError, match="all-MiniLM-L6-v2"):

@@ -29,13 +29,15 @@ from transformers import (
 
 from rerank_lab.errors import UserError
 from rerank_lab.eval import main
-from rerank_lab.models import load_bi_encoder, load_cross_encoder
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models import load_cross_encoder
+from rerank_lab.models.base import Detail, Vectors
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.forward import places
+from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.models.runtimes import RUNTIMES, Outputs, _inner, choose
 from rerank_lab.models.transformer import Packed
-from tests.conftest import DOCUMENTS, QUERIES, report_of
+from tests.conftest import DOCUMENTS, QUERIES, load_bi, report_of
 
 TEXTS = [*(text for _, text in DOCUMENTS.values()), "", "merge two tables on a key " * 40]
 PAIRS = [(runtime, precision) for runtime, precisions in RUNTIMES.items() for precision in precisions if (runtime, precision) != ("torch", "fp32")]
@@ -45,25 +47,25 @@ NEAR = {"fp32": (2e-3, 0.99999), "bf16": (0.03, 0.9998), "int8": (0.2, 0.96)}
 
 @pytest.fixture(scope="module")
 def exact() -> tuple[Vectors, list[Any]]:
-    model = load_bi_encoder("all-MiniLM-L6-v2", device="cpu")
-    return model.encode(TEXTS, detail=Detail.STATES), model.read(model.tokenize(list(QUERIES.values()), "query", 64), hidden=True)
+    model = load_bi("all-MiniLM-L6-v2", device="cpu")
+    return model.encode(TEXTS, detail=Detail.STATES), model.read(model.tokenize(list(QUERIES.values()), "query", 64), detail=Detail.STATES)
 
 
 @pytest.mark.parametrize(("runtime", "precision"), [pair for pair in PAIRS if pair[0] != "compile"])
 def test_vectors_are_those_of_torch_in_fp32(exact: tuple[Vectors, list[Any]], runtime: str, precision: str) -> None:
-    model = load_bi_encoder("all-MiniLM-L6-v2", device="cpu", runtime=runtime, precision=precision)
+    model = load_bi("all-MiniLM-L6-v2", device="cpu", runtime=runtime, precision=precision)
     apart, cosine = NEAR[precision]
     found, wanted = model.encode(TEXTS, detail=Detail.STATES), exact[0]
     assert float((found.pooled * wanted.pooled).sum(1).min()) > cosine
     assert float((found.tokens.float() - wanted.tokens.float()).abs().max()) < apart
     correlation = torch.corrcoef(torch.stack([found.states.float().flatten(), wanted.states.float().flatten()]))[0, 1]
     assert float(correlation) > cosine - 0.01
-    for read, own in zip(model.read(model.tokenize(list(QUERIES.values()), "query", 64), hidden=True), exact[1]):
+    for read, own in zip(model.read(model.tokenize(list(QUERIES.values()), "query", 64), detail=Detail.STATES), exact[1]):
         for a, b in ((read.start, own.start), (read.last, own.last)):
             assert a is not None and torch.nn.functional.cosine_similarity(a, b, dim=-1).min() > cosine - 0.01
     if precision != "fp32":
         assert not torch.equal(found.pooled, wanted.pooled), "it is another arithmetic"
-    keys = {model.key(), load_bi_encoder("all-MiniLM-L6-v2", device="cpu").key()}
+    keys = {model.key(), load_bi("all-MiniLM-L6-v2", device="cpu").key()}
     assert len(keys) == 2, "vectors of another runtime or precision are others in the cache"
 
 
@@ -81,10 +83,11 @@ def test_logits_are_those_of_torch_in_fp32(small_cross: Path, runtime: str, prec
 
 
 def test_a_one_way_cross_encoder_starts_from_the_weights_as_they_are() -> None:
-    rough = load_bi_encoder("all-MiniLM-L6-v2", device="cpu", precision="bf16")
+    rough = load_bi("all-MiniLM-L6-v2", device="cpu", precision="bf16")
     assert isinstance(rough.network, Packed) and rough.network.dtype == torch.bfloat16
     own, plain = (load_cross_encoder("minilm-cross", device="cpu", encoder=encoder) for encoder in (rough, None))
-    for a, b in zip(own.net.parameters(), plain.net.parameters()):  # type: ignore[union-attr]
+    assert isinstance(own, OneWayCrossEncoder) and isinstance(plain, OneWayCrossEncoder)
+    for a, b in zip(own.net.parameters(), plain.net.parameters()):
         assert torch.equal(a, b)
 
 
@@ -197,7 +200,7 @@ def test_bf16_runs_on_any_bi_encoder(tmp_path: Path) -> None:
     from transformers import DistilBertConfig, DistilBertModel
 
     torch.manual_seed(0)
-    source = load_bi_encoder("all-MiniLM-L6-v2", device="cpu")
+    source = load_bi("all-MiniLM-L6-v2", device="cpu")
     DistilBertModel(DistilBertConfig(vocab_size=30522, dim=32, n_layers=2, n_heads=4, hidden_dim=48)).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((source.folder / name).read_bytes())

@@ -14,7 +14,7 @@ import pytest
 
 from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))

@@ -12,8 +12,7 @@ import pytest
 
 from rerank_lab.errors import ModelError
 from rerank_lab.fleet import Fleet
-from rerank_lab.models.bi_encoder import Detail, Vectors
-from rerank_lab.models.forward import Tokens
+from rerank_lab.models.base import Detail, Tokens, Vectors
 from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.server.contract import Refusal
 from rerank_lab.server.metrics import Metrics

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from rerank_lab.engine import Engine
 from rerank_lab.errors import UserError
 from rerank_lab.fleet import Fleet
-from rerank_lab.models.bi_encoder import Detail, Vectors
+from rerank_lab.models.base import Detail, Tokens, Vectors
 from rerank_lab.models.cache import VectorCache
-from rerank_lab.models.forward import Tokens
-from rerank_lab.reranker import Ranking
+from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.steps import Steps, Text
-from tests.conftest import DOCUMENTS, QUERIES
+from tests.conftest import DOCUMENTS, QUERIES, load_bi
 
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()] + ["", "Dot product of two arrays."]
 METHODS = ["fast", "best:stage1_top_k=4", "standard", "optimal:stage1_top_k=3", "best+cross"]
@@ -75,16 +75,17 @@ def test_a_text_that_several_ask_for_is_encoded_once(fleet: Fleet, monkeypatch: 
 
 def test_what_a_ranking_has_borrowed_outlives_the_cache(fleet: Fleet) -> None:
     reranker = fleet.reranker("standard", None, "minilm-cross")
-    assert reranker.cross_cache is not None
     want = reranker.without_cache().score("dot", TEXTS)
-    reranker.cross_cache = VectorCache("small", memory_bytes=1)
+    small = VectorCache("small", memory_bytes=1)
+    engine = Engine(None, reranker.cross, dict.fromkeys(reranker.engine.caches, small))
+    reranker = Reranker.of(engine, "standard")
     assert run([Steps(reranker, "dot", TEXTS)])[0].order == want.order
-    assert reranker.cross_cache.held_bytes == 0
+    assert small.held_bytes == 0
 
 
 def test_borrowing_while_another_thread_drops() -> None:
     shared = VectorCache("shared", memory_bytes=0)
-    encoder = Fleet.load(["all-MiniLM-L6-v2"], [], device="cpu").encoders["all-MiniLM-L6-v2"]
+    encoder = load_bi("all-MiniLM-L6-v2", device="cpu")
     vectors, stop, errors = encoder.encode(["a"]), threading.Event(), []
 
     def borrow() -> None:
@@ -116,4 +117,4 @@ def test_a_fleet_loads_each_model_once(fleet: Fleet) -> None:
     encoder = fleet.encoders["all-MiniLM-L6-v2"]
     assert getattr(fleet.crosses["minilm-cross"], "encoder") is encoder and list(fleet.caches) == [id(encoder)]  # noqa: B009
     one, other = (fleet.reranker(method, "all-MiniLM-L6-v2", "minilm-cross") for method in ("best", "optimal"))
-    assert one.cache is other.cache is other.cross_cache is fleet.caches[id(encoder)]
+    assert one.engine is other.engine and one.cache is fleet.caches[id(encoder)]

@@ -10,7 +10,8 @@ import pytest
 
 from rerank_lab.errors import UserError
 from rerank_lab.models import shards as files
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.base import Detail
+from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cache import VectorCache, ensure
 from rerank_lab.models.store import MIRROR, Store, is_url
 from tests.conftest import DOCUMENTS

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaModel
 
-from rerank_lab.models import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.forward import in_advance
 from rerank_lab.models.transformer import Packed, Padded
+from tests.conftest import load_bi, load_pairs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.5,
@@ -115,13 +115,13 @@ def test_what_is_not_known_runs_as_it_is(small_cross: Path) -> None:
     assert not Packed.fits(distil)
     assert not Packed.fits(MODELS["bert"]().half())
     assert not Packed.fits(build(BertModel, BertConfig, is_decoder=True))
-    assert isinstance(load_bi_encoder("all-MiniLM-L6-v2", device="cpu").network, Packed)
-    cross = load_cross_encoder(str(small_cross), device="cpu")
-    assert isinstance(cross.network, Packed)  # type: ignore[union-attr]
+    assert isinstance(load_bi("all-MiniLM-L6-v2", device="cpu").network, Packed)
+    cross = load_pairs(str(small_cross), device="cpu")
+    assert isinstance(cross.network, Packed)
     query, documents = "merge two tables", ["join on a key", "", "sort by the values along either axis"]
-    packed = cross.score(query, documents)[0]  # type: ignore[call-arg,arg-type]
-    cross.network = Padded(cross.model, 0, True)  # type: ignore[union-attr]
-    torch.testing.assert_close(cross.score(query, documents)[0], packed, atol=1e-4, rtol=1e-5)  # type: ignore[call-arg,arg-type]
+    packed = cross.score(query, documents)[0]
+    cross.network = Padded(cross.model, 0, True)
+    torch.testing.assert_close(cross.score(query, documents)[0], packed, atol=1e-4, rtol=1e-5)
 
 
 def test_what_comes_in_advance_is_in_order_one_ahead_and_raises_where_it_is_due() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rerank_kernels import MIN_TAU, contrast_score
 from rerank_lab.methods.method import Method
 from rerank_lab.methods.pool import Pool
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,8 @@ from torch import Tensor
 
 from rerank_kernels import similarity_topk, subspace_attention
 from rerank_lab.lexical import BM25
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Read, Vectors
+from rerank_lab.models.base import Detail, Encoder, Inputs, Read, Scorer, Vectors, Work
 from rerank_lab.models.cache import VectorCache, ensure
-from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.timing import Clock
 
 DROPPED = -torch.inf
@@ -38,10 +36,10 @@ class Pool:
     Args:
         query: holds at least one non-blank character.
         documents: n texts; empty and repeated ones are fine.
-        encoder, cache: the bi-encoder and its vectors.
-        cross: the cross-encoder, if the method uses one.
-        cross_cache: vectors of a one-way cross-encoder's backbone; the same as `cache` where that is the bi-encoder.
-        detail: all that will be asked of the bi-encoder's vectors of a document, so that it is encoded once.
+        encoder: makes vectors, if the method uses them.
+        cross: scores pairs, if the method uses it.
+        caches: of vectors, by id() of the encoder that makes them.
+        detail: all that the method will ask of the encoder's vectors of a document; what `cross` needs is added, so that each is encoded once.
         max_tokens: own tokens kept of each document.
         clock: where time is booked, by phase.
     """
@@ -51,16 +49,16 @@ class Pool:
         query: str,
         documents: Sequence[str],
         *,
-        encoder: BiEncoder | None = None,
-        cache: VectorCache | None = None,
-        cross: CrossEncoder | OneWayCrossEncoder | None = None,
-        cross_cache: VectorCache | None = None,
+        encoder: Encoder | None = None,
+        cross: Scorer | None = None,
+        caches: Mapping[int, VectorCache] | None = None,
         detail: Detail = Detail.POOLED,
         max_tokens: int = 512,
         clock: Clock | None = None,
     ):
         self.query, self.documents, self.max_tokens = query, documents, max_tokens
-        self.encoder, self.cache, self.cross, self.cross_cache, self.detail = encoder, cache, cross, cross_cache, detail
+        self.encoder, self.cross, self.caches, self.detail = encoder, cross, caches or {}, detail
+        self.needs = None if cross is None else cross.needs
         self.clock, self.flops = clock or Clock(), Flops()
         first: dict[str, int] = {}
         self._first = torch.tensor([first.setdefault(text, i) for i, text in enumerate(documents)], dtype=torch.int64, device="cpu")
@@ -83,16 +81,16 @@ class Pool:
         return int(self._tokens[self._first].sum()) + sum(int(read.vectors.lengths) for read in self._read.values())
 
     def vectors(self, positions: Tensor | None = None, *, detail: Detail) -> Vectors:
-        """The bi-encoder's vectors of the documents at these positions (all without), from the cache or encoded now."""
-        assert self.encoder is not None and self.cache is not None
-        return self._vectors(self.encoder, self.cache, positions, detail)[0]
+        """The encoder's vectors of the documents at these positions (all without), from the cache or encoded now."""
+        assert self.encoder is not None
+        return self._vectors(self.encoder, positions, detail)[0]
 
-    def _vectors(self, encoder: BiEncoder, cache: VectorCache, positions: Tensor | None, detail: Detail) -> tuple[Vectors, list[Tensor]]:
+    def _vectors(self, encoder: Encoder, positions: Tensor | None, detail: Detail) -> tuple[Vectors, list[Tensor]]:
         first = self._first if positions is None else self._first[positions]
-        ahead = max(detail, self.detail) if encoder is self.encoder else detail
+        ahead, cache = max(detail, self.ahead(encoder)), self.caches[id(encoder)]
         with self.clock.phase("encode"):
             texts = [self.documents[i] for i in first.tolist()]
-            keys = self.ensure(encoder, cache, texts, ahead)
+            keys = self.ensure(encoder, texts, ahead)
             vectors = cache.gather(keys, detail).to(encoder.device)
             states = cache.states(keys) if detail >= Detail.STATES else []
         limit, lengths = min(self.max_tokens, encoder.limit), vectors.lengths.cpu()
@@ -107,36 +105,42 @@ class Pool:
         self.flops.new += encoder.flops(new[fresh], ahead)
         return vectors, states
 
+    def ahead(self, encoder: Encoder) -> Detail:
+        """All that will be asked of an encoder's vectors of a document."""
+        needed = self.needs.detail if self.needs is not None and self.needs.encoder is encoder else Detail.POOLED
+        return max(self.detail, needed) if encoder is self.encoder else needed
+
     def query_vectors(self, *, detail: Detail) -> Vectors:
         """Vectors of the query; never cached, since a query is new to the system that answers it."""
         assert self.encoder is not None
         return self.query_read(self.encoder, detail).vectors
 
-    def query_read(self, encoder: BiEncoder, detail: Detail) -> Read:
-        """The query as a bi-encoder sees it, once for all that ask; with its states where a one-way cross-encoder goes on from them."""
+    def query_read(self, encoder: Encoder, detail: Detail) -> Read:
+        """The query as an encoder sees it, once for all that ask; with its states where a scorer goes on from them."""
         if id(encoder) not in self._read:
             with self.clock.phase("encode"):
-                self.has_read(encoder, self.read(encoder, detail, self.goes_on_from(encoder)), detail)
+                self.has_read(encoder, self.read(encoder, self.query_detail(encoder, detail)), detail)
         return self._read[id(encoder)]
 
-    def has_read(self, encoder: BiEncoder, read: Read, detail: Detail) -> None:
-        """Keeps what a bi-encoder made of the query."""
+    def has_read(self, encoder: Encoder, read: Read, detail: Detail) -> None:
+        """Keeps what an encoder made of the query."""
         self._read[id(encoder)] = Read(read.vectors.to(encoder.device), read.own, read.start, read.last)
-        self.flops.seen += encoder.flops(read.vectors.lengths.cpu(), Detail.TOKENS if self.goes_on_from(encoder) else detail)
+        self.flops.seen += encoder.flops(read.vectors.lengths.cpu(), self.query_detail(encoder, detail))
 
-    def goes_on_from(self, encoder: BiEncoder) -> bool:
-        """Whether a one-way cross-encoder reads the query from this bi-encoder's states."""
-        return isinstance(self.cross, OneWayCrossEncoder) and self.cross.encoder is encoder
+    def query_detail(self, encoder: Encoder, detail: Detail) -> Detail:
+        """What is made of the query at once where the method asks for this; states only where a scorer goes on from them."""
+        own = min(detail, Detail.TOKENS)
+        return max(own, self.needs.detail) if self.needs is not None and self.needs.encoder is encoder else own
 
-    def read(self, encoder: BiEncoder, detail: Detail, hidden: bool) -> Read:
-        """Runs the bi-encoder over the query."""
+    def read(self, encoder: Encoder, detail: Detail) -> Read:
+        """Runs an encoder over the query."""
         with self.clock.phase("tokenise"):
             tokens = encoder.tokenize([self.query], "query", encoder.limit)
-        return encoder.read(tokens, detail=detail, hidden=hidden)[0]
+        return encoder.read(tokens, detail=detail)[0]
 
-    def ensure(self, encoder: BiEncoder, cache: VectorCache, texts: Sequence[str], detail: Detail) -> list[bytes]:
+    def ensure(self, encoder: Encoder, texts: Sequence[str], detail: Detail) -> list[bytes]:
         """Puts what the cache lacks of the texts there; their keys."""
-        return ensure(encoder, cache, texts, max_tokens=self.max_tokens, detail=detail, clock=self.clock)
+        return ensure(encoder, self.caches[id(encoder)], texts, max_tokens=self.max_tokens, detail=detail, clock=self.clock)
 
     def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
         """Stage 1: the bi-encoder's own similarity with the query, which is the cosine unless the checkpoint says otherwise.
@@ -172,33 +176,37 @@ class Pool:
         return subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, pairs, tau)
 
     def logits(self, positions: Tensor) -> Tensor:
-        """The cross-encoder's logits of the documents at these positions, each distinct text once."""
+        """The scorer's logits of the documents at these positions, each distinct text once."""
         assert self.cross is not None
         own, inverse = torch.unique(self._first[positions], return_inverse=True)
-        if isinstance(self.cross, OneWayCrossEncoder):
-            assert self.cross_cache is not None
-            read = self.query_read(self.cross.encoder, Detail.TOKENS)
-            documents, states = self._vectors(self.cross.encoder, self.cross_cache, own, Detail.STATES)
-            with self.clock.phase("score"):
-                logits = self.one_way(self.cross, read, own.tolist(), documents, states)
-            self.flops.seen += self.cross.flops(int(read.vectors.lengths), documents.offsets.diff())
-            return logits[inverse]
+        return self.scored(self.cross, own)[inverse]
+
+    def scored(self, cross: Scorer, positions: Tensor) -> Tensor:
+        """Runs a scorer over the documents at these distinct positions."""
+        work = self.work(cross, positions)
         with self.clock.phase("score"):
-            logits, lengths, cut = self.pairs(self.cross, own.tolist())
-        self._cut[own[cut]] = True
-        self._tokens[own] = lengths
-        self.flops.seen += self.cross.flops(lengths)
-        return logits[inverse]
+            found = cross.logits(work)
+        self.flops.seen += cross.flops(work)
+        places = torch.tensor([place for part in work for place in part.positions], dtype=torch.int64, device="cpu")
+        if cross.needs is None:
+            self.has_paired(positions[places], [part for part in work for _ in part.positions])
+        return torch.empty_like(found).index_copy_(0, places, found)
 
-    def one_way(self, cross: OneWayCrossEncoder, query: Read, positions: Sequence[int], documents: Vectors, states: Sequence[Tensor]) -> Tensor:
-        """Runs a one-way cross-encoder over the documents at these positions, whose vectors are at hand."""
-        return cross.logits(query, documents, states)
+    def work(self, cross: Scorer, positions: Tensor) -> Sequence[Work]:
+        """What there is to do for a scorer at these positions, with whatever it needs made first."""
+        texts = [self.documents[i] for i in positions.tolist()]
+        if cross.needs is None:
+            with self.clock.phase("tokenise"):
+                return cross.work(Inputs(self.query, texts, self.max_tokens))
+        read = self.query_read(cross.needs.encoder, Detail.TOKENS)
+        vectors, states = self._vectors(cross.needs.encoder, positions, cross.needs.detail)
+        with self.clock.phase("score"):
+            return cross.work(Inputs(self.query, texts, self.max_tokens, read, vectors, states))
 
-    def pairs(self, cross: CrossEncoder, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs a cross-encoder over the query with each document: logits, tokens of the pairs, what was cut."""
-        with self.clock.phase("tokenise"):
-            pairs = cross.tokenize(self.query, [self.documents[i] for i in positions], self.max_tokens)
-        return cross.logits(pairs), *cross.lengths(pairs)
+    def has_paired(self, positions: Tensor, work: Sequence[Work]) -> None:
+        """Notes what a scorer of pairs has read for each of these positions; of scorers that read vectors, `_vectors` does."""
+        self._tokens[positions] = torch.tensor([part.size for part in work], dtype=torch.int64, device="cpu")
+        self._cut[positions[torch.tensor([part.cut for part in work], dtype=torch.bool, device="cpu")]] = True
 
     def lexical(self, positions: Tensor) -> Tensor:
         """BM25 with these documents as the whole collection: their own document frequencies and mean length."""

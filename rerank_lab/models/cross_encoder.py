@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,21 @@ from torch import Tensor
 
 from rerank_kernels import exactly
 from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.base import Encoder, Inputs, Needs, Tokens, Work
 from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import read_checkpoint
 from rerank_lab.models.families import CROSS
-from rerank_lab.models.forward import Texts, Tokens, backend, batches, encoder_flops, encodings, limit_of, load_checkpoint, padding
+from rerank_lab.models.forward import Texts, backend, batches, encoder_flops, encodings, limit_of, load_checkpoint, padding
+from rerank_lab.models.registry import Place, locate, pick_device
 from rerank_lab.models.runtimes import choose, network
 from rerank_lab.models.transformer import Packed, Padded
+
+
+@dataclass(frozen=True, eq=False)
+class Pair(Work):
+    """A query with one document, as the model reads them."""
+
+    tokens: Tokens
 
 
 class CrossEncoder:
@@ -32,6 +42,9 @@ class CrossEncoder:
     Raises:
         UserError: no such checkpoint, a runtime that cannot be had, no trained classification head in it, or more than one label.
     """
+
+    needs: Needs | None = None
+    shares = True
 
     def __init__(self, folder: Path, name: str, *, device: torch.device | str = "cpu", runtime: str = "auto", precision: str = "fp32"):
         from transformers import AutoModelForSequenceClassification
@@ -72,33 +85,34 @@ class CrossEncoder:
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
         """
-        pairs = self.tokenize(query, documents, max_tokens)
-        return self.logits(pairs), *self.lengths(pairs)
+        work = self.work(Inputs(query, documents, max_tokens))
+        lengths = torch.tensor([pair.size for pair in work], dtype=torch.int64, device="cpu")
+        return self.logits(work), lengths, torch.tensor([pair.cut for pair in work], dtype=torch.bool, device="cpu")
 
-    def lengths(self, pairs: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-        """The tokens that each of N pairs takes, and whether something of it was cut off."""
-        lengths = torch.tensor([len(p) for p in pairs], dtype=torch.int64, device="cpu")
-        return lengths, lengths < torch.tensor([p.wanted + self.specials for p in pairs], dtype=torch.int64, device="cpu")
+    def reading(self) -> str:
+        """What the folder asks for beyond a plain reading, as JSON for results; "" where that is nothing."""
+        return self.checkpoint.reading()
 
-    def tokenize(self, query: str, documents: Sequence[str], max_tokens: int) -> list[Tokens]:
+    def work(self, inputs: Inputs) -> list[Pair]:
         """The query with each of N documents, as the model reads them."""
-        own, *_ = encodings(self.tokenizer, [self.checkpoint.pair_prompt + query])
-        pairs = []
-        for document in encodings(self.tokenizer, documents):
+        own, *_ = encodings(self.tokenizer, [self.checkpoint.pair_prompt + inputs.query])
+        pairs: list[Pair] = []
+        for document in encodings(self.tokenizer, inputs.texts):
             wanted = len(own) + len(document)
-            document.truncate(min(max_tokens, 1 << 31), direction=self.truncation_side)
-            pairs.append(Tokens.of(self.pairing.post_process(own, document), wanted))
+            document.truncate(min(inputs.max_tokens, 1 << 31), direction=self.truncation_side)
+            tokens = Tokens.of(self.pairing.post_process(own, document), wanted)
+            pairs.append(Pair([len(pairs)], len(tokens), len(tokens) < wanted + self.specials, tokens))
         return pairs
 
     @exactly(tensors=True)
-    def logits(self, pairs: Sequence[Tokens]) -> Tensor:
-        """Logits of N pairs (fp32, on the CPU), of one query or of many.
+    def logits(self, work: Sequence[Work]) -> Tensor:
+        """One logit a pair (fp32, on the CPU), of one query or of many.
 
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
         """
-        logits = torch.zeros(len(pairs), dtype=torch.float32, device="cpu")
-        for batch, texts in batches(pairs, self.network, self.device):
+        logits = torch.zeros(len(work), dtype=torch.float32, device="cpu")
+        for batch, texts in batches([_tokens(pair) for pair in work], self.network, self.device):
             with torch.inference_mode():
                 logits[torch.from_numpy(batch)] = self._run(texts)[:, 0].float().cpu()
         if not bool(logits.isfinite().all()):
@@ -113,6 +127,21 @@ class CrossEncoder:
         logits: Tensor = self.model.classifier(first if pooler is None else pooler(first))
         return logits
 
-    def flops(self, lengths: Tensor) -> int:
-        """FLOPs of pairs of these lengths in tokens, special ones counted; the head is left out."""
+    def flops(self, work: Sequence[Work]) -> int:
+        """FLOPs of these pairs; the head is left out."""
+        lengths = torch.tensor([pair.size for pair in work], dtype=torch.int64, device="cpu")
         return encoder_flops(self.config, lengths, first=isinstance(self.network, Packed))
+
+
+def _tokens(work: Work) -> Tokens:
+    assert isinstance(work, Pair)
+    return work.tokens
+
+
+def load(name: str, place: Place, loaded: Mapping[str, Encoder]) -> CrossEncoder:
+    """A cross-encoder by registry id, folder or hub name; it shares no encoder.
+
+    Raises:
+        UserError: not to be found, or of another role.
+    """
+    return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(place.device), runtime=place.runtime, precision=place.precision)

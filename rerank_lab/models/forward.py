@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +14,7 @@ from tokenizers import Encoding, Tokenizer, normalizers
 from torch import Tensor
 
 from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.base import Tokens
 from rerank_lab.models.checkpoint import Checkpoint
 from rerank_lab.models.transformer import Packed, Padded, States
 
@@ -26,32 +26,6 @@ LONGEST = 2**31 - 1  # tokens of one text, where neither model nor tokenizer nam
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
 # Characters tokenised at once: a tokenizer's own objects take a hundred times the bytes of what is kept of them.
 CHARACTERS = 1 << 18
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """A text or a pair as a model reads it, special tokens included.
-
-    Attributes:
-        ids: L, int32.
-        types: L, int8, the segment of each.
-        special: L, bool.
-        wanted: tokens before truncation, special ones not counted.
-    """
-
-    ids: np.ndarray
-    types: np.ndarray
-    special: np.ndarray
-    wanted: int
-
-    @classmethod
-    def of(cls, encoding: Encoding, wanted: int) -> Tokens:
-        """From the tokenizer's own object."""
-        mask = np.array(encoding.special_tokens_mask, dtype=bool)
-        return cls(np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int8), mask, wanted)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 def encodings(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -27,9 +28,13 @@ from torch.nn.functional import gelu, normalize, scaled_dot_product_attention, s
 
 from rerank_kernels import exactly, subspace_attention
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.bi_encoder import BiEncoder, Read, Vectors
+from rerank_lab.models.base import Detail, Encoder, Inputs, Needs, Read, Vectors, Work
+from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
+from rerank_lab.models.bi_encoder import load as load_encoder
 from rerank_lab.models.forward import plan_batches
+from rerank_lab.models.registry import DEFAULT_MODEL, REGISTRY, Place
 
+ADAPTERS = Path(__file__).parent.parent / "data" / "cross-encoders"
 TAU = 0.1
 # Padded document tokens of one batch. Keys and values of 2,048 take 19 MB in fp32 and stay in cache.
 TOKEN_BUDGET = 2048
@@ -173,6 +178,40 @@ def padded_states(documents: Sequence[Tensor], net: OneWay, longest: int) -> tup
     return padded, mask
 
 
+class Reading:
+    """A query with N documents, all of them as the bi-encoder left them.
+
+    Args:
+        query: read at Detail.STATES.
+        documents, states: of N documents, at Detail.TOKENS or more; Ld × 2·d·S each.
+    """
+
+    def __init__(self, query: Read, documents: Vectors, states: Sequence[Tensor]):
+        assert query.start is not None and query.last is not None
+        self.start, self.last, self.query, self.documents, self.states = query.start, query.last, query, documents, states
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """N × Lq, what each token of the query finds in each document; 0 at special tokens."""
+        own, tokens, documents = self.query.own, self.query.vectors.tokens, self.documents
+        count = len(documents.pooled)
+        A = self.start.new_zeros(count, self.start.shape[1])
+        if len(tokens):
+            places = torch.arange(count, dtype=torch.int64, device=self.start.device)
+            pairs = torch.stack([torch.zeros_like(places), places], 1)
+            found = subspace_attention(tokens, self.query.vectors.offsets, documents.tokens, documents.offsets, pairs, TAU)
+            A[:, own] = found.view(count, len(tokens))
+        return A
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Work):
+    """Some of the documents: one forward, since its first layer reads the query once for them all."""
+
+    reading: Reading
+    tokens: int  # of these documents, without special ones
+
+
 class OneWayCrossEncoder:
     """Scores a query against documents whose vectors are at hand.
 
@@ -184,6 +223,8 @@ class OneWayCrossEncoder:
     Raises:
         UserError: no such file, or one that does not fit the bi-encoder.
     """
+
+    shares = False
 
     def __init__(self, encoder: BiEncoder, adapter: Path, name: str):
         self.encoder, self.name = encoder, name
@@ -211,6 +252,25 @@ class OneWayCrossEncoder:
         """Where the model is."""
         return self.encoder.device
 
+    @property
+    def needs(self) -> Needs:
+        """The keys and values that the bi-encoder's upper layers left of a document."""
+        return Needs(self.encoder, Detail.STATES)
+
+    @property
+    def runtime(self) -> str:
+        """The bi-encoder's."""
+        return self.encoder.runtime
+
+    @property
+    def precision(self) -> str:
+        """The bi-encoder's."""
+        return self.encoder.precision
+
+    def reading(self) -> str:
+        """Nothing: an adapter asks for no prompt."""
+        return ""
+
     def score(self, query: str, documents: Vectors, states: Sequence[Tensor]) -> tuple[Tensor, int]:
         """Logits of N documents.
 
@@ -226,45 +286,56 @@ class OneWayCrossEncoder:
             ModelError: the model gave a NaN or an infinite logit.
         """
         tokens = self.encoder.tokenize([query], "query", self.limit)
-        return self.logits(self.encoder.read(tokens, hidden=True)[0], documents, states), tokens[0].wanted
+        (read,) = self.encoder.read(tokens, detail=Detail.STATES)
+        work = self.work(Inputs(query, (), self.limit, read, documents, states))
+        logits = torch.zeros(len(documents.pooled), dtype=torch.float32, device="cpu")
+        logits[[place for batch in work for place in batch.positions]] = self.logits(work)
+        return logits, tokens[0].wanted
+
+    def work(self, inputs: Inputs) -> list[Batch]:
+        """Documents in the batches that one forward takes."""
+        assert inputs.read is not None and inputs.vectors is not None
+        reading, lengths = Reading(inputs.read, inputs.vectors, inputs.states), inputs.vectors.offsets.diff().tolist()
+        found = []
+        for batch in plan_batches([length + 1 for length in lengths], TOKEN_BUDGET):
+            tokens = sum(lengths[place] for place in batch)
+            found.append(Batch(batch.tolist(), tokens + len(batch), False, reading, tokens))
+        return found
 
     @exactly(tensors=True)
-    def logits(self, query: Read, documents: Vectors, states: Sequence[Tensor]) -> Tensor:
-        """What `score` does, of a query that is read already (hidden=True)."""
-        assert query.start is not None and query.last is not None
-        logits = torch.zeros(len(documents.pooled), dtype=torch.float32, device="cpu")
+    def logits(self, work: Sequence[Work]) -> Tensor:
+        """One logit a document, batch by batch (fp32, on the CPU).
+
+        Raises:
+            ModelError: the model gave a NaN or an infinite logit.
+        """
+        found = [torch.zeros(0, dtype=torch.float32, device="cpu")]
         with torch.inference_mode():
-            own, tokens = query.own, query.vectors.tokens
-            lengths, count = documents.offsets.diff(), len(documents.pooled)
-            places = torch.arange(count, dtype=torch.int64, device=self.device)
-            A = query.start.new_zeros(count, query.start.shape[1])
-            if len(tokens):
-                pairs = torch.stack([torch.zeros_like(places), places], 1)
-                A[:, own] = subspace_attention(tokens, query.vectors.offsets, documents.tokens, documents.offsets, pairs, TAU).view(count, len(tokens))
-            for batch in self.plan(lengths):
-                rows = torch.from_numpy(batch).to(self.device)
-                padded, mask = padded_states([states[i] for i in batch], self.net, self.limit)
-                found = self.net(query.start, query.last, None, own[None], padded, mask, documents.pooled[rows], A[rows])
-                logits[torch.from_numpy(batch)] = found.cpu()
+            for batch in work:
+                assert isinstance(batch, Batch)
+                reading, rows = batch.reading, torch.tensor(batch.positions, dtype=torch.int64, device=self.device)
+                padded, mask = padded_states([reading.states[i] for i in batch.positions], self.net, self.limit)
+                pooled, A = reading.documents.pooled[rows], reading.attention[rows]
+                found.append(self.net(reading.start, reading.last, None, reading.query.own[None], padded, mask, pooled, A).cpu())
+        logits = torch.cat(found)
         if not bool(logits.isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
         return logits
 
-    def plan(self, lengths: Tensor) -> list[np.ndarray]:
-        """Documents of these tokens in the batches that one forward takes."""
-        return plan_batches((lengths + 1).tolist(), TOKEN_BUDGET)
-
-    def flops(self, length: int, lengths: Tensor) -> int:
-        """FLOPs of a query of these own tokens, read already, against documents of these, whose vectors are at hand; a multiplication and an addition are two.
+    def flops(self, work: Sequence[Work]) -> int:
+        """FLOPs of a query, read already, against documents whose vectors are at hand; a multiplication and an addition are two.
 
         A fused layer's six d × d and two d × m maps, 2·Lq·(6d² + 2dm), attention within the query,
         4·Lq²·d, and to the document, 4·Lq·Ld·d; subspace attention, 2·Lq·Ld·r.
         """
-        config, count, tokens = self.encoder.config, len(lengths), int(lengths.sum())
-        own = min(length, self.limit)
-        d, m, Lq = config.hidden_size, config.intermediate_size, own + self.encoder.specials
-        layer = count * (2 * Lq * (6 * d * d + 2 * d * m) + 4 * Lq * Lq * d) + 4 * Lq * tokens * d
-        total: int = len(self.net.layers) * layer + 2 * own * tokens * self.encoder.token_dimensions
+        config, total = self.encoder.config, 0
+        d, m = int(config.hidden_size), int(config.intermediate_size)
+        for batch in work:
+            assert isinstance(batch, Batch)
+            own = min(int(batch.reading.query.vectors.lengths), self.limit)
+            Lq, count, tokens = own + self.encoder.specials, len(batch.positions), batch.tokens
+            layer = count * (2 * Lq * (6 * d * d + 2 * d * m) + 4 * Lq * Lq * d) + 4 * Lq * tokens * d
+            total += len(self.net.layers) * layer + 2 * own * tokens * self.encoder.token_dimensions
         return total
 
 
@@ -284,3 +355,28 @@ def merge(net: OneWay, tensors: dict[str, Tensor]) -> None:
     for name in updates:
         plain[f"{name}.weight"] = weights[f"{name}.weight"] + tensors[f"{name}.B"] @ tensors[f"{name}.A"]
     net.load_state_dict(weights | plain)
+
+
+def load(name: str, place: Place, loaded: Mapping[str, Encoder]) -> OneWayCrossEncoder:
+    """A one-way cross-encoder by registry id or by its adapter's file; it shares its bi-encoder where that is loaded.
+
+    Raises:
+        UserError: not to be found, or an adapter of other weights.
+    """
+    backbone = backbone_of(name)
+    assert backbone is not None
+    encoder = next((one for one in loaded.values() if isinstance(one, BiEncoder) and one.name == backbone and _has_shipped_subspace(one)), None)
+    return OneWayCrossEncoder(encoder or load_encoder(backbone, place), ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name), name)
+
+
+def backbone_of(name: str) -> str | None:
+    """The bi-encoder that a one-way adapter belongs to; None: no such adapter."""
+    info = REGISTRY.get(name)
+    if info is not None:
+        return info.source.removeprefix("adapter:") if info.source.startswith("adapter:") else None
+    return DEFAULT_MODEL if name.endswith(".safetensors") else None
+
+
+def _has_shipped_subspace(encoder: BiEncoder) -> bool:
+    shipped = shipped_subspace(encoder.weights)
+    return shipped is not None and encoder.subspace is not None and torch.equal(encoder.subspace.cpu(), shipped)

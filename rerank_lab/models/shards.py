@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from rerank_lab.models.bi_encoder import Detail, Vectors
+from rerank_lab.models.base import Detail, Vectors
 
 log = logging.getLogger(__name__)
 SCHEMA = "2"

@@ -13,7 +13,7 @@ from rerank_lab.datasets import Dataset
 from rerank_lab.errors import UserError
 from rerank_lab.methods import BEST_CROSS, Pool, make_method
 from rerank_lab.methods.best import Best
-from rerank_lab.models.bi_encoder import BiEncoder, Detail
+from rerank_lab.models.base import Detail, Encoder
 from rerank_lab.report.blocks import Block, Cell, Details, Quoted, Table, Text
 from rerank_lab.report.load import Loaded
 from rerank_lab.reranker import Reranker
@@ -185,7 +185,7 @@ def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str,
     return Details(f"{_cut(query)} ({what})", [Table(head, rows, kind="alignment")])
 
 
-def _words(encoder: BiEncoder, text: str, kind: str, count: int, limit: int) -> list[str]:
+def _words(encoder: Encoder, text: str, kind: str, count: int, limit: int) -> list[str]:
     """The text's own tokens as they are written."""
     (tokens,) = encoder.tokenize([text], kind, limit)
-    return [encoder.tokenizer.id_to_token(int(i)) or "" for i, special in zip(tokens.ids, tokens.special) if not special][:count]
+    return encoder.words(tokens)[:count]

@@ -15,9 +15,7 @@ from typing import Any
 from rerank_lab.errors import ModelError
 from rerank_lab.fleet import Fleet
 from rerank_lab.methods import METHODS
-from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.forward import token_budget
-from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.server.contract import Call, Refusal, invalid
 from rerank_lab.server.metrics import Metrics
@@ -177,7 +175,7 @@ class Service:
         characters = len(call.query) + sum(map(len, call.texts))
         # Four characters a token, and no more tokens than the model reads, so that a long document does not fill the queue.
         most = 4 * reranker.token_limit
-        pairs = len(call.texts) if isinstance(reranker.cross, CrossEncoder) else 1
+        pairs = len(call.texts) if reranker.scorer is not None and reranker.scorer.needs is None else 1
         tokens = 1 + (min(len(call.query), most) * pairs + sum(min(len(text), most) for text in call.texts)) // 4
         try:
             ranking, job = await self.scheduler.run(lambda: Steps(reranker, call.query, call.texts), characters, tokens=tokens, batch_size=call.batch_size)
@@ -201,8 +199,9 @@ def without_message(error: BaseException) -> str:
 
 
 def _query_cut(reranker: Reranker, query: str) -> bool:
-    """Whether a bi-encoder reads only a part of the query; of pairs, rankings tell it themselves."""
-    encoder = reranker.cross.encoder if isinstance(reranker.cross, OneWayCrossEncoder) else reranker.encoder
+    """Whether an encoder reads only a part of the query; of pairs, rankings tell it themselves."""
+    needs = None if reranker.scorer is None else reranker.scorer.needs
+    encoder = reranker.encoder if needs is None else needs.encoder
     return encoder is not None and encoder.tokenize([query], "query", encoder.limit)[0].wanted > encoder.limit
 
 

