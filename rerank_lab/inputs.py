@@ -48,6 +48,8 @@ def text_of(document: Any, position: int) -> str:
     Raises:
         UserError: it has none.
     """
+    if type(document) is str:
+        return document
     text = _python(document.get("text")) if isinstance(document, Mapping) else document
     if isinstance(text, str):
         return str.__str__(text)
@@ -183,7 +185,7 @@ def _items(name: str, given: Any) -> Iterator[Any]:
 
 def _python(item: Any) -> Any:
     """pyarrow's scalars as what they hold."""
-    return item.as_py() if callable(getattr(item, "as_py", None)) else item
+    return item if type(item) is str or not callable(getattr(item, "as_py", None)) else item.as_py()
 
 
 def _missing(value: Any) -> bool:

@@ -188,9 +188,9 @@ class Reranker:
             raise UserError("the query must be a string that holds at least one non-blank character")
         if not texts:
             raise UserError("documents must hold at least one item")
-        for name, text in [("the query", query), *((f"documents[{i}]", text) for i, text in enumerate(texts))]:
-            if not valid_text(text):
-                raise UserError(f"{name} holds half of a surrogate pair, which is no text")
+        for i, text in enumerate([query, *texts]):
+            if not (text.isascii() or valid_text(text)):
+                raise UserError(f"{f'documents[{i - 1}]' if i else 'the query'} holds half of a surrogate pair, which is no text")
         return kind(
             query, texts, encoder=self.encoder, cross=self.scorer, caches=self.engine.caches, detail=Detail.TOKENS if self.method.tokens else Detail.POOLED,
             max_tokens=self.max_tokens, clock=Clock(None if self.encoder is None else self.encoder.device),

@@ -154,7 +154,7 @@ def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, 
     level, library = _level(), _library()
     if level < 0 or library is None or q.dtype != torch.float32 or _needs_gradient(q, k, v, q_bias):
         return None
-    q, k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (q.resolve_neg(), k.resolve_neg(), v.resolve_neg()))
+    q, k, v = [x if x.stride(1) == 1 else x.contiguous() for x in (q.resolve_neg(), k.resolve_neg(), v.resolve_neg())]
     if k.stride(0) != v.stride(0):
         k, v = k.contiguous(), v.contiguous()
     q_offsets, k_offsets, out = q_offsets.contiguous(), k_offsets.contiguous(), torch.zeros(q.shape, dtype=torch.float32, device="cpu")
@@ -184,12 +184,12 @@ def torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k
 def native_rows(x: Tensor, bias: Tensor | None, residual: Tensor | None = None, norm: tuple[Tensor, Tensor, float] | None = None) -> bool:
     """The passes of row_passes.py by the C library, in place; False without it, or where x is not whole rows of fp32 without gradient."""
     level, library = _level(), _library()
-    others = [t for t in (bias, residual, *(norm or ())[:2]) if t is not None]
-    whole = (bias if norm is None else residual) is not None
-    plain = all(t.dtype == torch.float32 and t.is_contiguous() and not t.is_neg() for t in (x, *others)) and not _needs_gradient(x, *others)
-    if level < 0 or library is None or not (plain and whole):
-        return False
     weight, shift, eps = norm or (None, None, 0.0)
+    if level < 0 or library is None or (bias if norm is None else residual) is None or _needs_gradient(x, bias, residual, weight, shift):
+        return False
+    for t in (x, bias, residual, weight, shift):
+        if t is not None and (t.dtype != torch.float32 or not t.is_contiguous() or t.is_neg()):
+            return False
     rows, width = x.shape
     library.rerank_rows(
         level, _pool(), torch.get_num_threads(), _floats("x", x), _floats("bias", bias, width), _floats("residual", residual, rows * width),
@@ -258,12 +258,19 @@ def _address(name: str, x: Tensor, dtype: torch.dtype, count: int, width: int = 
     return x.data_ptr()
 
 
+# The next two are called a hundred times a query, so each looks at what is right by itself and leaves only what is wrong to _address.
 def _integers(name: str, x: Tensor, count: int = 1) -> int:
+    if x.dtype == torch.int64 and x.is_cpu and x.is_contiguous() and x.numel() >= count and not x.is_neg():
+        return x.data_ptr()
     return _address(name, x, torch.int64, count)
 
 
 def _floats(name: str, x: Tensor | None, count: int = 0) -> int | None:
-    return None if x is None else _address(name, x, torch.float32, count)
+    if x is None:
+        return None
+    if x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() and x.numel() >= count and not x.is_neg():
+        return x.data_ptr()
+    return _address(name, x, torch.float32, count)
 
 
 def _rows(name: str, x: Tensor, width: int) -> int:
@@ -271,7 +278,9 @@ def _rows(name: str, x: Tensor, width: int) -> int:
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        return any(x is not None and x.requires_grad for x in tensors)
+    return False
 
 
 def chunked_topk(

@@ -31,19 +31,17 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offse
     Raises:
         ValueError: arguments that do not fit. MemoryError: no memory for a thread's working space.
     """
-    checks.check(q.ndim == 2 and k.ndim == 2 and k.shape == v.shape and q.shape[1] == k.shape[1], "k and v", "matrices as wide as q", f"{tuple(k.shape)}")
-    checks.check(heads > 0 and q.shape[1] % heads == 0, "heads", f"a divisor of {q.shape[1]}", heads)
-    checks.check(q.dtype == k.dtype == v.dtype and q.is_floating_point(), "q, k and v", "of one float type", f"{q.dtype}, {k.dtype}, {v.dtype}")
+    if q.ndim != 2 or k.ndim != 2 or k.shape != v.shape or q.shape[1] != k.shape[1]:
+        raise ValueError(f"k and v must be matrices as wide as q, not {tuple(k.shape)}")
+    if heads <= 0 or q.shape[1] % heads:
+        raise ValueError(f"heads must be a divisor of {q.shape[1]}, not {heads}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"q, k and v must be of one float type, not {q.dtype}, {k.dtype}, {v.dtype}")
     checks.same_device(q=q, k=k, v=v, q_offsets=q_offsets, k_offsets=k_offsets, q_bias=q_bias)
     checks.offsets("q_offsets", q_offsets)
     checks.offsets("k_offsets", k_offsets, len(q_offsets) - 1)
-    if q_bias is not None:
-        checks.check(
-            q_bias.shape == q.shape[1:] and q_bias.dtype == q.dtype,
-            "q_bias",
-            f"{q.dtype} of length {q.shape[1]}",
-            f"{q_bias.dtype} of shape {tuple(q_bias.shape)}",
-        )
+    if q_bias is not None and (q_bias.shape != q.shape[1:] or q_bias.dtype != q.dtype):
+        raise ValueError(f"q_bias must be {q.dtype} of length {q.shape[1]}, not {q_bias.dtype} of shape {tuple(q_bias.shape)}")
     on_cpu = backend.resolve(q) == "cpu"
     if on_cpu and (found := cpu.native_packed_attention(q, k, v, q_offsets, k_offsets, heads, q_bias)) is not None:
         return found

@@ -41,22 +41,17 @@ def add_norm_(x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, 
         ValueError: arguments that do not fit.
     """
     checks.matrix("x", x)
-    checks.check(
-        residual.shape == x.shape and residual.dtype == x.dtype,
-        "residual",
-        f"{x.dtype} of shape {tuple(x.shape)}",
-        f"{residual.dtype} of shape {tuple(residual.shape)}",
-    )
-    _vectors(x, weight=weight, shift=shift, **({} if bias is None else {"bias": bias}))
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"residual must be {x.dtype} of shape {tuple(x.shape)}, not {residual.dtype} of shape {tuple(residual.shape)}")
+    _vectors(x, weight=weight, shift=shift, bias=bias)
     checks.same_device(x=x, residual=residual)
     if backend.resolve(x) == "cpu" and cpu.native_rows(x, bias, residual, (weight, shift, eps)):
         return x
     return x.copy_(reference.add_norm(x, bias, residual, weight, shift, eps))
 
 
-def _vectors(x: Tensor, **named: Tensor) -> None:
+def _vectors(x: Tensor, **named: Tensor | None) -> None:
     for name, vector in named.items():
-        checks.check(
-            vector.shape == x.shape[1:] and vector.dtype == x.dtype, name, f"{x.dtype} of length {x.shape[1]}", f"{vector.dtype} of shape {tuple(vector.shape)}"
-        )
+        if vector is not None and (vector.shape != x.shape[1:] or vector.dtype != x.dtype):
+            raise ValueError(f"{name} must be {x.dtype} of length {x.shape[1]}, not {vector.dtype} of shape {tuple(vector.shape)}")
     checks.same_device(x=x, **named)

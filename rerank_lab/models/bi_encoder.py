@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class BiEncoder:
                 raise UserError(f"subspace of shape {tuple(self.subspace.shape)} does not fit {name!r}: it needs {self.config.hidden_size} rows")
             self.subspace = self.subspace.to(self.device)
 
-    @property
+    @cached_property
     def dimensions(self) -> int:
         """Columns of the pooled vectors."""
         linear = [module.out_features for module in self.after.modules() if isinstance(module, nn.Linear)]
@@ -81,7 +82,7 @@ class BiEncoder:
         """How the model compares pooled vectors: "cosine" or "dot"."""
         return self.checkpoint.similarity
 
-    @property
+    @cached_property
     def token_dimensions(self) -> int:
         """Columns of the token vectors, r."""
         return int(self.config.hidden_size if self.subspace is None else self.subspace.shape[1])
@@ -181,7 +182,7 @@ class BiEncoder:
                 )
         return [found[i] for i in range(len(queries))]
 
-    @property
+    @cached_property
     def state_layers(self) -> range:
         """The layers whose keys and values are kept at Detail.STATES: the upper half."""
         return range(self.config.num_hidden_layers // 2, self.config.num_hidden_layers)

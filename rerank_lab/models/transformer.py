@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,10 +115,7 @@ class Packed:
         self.pad_id = None if type(model).__name__ == "BertModel" else int(config.pad_token_id)
         self.joined = [_join([getattr(layer.attention.self, name) for name in ("query", "key", "value")]) for layer in model.encoder.layer]
         self.plain = dtype == torch.float32
-        self.behind = [
-            linear(bias[2 * self.width :], layer.attention.output.dense.weight, layer.attention.output.dense.bias)
-            for layer, (_, bias) in zip(model.encoder.layer, self.joined if self.plain else ())
-        ]
+        self.layers = [_Layer.of(layer, bias[2 * self.width :] if self.plain else None) for layer, (_, bias) in zip(model.encoder.layer, self.joined)]
         self.gelu = self.plain and config.hidden_act == "gelu"
 
     @staticmethod
@@ -151,13 +148,12 @@ class Packed:
             positions = (before[1:] - before[starts]) * present + self.pad_id
         x: Tensor = self.model.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
         kept, seen, d = {}, [], self.width
-        layers = self.model.encoder.layer
-        for n, (layer, (weight, bias)) in enumerate(zip(layers, self.joined)):
+        for n, (layer, (weight, bias)) in enumerate(zip(self.layers, self.joined)):
             if n == keep:
                 kept[n] = x
             read, asked = x.to(self.dtype), ends
             bare = self.plain and n not in keys_values  # biases are left to what comes next
-            if first and n == len(layers) - 1:
+            if first and n == len(self.layers) - 1:
                 asked = torch.arange(len(ends), dtype=torch.int64, device=ids.device)
                 joined, rows = linear(read, weight[d:], None if bare else bias[d:]), x[ends[:-1]]
                 queries = linear(read[ends[:-1]], weight[:d], None if bare else bias[:d])
@@ -167,23 +163,64 @@ class Packed:
             if n in keys_values:
                 seen.append(joined)
             attended = packed_attention(queries, joined[:, :d], joined[:, d:], asked, ends, self.heads, bias[:d] if bare else None)
-            x = self._after(layer, attended, rows, self.behind[n] if bare else layer.attention.output.dense.bias)
+            x = self._after(layer, attended, rows, layer.behind if bare else layer.attended.bias)
         return States(x, kept, torch.cat(seen, 1) if seen else None)
 
-    def _after(self, layer: Any, attended: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+    def _after(self, layer: _Layer, attended: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         """What a layer does with what was attended to; `bias` stands behind attention."""
-        x, inner = self._add_norm(layer.attention.output, attended, bias, rows), layer.intermediate
+        x, up = self._add_norm(layer.attended, attended, bias, rows), layer.up
         if self.gelu:
-            wide = bias_gelu_(linear(x, inner.dense.weight), inner.dense.bias)
+            wide = bias_gelu_(linear(x, up.weight), up.bias)
         else:
-            wide = inner.intermediate_act_fn(inner.dense(x.to(self.dtype)))
-        return self._add_norm(layer.output, wide, layer.output.dense.bias, x)
+            wide = layer.activation(linear(x.to(self.dtype), up.weight, up.bias))
+        return self._add_norm(layer.down, wide, layer.down.bias, x)
 
-    def _add_norm(self, output: Any, x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        norm, weight = output.LayerNorm, output.dense.weight
+    def _add_norm(self, output: _Output, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         if self.plain:
-            return add_norm_(linear(x, weight), bias, residual, norm.weight, norm.bias, norm.eps)
-        return add_norm_(linear(x, weight, bias).float(), None, residual, norm.weight, norm.bias, norm.eps)
+            return add_norm_(linear(x, output.weight), bias, residual, output.scale, output.shift, output.eps)
+        return add_norm_(linear(x, output.weight, bias).float(), None, residual, output.scale, output.shift, output.eps)
+
+
+class _Linear(NamedTuple):
+    """A linear map's own tensors, which a module finds by name at each call."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class _Output(NamedTuple):
+    """A linear map and the norm behind it."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+    shift: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, output: Any) -> _Output:
+        return cls(output.dense.weight, output.dense.bias, output.LayerNorm.weight, output.LayerNorm.bias, output.LayerNorm.eps)
+
+
+class _Layer(NamedTuple):
+    """What stands behind attention in a layer.
+
+    Attributes:
+        attended, up, down: its linear maps.
+        behind: the bias behind attention, with what values' own adds to it; None where values keep theirs.
+    """
+
+    attended: _Output
+    up: _Linear
+    activation: Any
+    down: _Output
+    behind: Tensor | None
+
+    @classmethod
+    def of(cls, layer: Any, values: Tensor | None) -> _Layer:
+        attended, inner = _Output.of(layer.attention.output), layer.intermediate
+        behind = None if values is None else linear(values, attended.weight, attended.bias)
+        return cls(attended, _Linear(inner.dense.weight, inner.dense.bias), inner.intermediate_act_fn, _Output.of(layer.output), behind)
 
 
 def _join(parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
