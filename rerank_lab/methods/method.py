@@ -59,6 +59,7 @@ class Method:
         tokens: whether it reads token vectors.
         optional_cross: whether it uses a cross-encoder where one is given and does without elsewhere. A table then has two rows of it.
         about_cross: the sentence of the second row.
+        stage1_share: of an evaluation's candidates, what stage1_top_k is there where it is not given; None: its own default.
 
     Class attributes that follow:
         uses_cross: whether it uses a cross-encoder where one is given.
@@ -70,6 +71,7 @@ class Method:
     tokens: ClassVar[bool] = False
     optional_cross: ClassVar[bool] = False
     about_cross: ClassVar[str] = ""
+    stage1_share: ClassVar[float | None] = None
     uses_cross: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:

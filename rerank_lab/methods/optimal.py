@@ -24,6 +24,7 @@ class Optimal(Method):
     name: ClassVar[str] = "optimal"
     about: ClassVar[str] = "cosine keeps stage1_top_k, a cross-encoder orders those"
     roles: ClassVar[tuple[str, ...]] = ("bi-encoder", "cross-encoder")
+    stage1_share: ClassVar[float | None] = 0.5
     stage1_top_k: int = setting(100, "documents that stage 1 keeps")
     cosine_weight: float = setting(0.0, "weight of the cosine beside the logit")
 
