@@ -22,7 +22,7 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.evaluate import cache_place, checked, collection_hash, evaluate, out_folder
 from rerank_lab.executor import Executor, Local
 from rerank_lab.measures import DEFAULT, known_measures
-from rerank_lab.methods import BEST_CROSS, METHODS
+from rerank_lab.methods import METHODS, labels
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.store import Store
 from rerank_lab.options import parse
@@ -105,11 +105,13 @@ def _listing() -> str:
     lines = ["models (or any folder or hub name of the right kind)"]
     lines += [wrapped(m.id, f"{m.role} from {m.source}, {m.token_limit} tokens, {m.dimensions} dimensions, {m.note}") for m in REGISTRY.values()]
     lines += ["methods and their settings"]
-    for name, kind in METHODS.items():
-        settings = ", ".join(f"{k}={v:g}" for k, v in kind().settings().items()) or "no settings"
-        lines += [wrapped(name, f"needs a {' and a '.join(kind.roles)}; {settings}")]
-    lines += [wrapped(BEST_CROSS, "best, with the cross-encoder's logit in its sum")]
-    lines += [wrapped("endpoint:URL[:M]", f"the method M (fast without, {BEST_CROSS} too) as a server runs it that speaks v3; its key from ${KEY}")]
+    for label, about in labels().items():
+        if label in METHODS:
+            settings = ", ".join(f"{k}={v:g}" for k, v in METHODS[label]().settings().items()) or "no settings"
+            about += f"; needs a {' and a '.join(METHODS[label].roles)}; {settings}"
+        lines += [wrapped(label, about)]
+    crossed = ", ".join(label for label in labels() if label not in METHODS)
+    lines += [wrapped("endpoint:URL[:M]", f"the method M (fast without, {crossed} too) as a server runs it that speaks v3; its key from ${KEY}")]
     lines += ["collections", wrapped("bundled", ", ".join(bundled_names())), wrapped("yours", "a BEIR folder or .zip, hf:NAME, irds:ID")]
     lines += ["measures", wrapped("default", ", ".join(DEFAULT)), wrapped("known", ", ".join(known_measures()) + "; most with @k")]
     return "\n".join(lines)

@@ -87,11 +87,11 @@ def scores(given: Iterable[Any], count: int) -> Tensor:
     return torch.tensor([math.ldexp(number, -exponent) for number in numbers], dtype=torch.float32, device="cpu")
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
+def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """A whole number, in whatever type.
 
     Raises:
-        UserError: it is none, or below `least`; the message names the argument.
+        UserError: it is none, below `least` or above `most`; the message names the argument.
     """
     try:
         if type(value).__name__ in ("bool", "bool_"):
@@ -101,18 +101,20 @@ def whole(name: str, value: Any, least: int = 1) -> int:
         raise UserError(f"{name} must be a whole number of at least {least}, not {_shown(value)}") from None
     if number < least:
         raise UserError(f"{name} must be at least {least}, not {value}")
+    if most is not None and number > most:
+        raise UserError(f"{name} must be at most {most}, not {value}")
     return number
 
 
-def weight(name: str, value: Any) -> float:
-    """A weight, 0 to HEAVIEST.
+def weight(name: str, value: Any, least: float = 0.0, most: float = HEAVIEST) -> float:
+    """A weight, `least` to `most`.
 
     Raises:
         UserError: it is none; the message names the argument.
     """
-    wanted = f" from 0 to {HEAVIEST:g}"
+    wanted = f" from {least:g} to {most:g}"
     number = real(name, value, wanted)
-    if not 0 <= number <= HEAVIEST:
+    if not least <= number <= most:
         raise UserError(f"{name} must be a finite number{wanted}, not {_shown(value)}")
     return number
 

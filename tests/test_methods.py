@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import timeit
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from rerank_lab import Reranker
 from rerank_lab.errors import UserError
 from rerank_lab.lexical import BM25
-from rerank_lab.methods import METHODS, make_method
+from rerank_lab.methods import METHODS, Method, labels, make_method, setting, settings_of
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from tests.conftest import DOCUMENTS
@@ -132,6 +134,43 @@ def test_relevance_rises_with_the_score(name: str) -> None:
 def test_a_wrong_spec_says_what_is_right(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_method(spec)
+
+
+@dataclass(frozen=True)
+class Bounded(Method):
+    """A method with bounds of its own on its settings, and none on one."""
+
+    name = "bounded"
+    signed: float = setting(0.5, "a weight of either sign", least=-1.0, most=1.0)
+    steps: int = setting(0, "none at all is fine", least=0, most=4)
+    plain: float = 1.0
+
+
+def test_settings_are_what_the_class_declares() -> None:
+    assert {name: (declared.kind, declared.default, declared.about) for name, declared in settings_of(Bounded).items()} == {
+        "signed": (float, 0.5, "a weight of either sign"), "steps": (int, 0, "none at all is fine"), "plain": (float, 1.0, ""),
+    }  # fmt: skip
+    assert Bounded(signed=-1, steps=np.int64(4)).settings() == {"signed": -1.0, "steps": 4, "plain": 1.0}
+    for settings, message in (
+        ({"signed": 1.5}, "bounded: signed must be a finite number from -1 to 1, not 1.5"),
+        ({"steps": 5}, "bounded: steps must be at most 4, not 5"),
+        ({"steps": -1}, "bounded: steps must be at least 0, not -1"),
+        ({"plain": -1}, "bounded: plain must be a finite number from 0 to 1e.09, not -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Bounded(**settings)
+
+
+def test_what_a_method_does_with_a_cross_encoder_follows_from_what_it_declares() -> None:
+    uses = {name: (kind.uses_cross, kind.optional_cross) for name, kind in METHODS.items()}
+    assert uses == {"fast": (False, False), "standard": (True, False), "optimal": (True, False), "best": (True, True)}
+    assert [*labels()] == ["fast", "standard", "optimal", "best", "best+cross"] and all(labels().values())
+
+
+@pytest.mark.parametrize("spec", ["best", "best:tau=0.05"])
+def test_a_spec_is_read_in_no_time(spec: str) -> None:
+    make_method(spec)
+    assert min(timeit.repeat(lambda: make_method(spec), number=100, repeat=10)) / 100 < 5e-5, "each request makes a method"
 
 
 def test_methods_name_the_model_that_they_lack(reranker: Reranker) -> None:

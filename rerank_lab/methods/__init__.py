@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import typing
-from dataclasses import fields
-
 from rerank_lab.errors import UserError
 from rerank_lab.methods.best import Best
 from rerank_lab.methods.fast import Fast
-from rerank_lab.methods.method import Method
+from rerank_lab.methods.method import Method, Setting, setting, settings_of
 from rerank_lab.methods.optimal import Optimal
 from rerank_lab.methods.pool import DROPPED, Pool
 from rerank_lab.methods.standard import Standard
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal, Best)}
-# In one table best stands without a cross-encoder; this label is best with it.
-BEST_CROSS = "best+cross"
+CROSSED = "+cross"  # behind the name of a method in the label of its row with the cross-encoder, where it does without elsewhere
+BEST_CROSS = Best.name + CROSSED
 
-__all__ = ["BEST_CROSS", "DROPPED", "METHODS", "Method", "Pool", "as_method", "make_method", "runs_cross"]
+__all__ = [
+    "BEST_CROSS", "CROSSED", "DROPPED", "METHODS", "Method", "Pool", "Setting", "as_method", "labels", "make_method", "runs_cross", "setting", "settings_of",
+]  # fmt: skip
+
+
+def labels() -> dict[str, str]:
+    """The rows that a table can have without settings, each with its sentence: every method, and NAME+cross behind it where it stands there twice."""
+    found = {}
+    for name, kind in METHODS.items():
+        found[name] = kind.about
+        if kind.optional_cross:
+            found[name + CROSSED] = kind.about_cross
+    return found
 
 
 def runs_cross(label: str, method: Method) -> bool:
-    """Whether the row with this label (a spec, or BEST_CROSS with settings) runs the cross-encoder."""
-    return "cross-encoder" in method.roles or label.partition(":")[0] == BEST_CROSS
+    """Whether the row with this label (a spec, or NAME+cross with settings) runs the cross-encoder."""
+    return "cross-encoder" in method.roles or label.partition(":")[0] == method.name + CROSSED
 
 
 def as_method(given: str | Method) -> Method:
@@ -54,20 +63,20 @@ def make_method(spec: str, **defaults: float) -> Method:
     if name not in METHODS:
         raise UserError(f"method {name!r} is not known; valid: {', '.join(METHODS)}")
     kind = METHODS[name]
-    types = {f.name: typing.get_type_hints(kind)[f.name] for f in fields(kind)}
-    settings, given = {key: value for key, value in defaults.items() if key in types}, set[str]()
+    declared = settings_of(kind)
+    settings, given = {key: value for key, value in defaults.items() if key in declared}, set[str]()
     for part in parts:
         key, equals, value = part.partition("=")
-        if not equals or key not in types:
-            valid = f"valid: {', '.join(types)}" if types else "it has none"
+        if not equals or key not in declared:
+            valid = f"valid: {', '.join(declared)}" if declared else "it has none"
             raise UserError(f"method {spec!r}: {part!r} is no setting of {name} ({valid}; written {name}:SETTING=VALUE)")
         if key in given:
             raise UserError(f"method {spec!r}: {key} stands there twice")
         given.add(key)
         try:
-            settings[key] = types[key](value)
+            settings[key] = declared[key].kind(value)
         except ValueError:
-            raise UserError(f"method {spec!r}: {key} takes {types[key].__name__} values, not {value!r}") from None
+            raise UserError(f"method {spec!r}: {key} takes {declared[key].kind.__name__} values, not {value!r}") from None
     try:
         return kind(**settings)
     except ValueError as error:

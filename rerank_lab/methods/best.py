@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import MIN_TAU, contrast_score
-from rerank_lab.methods.method import Method
+from rerank_lab.methods.method import Method, setting
 from rerank_lab.methods.pool import Pool
 from rerank_lab.models.base import Detail
 
@@ -28,14 +28,16 @@ class Best(Method):
     """
 
     name: ClassVar[str] = "best"
+    about: ClassVar[str] = "cosine keeps stage1_top_k, subspace attention orders those"
     tokens: ClassVar[bool] = True
-    uses_cross: ClassVar[bool] = True
-    stage1_top_k: int = 100
-    tau: float = 0.1
-    alpha: float = 2.0
-    gamma: float = 0.0
-    lexical: float = 0.0
-    cross_weight: float = 3.0
+    optional_cross: ClassVar[bool] = True
+    about_cross: ClassVar[str] = "best, with the cross-encoder's logit in its sum"
+    stage1_top_k: int = setting(100, "documents that stage 1 keeps")
+    tau: float = setting(0.1, "temperature; 0 or at least 0.025, below which exp underflows in fp32")
+    alpha: float = setting(2.0, "weight of the token term")
+    gamma: float = setting(0.0, "weight of the feedback term")
+    lexical: float = setting(0.0, "weight of BM25 among the candidates; 0.25 is worth a try where exact names matter")
+    cross_weight: float = setting(3.0, "weight of the cross-encoder's logit")
 
     def __post_init__(self) -> None:
         super().__post_init__()

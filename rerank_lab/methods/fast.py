@@ -17,6 +17,7 @@ class Fast(Method):
     """score_k = cos(q, e_k), every document; shown as it is, −1 to 1."""
 
     name: ClassVar[str] = "fast"
+    about: ClassVar[str] = "cosine of pooled vectors"
 
     def score(self, pool: Pool) -> Tensor:
         return pool.nearest(pool.query_vectors(detail=Detail.POOLED), pool.vectors(detail=Detail.POOLED), len(pool))[0]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rerank_kernels import zscore
-from rerank_lab.methods.method import Method
+from rerank_lab.methods.method import Method, setting
 from rerank_lab.methods.pool import Pool
 from rerank_lab.models.base import Detail
 
@@ -22,10 +22,11 @@ class Optimal(Method):
     """
 
     name: ClassVar[str] = "optimal"
+    about: ClassVar[str] = "cosine keeps stage1_top_k, a cross-encoder orders those"
     roles: ClassVar[tuple[str, ...]] = ("bi-encoder", "cross-encoder")
-    uses_cross: ClassVar[bool] = True
-    stage1_top_k: int = 100
-    cosine_weight: float = 0.0
+    stage1_share: ClassVar[float | None] = 0.5
+    stage1_top_k: int = setting(100, "documents that stage 1 keeps")
+    cosine_weight: float = setting(0.0, "weight of the cosine beside the logit")
 
     def score(self, pool: Pool) -> Tensor:
         cosine, kept = pool.nearest(pool.query_vectors(detail=Detail.POOLED), pool.vectors(detail=Detail.POOLED), self.stage1_top_k)

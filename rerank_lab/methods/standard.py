@@ -17,8 +17,8 @@ class Standard(Method):
     """score_k = logit(q, k), every document; shown as its sigmoid."""
 
     name: ClassVar[str] = "standard"
+    about: ClassVar[str] = "a cross-encoder reads every pair"
     roles: ClassVar[tuple[str, ...]] = ("cross-encoder",)
-    uses_cross: ClassVar[bool] = True
 
     def score(self, pool: Pool) -> Tensor:
         return pool.logits(torch.arange(len(pool), dtype=torch.int64, device="cpu"))

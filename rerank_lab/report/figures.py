@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from rerank_lab.methods import BEST_CROSS, METHODS
+from rerank_lab.methods import labels as known_labels
 from rerank_lab.report.load import Loaded, method
 from rerank_lab.report.verdict import compared, frontier
 from rerank_lab.results import interval, is_remote, p_text
@@ -53,13 +53,9 @@ def saved(figure: Figure, kind: str) -> bytes:
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Label → colour and mark of its method: those of the known ones, then what is left of the cycle, over and over."""
-    known = [*METHODS, BEST_CROSS]
-    styles = list(matplotlib.rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"])
-    fixed = dict(zip(known, styles))
-    spare = cycle(styles[len(known) :] + styles[: len(known)])
-    others = [name for name in dict.fromkeys(map(method, labels)) if name not in fixed]
-    own = {**fixed, **dict(zip(others, islice(spare, len(others))))}
+    """Label → colour and mark of its method: the known ones' come first in the style's cycle, in the registry's order, then the others'."""
+    known, styles = list(known_labels()), matplotlib.rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"]
+    own = dict(zip(dict.fromkeys([*known, *map(method, labels)]), cycle(styles)))
     return {label: dict(own[method(label)]) for label in [*known, *labels]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import logging
 import re
 import time
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import orjson
 from fastapi import Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -22,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rerank_lab.errors import UserError
+from rerank_lab.methods import METHODS, settings_of
 from rerank_lab.reranker import Ranking
 from rerank_lab.server import clients, contract, openapi, wire
 from rerank_lab.server.contract import Call, Refusal
@@ -46,7 +49,7 @@ Render = Callable[[Call, Ranking], bytes]
 
 def create_app(service: Service) -> ASGIApp:
     """The whole server as an ASGI application."""
-    about = {"title": "rerank_lab", "version": version("rerank_lab"), "description": openapi.DESCRIPTION}
+    about = {"title": "rerank_lab", "version": version("rerank_lab"), "description": openapi.description()}
     app = FastAPIOffline(None, None, static_url="/docs-assets", redirect_slashes=False, **about)
     known, prefix = openapi.Known(service), service.settings.prefix
 
@@ -86,7 +89,7 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        text = PAGE.read_text(encoding="utf-8")
+        text = page_text()
         if prefix:  # the address may end before its slash
             text = text.replace("<head>", f'<head>\n<base href="{prefix}/">', 1)
         return HTMLResponse(text, headers={name: value.replace("{base}", "'self'" if prefix else "'none'") for name, value in POLICY.items()})
@@ -117,6 +120,23 @@ def create_app(service: Service) -> ASGIApp:
         return wire.Origins(answering, origins) if origins else answering
 
     return Observed(around(app), service, {route.path for route in app.routes if hasattr(route, "path")}, around)
+
+
+def page_text() -> str:
+    """The page for people, with what it must know of the methods."""
+    methods = [
+        {"name": name, "about": kind.about, "roles": kind.roles, "optional_cross": kind.optional_cross, "settings": [*settings_of(kind)]}
+        for name, kind in METHODS.items()
+    ]
+    known = {
+        "{{count}}": openapi.count_in_words(len(methods), "method"),
+        "{{first}}": html.escape(next(iter(METHODS))),
+        "{{methods}}": orjson.dumps(methods).decode().replace("<", "\\u003c"),  # nothing in it ends the element that holds it
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    for place, value in known.items():
+        text = text.replace(place, value)
+    return text
 
 
 def _v3(service: Service, data: Any) -> Call:

@@ -23,6 +23,7 @@ AnyDocument = Annotated[
     Discriminator(kind, custom_error_type="document_type", custom_error_message=NOT_A_DOCUMENT),
 ]
 BETWEEN_FIELDS = "\n"
+BI, CROSS = "fast", "standard"  # the methods that a bi-encoder and a cross-encoder run
 
 
 class Asked(BaseModel):
@@ -38,7 +39,7 @@ class Asked(BaseModel):
 class Options(Asked):
     """What Cohere, Jina and Voyage send beside the documents."""
 
-    model: str | None = Field(None, description="A bi-encoder runs fast, a cross-encoder standard; none: the server's first model.")
+    model: str | None = Field(None, description=f"A bi-encoder runs {BI}, a cross-encoder {CROSS}; none: the server's first model.")
     top_n: Count | None = Field(None, description="Results wanted; more than there are: all of them.")
     top_k: Count | None = Field(None, description="The same, as Voyage calls it; top_n wins.")
     return_documents: bool | None = Field(None, description="Echo each document, a string as an object that holds it under `text`.")
@@ -192,6 +193,6 @@ def _call(
 ) -> Call:
     model = service.settings.default_model if named is None else named
     crossing = service.roles.get(model) == "cross-encoder"
-    method = make_method("standard" if crossing else "fast")
+    method = make_method(CROSS if crossing else BI)
     most = max_tokens or (LARGEST if whole else 512)
     return Call(model, query, texts, method, echo, model if crossing else None, top_n, most, form=form, whole=whole)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticKnownError
 
-from rerank_lab.methods import METHODS, make_method
-from rerank_lab.methods.method import Method
+from rerank_lab.methods import METHODS, Method, make_method, settings_of
 from rerank_lab.reranker import Ranking
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 LARGEST = 2**63 - 1
+DEFAULT = "fast"  # the method where none is named
+STAGE1 = "stage1_top_k"  # the one setting of methods that v3 knows
 MOST_PARTS = 1 << 20  # a body of 11 million empty lists takes seconds and a gigabyte
 DEEPEST = 254  # what orjson writes
 NOT_A_DOCUMENT = "Input should be a valid string or an object with a string under 'text'"
@@ -115,6 +116,51 @@ def not_blank(value: str) -> str:
     return value
 
 
+def known_method(value: Any) -> Any:
+    """Refuses what names no method of the registry as it is now."""
+    if not isinstance(value, str) or value not in METHODS:
+        raise PydanticKnownError("literal_error", {"expected": in_words(map(repr, METHODS), "or")})
+    return value
+
+
+def in_words(items: Iterable[str], last: str = "and") -> str:
+    """Several things in a sentence: "a, b and c"."""
+    *rest, end = items
+    return f"{', '.join(rest)} {last} {end}" if rest else end
+
+
+def described(words: Callable[[], str]) -> Callable[[dict[str, Any]], None]:
+    """json_schema_extra of a field whose use depends on the method: a description, made of the methods that there are when the schema is."""
+    return lambda schema: schema.update(description=words())
+
+
+def those(wanted: Callable[[type[Method]], bool]) -> str:
+    """The methods that are so, in words; empty where none is."""
+    names = [name for name, kind in METHODS.items() if wanted(kind)]
+    return in_words(names) if names else ""
+
+
+def about_model() -> str:
+    """Description of `model`."""
+    unread = those(lambda kind: "bi-encoder" not in kind.roles)
+    return f"Bi-encoder; for method {unread} it is only looked up." if unread else "Bi-encoder."
+
+
+def about_cross() -> str:
+    """Description of `model_cross`."""
+    parts = {
+        "required for {}": those(lambda kind: "cross-encoder" in kind.roles),
+        "joins {} where given": those(lambda kind: kind.optional_cross),
+        "ignored for {}": those(lambda kind: not kind.uses_cross),
+    }
+    return f"Cross-encoder: {', '.join(words.format(names) for words, names in parts.items() if names)}."
+
+
+def about_stage1() -> str:
+    """Description of `stage1_top_k`."""
+    return f"Documents that stage 1 of {those(lambda kind: STAGE1 in settings_of(kind))} keeps."
+
+
 Document = Annotated[
     Annotated[str, Tag("string")] | Annotated[DocumentObject, Tag("object")],
     Discriminator(kind, custom_error_type="document_type", custom_error_message=NOT_A_DOCUMENT),
@@ -125,17 +171,19 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 class RerankRequest(BaseModel):
     """Body of POST /api/v3/inference/reranker. Keys that are not listed are ignored."""
 
+    # Which methods there are is asked of the registry with each request.
+
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    model: str = Field(description="Bi-encoder; for method standard it is only looked up.")
+    model: str = Field(json_schema_extra=described(about_model))
     query: str = Field(description="Holds at least one character that is not blank.")
     documents: Annotated[list[Document], Field(min_length=1), BeforeValidator(counted)] = Field(
         description="Texts, or objects whose text stands under `text`. Blank and repeated ones are fine."
     )
-    method: Literal["fast", "standard", "optimal", "best"] = Field("fast", description="What scores the documents.")
-    model_cross: str | None = Field(None, description="Cross-encoder: required for standard and optimal, joins best where given, ignored for fast.")
+    method: Annotated[str, BeforeValidator(known_method)] = Field(DEFAULT, description="What scores the documents.")
+    model_cross: str | None = Field(None, json_schema_extra=described(about_cross))
     top_n: Count | None = Field(None, description="Results wanted; more than there are: all of them.")
-    stage1_top_k: Count = Field(100, description="Documents that stage 1 of optimal and best keeps.")
+    stage1_top_k: Count = Field(100, json_schema_extra=described(about_stage1))
     max_tokens_per_doc: Count = Field(512, description="A document's own tokens; longer ones are cut, also to the model's own limit.")
     batch_size: Count | None = Field(None, description="Texts of this request in one batch at most; null: batches are planned by tokens.")
     return_documents: bool = Field(False, description="Echo each document as it was sent.")
@@ -153,7 +201,7 @@ class RerankRequest(BaseModel):
         """What is to be done, from the request and the JSON that it was made of."""
         texts = [d if isinstance(d, str) else d.text for d in self.documents]
         documents = [orjson.dumps(d) for d in data["documents"]] if self.return_documents else None
-        method = make_method(self.method, stage1_top_k=self.stage1_top_k)
+        method = make_method(self.method, **{STAGE1: self.stage1_top_k})
         return Call(self.model, self.query, texts, method, documents, self.model_cross, self.top_n, self.max_tokens_per_doc, self.batch_size)
 
 
@@ -217,6 +265,7 @@ def answer(call: Call, ranking: Ranking) -> bytes:
     meta: dict[str, Any] = {"method": call.method.name, "deployed_model_id": call.model}
     if call.cross is not None:
         meta["model_cross"] = call.cross
-    if "stage1_top_k" in call.method.settings():
-        meta["stage1_top_k"] = call.method.settings()["stage1_top_k"]
+    settings = call.method.settings()
+    if STAGE1 in settings:
+        meta[STAGE1] = settings[STAGE1]
     return orjson.dumps({"results": results, "meta": meta})

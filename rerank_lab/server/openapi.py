@@ -10,12 +10,11 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from rerank_lab.methods import METHODS
+from rerank_lab.methods import METHODS, settings_of
 from rerank_lab.server.clients import ClientRequest, FieldsRequest, TEIRequest
-from rerank_lab.server.contract import RerankRequest
+from rerank_lab.server.contract import DEFAULT, STAGE1, RerankRequest
 from rerank_lab.server.service import Service
 
-DESCRIPTION = "Reranks documents for a query by one of four methods. The routes beside it speak to the clients of Cohere, Jina, Voyage and TEI."
 QUERY = "How are two tables joined on a key?"
 DOCUMENTS = ["Merge DataFrame objects with a database-style join.", {"text": "Sort by the values along either axis.", "id": 7}]
 # Whatever str.strip leaves, spelled out: dialects of regular expressions differ in what \s is.
@@ -51,6 +50,18 @@ def array(items: dict[str, Any]) -> dict[str, Any]:
 def header(name: str, description: str) -> dict[str, Any]:
     """A header that a client may send."""
     return {"name": name, "in": "header", "required": False, "description": description, "schema": TEXT}
+
+
+def count_in_words(count: int, thing: str) -> str:
+    """How many there are: "four methods"."""
+    words = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    return f"{words[count] if count < len(words) else count} {thing}{'' if count == 1 else 's'}"
+
+
+def description() -> str:
+    """What the API does."""
+    methods = count_in_words(len(METHODS), "method")
+    return f"Reranks documents for a query by one of {methods}. The routes beside it speak to the clients of Cohere, Jina, Voyage and TEI."
 
 
 ERROR = obj({"detail": TEXT})
@@ -155,22 +166,24 @@ class Known:
         for name in ("model", "model_cross", "method"):
             about = schema["properties"].pop(name)
             schema["description"] += f"\n\n`{name}`: {about['description']}"
-        ways = {
-            "fast": obj({"model": model}, {"method": {"const": "fast", "default": "fast"}, "model_cross": {"type": ["string", "null"]}}, closed=False),
-            "standard": obj({"method": {"const": "standard"}, "model": any_id, "model_cross": cross}, closed=False),
-            "optimal": obj({"method": {"const": "optimal"}, "model": model, "model_cross": cross}, closed=False),
-            "best": obj({"method": {"const": "best"}, "model": model}, {"model_cross": {"enum": [*self.crosses, None]}}, closed=False),
-        }
-        own: dict[str, dict[str, Any]] = {"fast": {"top_n": 1, "return_documents": True}, "optimal": {"stage1_top_k": 100}}
         schema["required"] = ["query", "documents"]
+        staged = next((name for name, kind in METHODS.items() if STAGE1 in settings_of(kind)), "")
+        own: dict[str, dict[str, Any]] = {staged: {STAGE1: 100}, DEFAULT: {"top_n": 1, "return_documents": True}}
         whole, examples = [], {}
-        for name, way in ways.items():
-            roles = METHODS[name].roles
-            if not all(self.service.ids(role) for role in roles):
+        for name, kind in METHODS.items():
+            if not all(self.service.ids(role) for role in kind.roles):
                 continue
-            whole.append(way | {"properties": schema["properties"] | way["properties"], "required": schema["required"] + way["required"]})
+            required: dict[str, Any] = {} if name == DEFAULT else {"method": {"const": name}}
+            optional: dict[str, Any] = {"method": {"const": name, "default": name}} if name == DEFAULT else {}
+            required["model"] = model if "bi-encoder" in kind.roles else any_id
+            if "cross-encoder" in kind.roles:
+                required["model_cross"] = cross
+            else:
+                optional["model_cross"] = {"enum": [*self.crosses, None]} if kind.optional_cross else {"type": ["string", "null"]}
+            way = obj(schema["properties"] | required, optional, closed=False)
+            whole.append(way | {"required": [*schema["required"], *required]})
             examples[name] = {"model": any_id["enum"][0], "query": QUERY, "documents": DOCUMENTS, "method": name} | own.get(name, {})
-            if "cross-encoder" in roles:
+            if "cross-encoder" in kind.roles:
                 examples[name]["model_cross"] = self.crosses[0]
         return {"title": "RerankRequest", "description": schema["description"], "anyOf": whole}, examples
 
