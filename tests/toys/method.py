@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rerank_kernels import zscore
 from rerank_lab.methods import Method, Pool, setting
-from rerank_lab.models.bi_encoder import Detail
+from rerank_lab.models.base import Detail
 
 
 @dataclass(frozen=True)
