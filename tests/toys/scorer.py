@@ -1,0 +1,61 @@
+"""overlap: a scorer as anybody may write one, in one file: the words that a query and a document share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rerank_lab.models import Place, ScorerKind
+from rerank_lab.models.base import Encoder, Inputs, Needs, Work
+
+
+@dataclass(frozen=True, eq=False)
+class Words(Work):
+    """The words of a query and of one document."""
+
+    query: frozenset[str]
+    document: frozenset[str]
+
+
+class Overlap:
+    """logit = 4 · (share of the query's words that the document holds) − 2; of a document its first 64 words are read."""
+
+    name, limit, runtime, precision, shares = "overlap", 64, "torch", "fp32", True
+    device: ClassVar[torch.device] = torch.device("cpu")
+    fingerprint = hashlib.sha256(b"overlap 1").hexdigest()
+    needs: Needs | None = None
+
+    def reading(self) -> str:
+        """Nothing beyond a plain reading."""
+        return ""
+
+    def work(self, inputs: Inputs) -> list[Words]:
+        """A unit a document."""
+        query, most = inputs.query.lower().split(), min(inputs.max_tokens, self.limit)
+        found = []
+        for place, text in enumerate(inputs.texts):
+            words = text.lower().split()
+            found.append(Words([place], len(query) + len(words[:most]), len(words) > most, frozenset(query), frozenset(words[:most])))
+        return found
+
+    def logits(self, work: Sequence[Work]) -> Tensor:
+        """One logit a document."""
+        shares = [len(one.query & one.document) / len(one.query) for one in work if isinstance(one, Words)]
+        return 4 * torch.tensor(shares, dtype=torch.float32, device="cpu") - 2
+
+    def flops(self, work: Sequence[Work]) -> int:
+        """None: it multiplies no matrices."""
+        return 0
+
+
+def load(name: str, place: Place, loaded: Mapping[str, Encoder]) -> Overlap:
+    """It has no weights."""
+    return Overlap()
+
+
+KIND = ScorerKind(lambda name: name == "overlap", load)
