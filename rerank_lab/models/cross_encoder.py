@@ -17,7 +17,7 @@ from rerank_lab.models.base import Encoder, Inputs, Needs, Tokens, Work
 from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import read_checkpoint
 from rerank_lab.models.families import CROSS
-from rerank_lab.models.forward import Texts, backend, batches, encoder_flops, encodings, limit_of, load_checkpoint, padding
+from rerank_lab.models.forward import TokenBatch, backend, batches, encoder_flops, encodings, limit_of, load_checkpoint, padding
 from rerank_lab.models.registry import Place, locate, pick_device
 from rerank_lab.models.runtimes import choose, network
 from rerank_lab.models.transformer import Packed, Padded
@@ -119,7 +119,7 @@ class CrossEncoder:
             raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
         return logits
 
-    def _run(self, texts: Texts) -> Tensor:
+    def _run(self, texts: TokenBatch) -> Tensor:
         if isinstance(self.network, Padded):
             return self.network.logits(*texts)
         first = self.network(*texts, first=True).last[:, None]

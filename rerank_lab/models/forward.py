@@ -186,7 +186,7 @@ def forward(network: Padded | Packed, tokens: Sequence[Tokens], device: torch.de
             yield batch, torch.tensor([0, *texts.lengths], dtype=torch.int64, device=device).cumsum(0), network(*texts, **wanted)
 
 
-class Texts(NamedTuple):
+class TokenBatch(NamedTuple):
     """Texts one after another, as Packed and Padded take them."""
 
     ids: Tensor
@@ -194,7 +194,7 @@ class Texts(NamedTuple):
     lengths: list[int]
 
 
-def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.device) -> Iterator[tuple[np.ndarray, Texts]]:
+def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.device) -> Iterator[tuple[np.ndarray, TokenBatch]]:
     """All texts in batches under the device's token budget: positions, and what stands there."""
     embedded = network.model.get_input_embeddings().num_embeddings
     for batch in plan_batches([len(t) for t in tokens], token_budget(device), network.alike):
@@ -205,7 +205,7 @@ def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.de
                 f"model {network.model.name_or_path!r}: a text holds the token number {int(ids.max())}, and it has embeddings for {embedded}: tokens were added to its "
                 "tokenizer alone; name a checkpoint whose model was resized with it"
             )
-        yield batch, Texts(ids, types, [len(t) for t in chosen])
+        yield batch, TokenBatch(ids, types, [len(t) for t in chosen])
 
 
 def encoder_flops(config: Any, lengths: Tensor, *, first: bool = False) -> int:

@@ -205,7 +205,7 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch(Work):
+class DocumentBatch(Work):
     """Some of the documents: one forward, since its first layer reads the query once for them all."""
 
     reading: Reading
@@ -292,14 +292,14 @@ class OneWayCrossEncoder:
         logits[[place for batch in work for place in batch.positions]] = self.logits(work)
         return logits, tokens[0].wanted
 
-    def work(self, inputs: Inputs) -> list[Batch]:
+    def work(self, inputs: Inputs) -> list[DocumentBatch]:
         """Documents in the batches that one forward takes."""
         assert inputs.read is not None and inputs.vectors is not None
         reading, lengths = Reading(inputs.read, inputs.vectors, inputs.states), inputs.vectors.offsets.diff().tolist()
         found = []
         for batch in plan_batches([length + 1 for length in lengths], TOKEN_BUDGET):
             tokens = sum(lengths[place] for place in batch)
-            found.append(Batch(batch.tolist(), tokens + len(batch), False, reading, tokens))
+            found.append(DocumentBatch(batch.tolist(), tokens + len(batch), False, reading, tokens))
         return found
 
     @exactly(tensors=True)
@@ -312,7 +312,7 @@ class OneWayCrossEncoder:
         found = [torch.zeros(0, dtype=torch.float32, device="cpu")]
         with torch.inference_mode():
             for batch in work:
-                assert isinstance(batch, Batch)
+                assert isinstance(batch, DocumentBatch)
                 reading, rows = batch.reading, torch.tensor(batch.positions, dtype=torch.int64, device=self.device)
                 padded, mask = padded_states([reading.states[i] for i in batch.positions], self.net, self.limit)
                 pooled, A = reading.documents.pooled[rows], reading.attention[rows]
@@ -331,7 +331,7 @@ class OneWayCrossEncoder:
         config, total = self.encoder.config, 0
         d, m = int(config.hidden_size), int(config.intermediate_size)
         for batch in work:
-            assert isinstance(batch, Batch)
+            assert isinstance(batch, DocumentBatch)
             own = min(int(batch.reading.query.vectors.lengths), self.limit)
             Lq, count, tokens = own + self.encoder.specials, len(batch.positions), batch.tokens
             layer = count * (2 * Lq * (6 * d * d + 2 * d * m) + 4 * Lq * Lq * d) + 4 * Lq * tokens * d
