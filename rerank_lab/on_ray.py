@@ -30,8 +30,8 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import merged
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
-from rerank_lab.models.shards import VECTORS
-from rerank_lab.models.store import PLANS, Store
+from rerank_lab.models.store import Store
+from rerank_lab.places import PLANS, VECTORS
 from rerank_lab.quiet import Said, short, without_stderr
 from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import Asked, Ranks, bar, counting

@@ -27,13 +27,14 @@ from transformers import (
     XLMRobertaModel,
 )  # fmt: skip
 
+from rerank_lab.arithmetic import RUNTIMES
 from rerank_lab.errors import UserError
 from rerank_lab.eval import main
 from rerank_lab.models import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder, Detail, Vectors
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.forward import places
-from rerank_lab.models.runtimes import RUNTIMES, Outputs, _inner, choose
+from rerank_lab.models.runtimes import Outputs, _inner, choose
 from rerank_lab.models.transformer import Packed
 from tests.conftest import DOCUMENTS, QUERIES, report_of
 
