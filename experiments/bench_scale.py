@@ -35,10 +35,10 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from rerank_kernels import similarity_topk, subspace_attention
-from rerank_lab.candidates import better
 from rerank_lab.cli import count, path_of
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
+from rerank_lab.first_stage.dense import better
 from rerank_lab.models.bi_encoder import Detail, Vectors
 from rerank_lab.models.cache import VectorCache, text_key
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache
@@ -18,12 +19,14 @@ import torch
 
 from rerank_kernels import use_backend
 from rerank_lab import kernel_check, results, rows, sweep
-from rerank_lab.candidates import Candidates, Found, file_hash, make_candidates
+from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.datasets import Dataset, load_dataset
 from rerank_lab.endpoint import Endpoint, key_from, split_label
 from rerank_lab.errors import UserError
 from rerank_lab.executor import Executor, Work
-from rerank_lab.files import expanded
+from rerank_lab.files import expanded, file_hash
+from rerank_lab.first_stage import file_of
+from rerank_lab.first_stage.base import TopK
 from rerank_lab.journal import Journal
 from rerank_lab.measures import check_grades, parse_measures
 from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
@@ -68,8 +71,8 @@ def _check_same(found: dict[str, Any], options: Settings, out: Path) -> None:
     Raises:
         UserError: collection, judgements or the run changed since.
     """
-    kind, _, path = options.candidates.partition(":")
-    changed = [options.candidates] if kind == "run" and file_hash(Path(path)) != found["candidates"].get("file_sha256") else []
+    file = file_of(options.candidates)
+    changed = [options.candidates] if file is not None and file_hash(file) != found["candidates"].get("file_sha256") else []
     changed += [options.dataset] if collection_hash(options.dataset, options.split) != found["dataset"]["hash"] else []
     if changed:
         raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
@@ -248,7 +251,7 @@ def _candidates(options: Settings, dataset: Dataset, reranker: Reranker, detail:
     # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
     whole = detail and len(dataset.qrels) * options.top_k >= len(dataset.corpus)
 
-    def search(ids: list[str], queries: list[str], fetch: int) -> list[Found]:
+    def search(ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         if whole and detail:
             executor.encode(reranker, dataset.corpus, ids, detail, "encode corpus")
         return executor.search(reranker, dataset.corpus, ids, queries, fetch)

@@ -24,10 +24,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from rerank_lab.candidates import Found
 from rerank_lab.corpus import Corpus, Texts
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import merged
+from rerank_lab.first_stage.base import TopK
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.store import Store
@@ -229,7 +229,7 @@ class OnRay:
             log.warning("%d of %d chunks were lost with their workers and are done again", lost, size)
         return next(iter(problems), "")
 
-    def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[Found]:
+    def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         assert isinstance(corpus, Corpus)
         self.encode(reranker, corpus, ids, Detail.POOLED, "encode corpus")
         plan, total = self._plan(corpus, ids)

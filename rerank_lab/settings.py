@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rerank_lab.cli import SUBSPACE, Machine, count, machine_options, natural, path_of, place_of, positive, weight
 from rerank_lab.errors import UserError
+from rerank_lab.first_stage import FIRST_STAGES, listed
 
 if TYPE_CHECKING:
     from rerank_lab.models.bi_encoder import Detail
@@ -123,8 +124,8 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--candidates",
         type=place_of,
-        metavar="bm25|dense|run:FILE",
-        help="the first stage; FILE a TREC run, Parquet, or JSON as of ranx and MTEB (default: dense)",
+        metavar=listed("|"),
+        help=f"the first stage: {'; '.join(f'{stage.usage}, {stage.help}' for stage in FIRST_STAGES.values())} (default: dense)",
     )
     data.add_argument("--top-k", type=count, metavar="N", help="candidates a query (default: 100)")
     data.add_argument(
