@@ -37,6 +37,8 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from rerank_kernels import subspace_attention
+from rerank_lab.arithmetic import PRECISIONS, RUNTIMES
+from rerank_lab.cli import count
 from rerank_lab.datasets import load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
@@ -45,8 +47,6 @@ from rerank_lab.models import load_bi_encoder, load_cross_encoder, locate
 from rerank_lab.models.base import Detail, Inputs
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
-from rerank_lab.options import count
 from rerank_lab.reranker import Reranker
 from rerank_lab.timing import peak_memory_mb
 

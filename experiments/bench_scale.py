@@ -35,12 +35,12 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from rerank_kernels import similarity_topk, subspace_attention
-from rerank_lab.candidates import better
+from rerank_lab.cli import count, path_of
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
+from rerank_lab.first_stage.dense import better
 from rerank_lab.models.base import Detail, Vectors
 from rerank_lab.models.cache import VectorCache, text_key
-from rerank_lab.options import count, path_of
 
 TOKENS, R, D, QUERY, K, TAU = 50, 128, 384, 32, 100, 0.1
 SHARD, BLOCK = 4096, 4096  # documents of a file, and of what is looked at together

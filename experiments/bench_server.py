@@ -46,10 +46,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from bench_models import classifier
+from rerank_lab.cli import count, path_of, weight
 from rerank_lab.datasets import Dataset, load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
-from rerank_lab.options import count, path_of, weight
 from rerank_lab.reranker import Reranker
 
 CLIENTS, SHARES, METHODS = (1, 8, 64), (0.5, 0.8), ("fast", "best", "standard")

@@ -20,8 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rerank_lab.cli import path_of
 from rerank_lab.errors import UserError
-from rerank_lab.options import path_of
 from rerank_lab.run import write_atomically
 
 LISTS, APT_HELPER = Path("/var/lib/apt/lists"), "/usr/lib/apt/apt-helper"

@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 
 from rerank_kernels import zscore
+from rerank_lab.cli import path_of
 from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
 from rerank_lab.measures import evaluate
-from rerank_lab.options import path_of
 from rerank_lab.run import Ranked, Run, order
 
 OPTIMAL = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from rerank_lab.cli import path_of, place_of
 from rerank_lab.datasets import BUNDLED
 from rerank_lab.errors import UserError
 from rerank_lab.models import Place
 from rerank_lab.models.bi_encoder import BiEncoder, load
-from rerank_lab.options import path_of, place_of
 
 WORDNET = ("data.adj", "data.adv", "data.noun", "data.verb")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from rerank_lab.cli import path_of
 from rerank_lab.environment import describe
-from rerank_lab.options import path_of
 from rerank_lab.run import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 import bench_scale
 import scale_measure
+from rerank_lab.cli import count, path_of, positive
 from rerank_lab.datasets import load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.models.base import Detail
 from rerank_lab.models.runtimes import choose
-from rerank_lab.options import count, path_of, positive
-from rerank_lab.options import parser as eval_options
 from rerank_lab.run import write_atomically
+from rerank_lab.settings import parser as eval_options
 from scale_measure import CHECK_TOKENS, LIMITS, MADE_TOKENS, RAY_TOKENS, RUNTIME, TINY
 from scale_model import (
     METHODS,

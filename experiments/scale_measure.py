@@ -37,16 +37,17 @@ from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.corpus import Corpus
 from rerank_lab.datasets import load_dataset
 from rerank_lab.journal import Journal
-from rerank_lab.measures import DEFAULT
 from rerank_lab.methods import make_method
 from rerank_lab.models import load_bi_encoder, load_cross_encoder, shards
 from rerank_lab.models.base import Detail, Vectors
 from rerank_lab.models.cache import VectorCache, text_key
 from rerank_lab.models.store import Store
 from rerank_lab.on_ray import QUERIES
+from rerank_lab.places import VECTORS
 from rerank_lab.reranker import Reranker
 from rerank_lab.rows import Asked, asked, rank
 from rerank_lab.run import Ranked
+from rerank_lab.settings import MEASURES
 from rerank_lab.timing import peak_memory_mb
 from rerank_lab.worker import chosen
 from scale_model import METHODS, TOP_K, Json, Settings
@@ -247,7 +248,7 @@ def driver(s: Settings) -> Json:
         return gathered
 
     ranked = step("records", asks, records)
-    about = {"config": {"measures": list(DEFAULT), "baseline": "fast", "seed": 0}, "models": {"model": MODEL, "model_cross": None}}
+    about = {"config": {"measures": list(MEASURES), "baseline": "fast", "seed": 0}, "models": {"model": MODEL, "model_cross": None}}
     cold: Json = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": ""}
     parts = {name: {"records": ranked, "token_limit": 254, "cold": cold} for name in ("fast", "best")}
 
@@ -285,7 +286,7 @@ def index(s: Settings, files: str, each: str) -> Json:
     """What opening so many shards, listing their folder and mapping them all costs."""
     size, place = int(files), s.folder(f"tiny-{files}-{each}")
     cache, seconds, held = opened("tiny", place)
-    listed = [spent(partial(shards.shards, place / shards.VECTORS / "tiny"))[0] for _ in range(3)]
+    listed = [spent(partial(shards.shards, place / VECTORS / "tiny"))[0] for _ in range(3)]
     before, maps = own_bytes(), Path("/proc/self/maps").read_text().count("\n")
     mapped = next((n for n in range(size) if not cache.has(text_key(f"{n} 0", 1), Detail.TOKENS)), size)
     grown = own_bytes() - before
@@ -354,7 +355,7 @@ def ray(s: Settings, workers: str) -> Json:
             time.sleep(0.1)
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command)
-    found = [shards.read(path) for path in (folder / "cache" / shards.VECTORS).rglob("*.safetensors")]
+    found = [shards.read(path) for path in (folder / "cache" / VECTORS).rglob("*.safetensors")]
     tokens = sum(int(vectors.offsets[-1]) for vectors in found if vectors is not None)
     return {"documents": size, "tokens": tokens / size, "wall": time.perf_counter() - start, "encoders": sorted(spends.values())}
 

@@ -35,6 +35,7 @@ from torch.nn.functional import linear, log_softmax
 from tqdm import tqdm
 
 from rerank_kernels import project_normalize, subspace_attention
+from rerank_lab.cli import path_of
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.measures import evaluate
@@ -43,7 +44,6 @@ from rerank_lab.models.base import Detail
 from rerank_lab.models.bi_encoder import BiEncoder, load
 from rerank_lab.models.cache import VectorCache, ensure
 from rerank_lab.models.one_way import TAU, OneWay, padded_states
-from rerank_lab.options import path_of
 from rerank_lab.reranker import Reranker
 from rerank_lab.run import Ranked, order, write_atomically
 from training_lists import Example, examples, labelled, pseudo_queries, read_corpus, split, write_split

@@ -1,4 +1,4 @@
-"""python -m rerank_lab.cache info|clear: what the vector cache holds, and room."""
+"""python -m rerank_lab.cache info|clear: what the cache holds, and room."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rerank_lab import cli
+from rerank_lab.cli import place_of, weight
 from rerank_lab.errors import UserError
-from rerank_lab.models.shards import ABOUT, abandoned, default_place, shards, vectors_folder
-from rerank_lab.models.store import PLANS, TEXTS, Store, is_url
-from rerank_lab.options import place_of, weight
+from rerank_lab.places import BESIDE, VECTORS, default_place
 
 EPILOG = """\
 examples:
@@ -34,13 +33,13 @@ exit codes: 0 done, 1 something could not be deleted, 2 wrong input
 
 @dataclass(frozen=True)
 class Held:
-    """One model's vectors on disk.
+    """One model's vectors on disk, or what lies beside all vectors.
 
     Attributes:
         key: names the folder.
         place: the folder.
         about: model and arithmetic, as far as it is known.
-        files: path, bytes and last use (seconds since 1970) of each shard.
+        files: path, bytes and last use (seconds since 1970) of each.
     """
 
     key: str
@@ -66,13 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     options = parser().parse_args(argv)
     try:
+        from rerank_lab.models.store import Store, is_url
+
         place = options.cache or default_place()
         if is_url(place):
             raise UserError(f"--cache {Store(place).shown}: shows and clears folders; for this one use the tools of its file system")
         folder = Store(place).folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--cache {folder}: a file, not a folder")
-        found = models(folder)
+        found = contents(folder)
         if options.model is not None:
             found = [held for held in found if held.key.startswith(options.model)]
             if not found:
@@ -83,10 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def models(folder: Path) -> list[Held]:
-    """All models of a cache folder, the largest first; files that go meanwhile are left out."""
+def contents(folder: Path) -> list[Held]:
+    """All that a cache folder holds, the largest first; files that go meanwhile are left out."""
+    from rerank_lab.models.shards import ABOUT, abandoned, shards
+
     found = []
-    for place in sorted(vectors_folder(folder).glob("*/")):
+    for place in sorted((folder / VECTORS).glob("*/")):
         files = []
         for path in (*(path for _, path in shards(place)), *abandoned(place)):
             with suppress(OSError):
@@ -97,7 +100,7 @@ def models(folder: Path) -> list[Held]:
         except (OSError, ValueError, KeyError, TypeError):
             label = "unknown model"
         found.append(Held(place.name, place, label, files))
-    for name, label in ((TEXTS, "texts of collections, for workers of a cluster"), (PLANS, "what such workers were to encode")):
+    for name, label in BESIDE.items():
         if own := [(path, path.stat().st_size, path.stat().st_mtime) for path in (folder / name).glob("*") if path.is_file()]:
             found.append(Held(name, folder / name, label, own))
     return sorted(found, key=lambda held: -held.size)
@@ -115,7 +118,9 @@ def info(folder: Path, found: Sequence[Held]) -> int:
 
 
 def clear(folder: Path, found: Sequence[Held], days: float) -> int:
-    """Deletes shards, and the folders that are empty then; says what it freed."""
+    """Deletes files, and the folders that are empty then; says what it freed."""
+    from rerank_lab.models.shards import ABOUT
+
     freed, count, failed = 0, 0, []
     for held in found:
         for path, size, used in held.files:

@@ -1,13 +1,22 @@
-"""What every command does at its edges: a terminal of any encoding, streams that are closed, full or no longer read. Imports no torch."""
+"""What every command does at its edges: options, a terminal of any encoding, streams that are closed, full or no longer read. Imports no torch."""
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import io
+import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
+
+from rerank_kernels.names import BACKENDS
+from rerank_lab.arithmetic import PRECISIONS, RUNTIMES
+from rerank_lab.errors import UserError
+from rerank_lab.files import expanded
 
 # What a terminal shows whose encoding lacks a character of ours; a minus must not become a question mark.
 PLAIN = {
@@ -16,6 +25,8 @@ PLAIN = {
 }  # fmt: skip
 ERRORS = "rerank_lab"  # the name of the handler
 BROKEN_PIPE = 141  # as a shell says it of a tool that nobody reads any more: 128 and the number of SIGPIPE
+INTERRUPTED = 130  # the same of SIGINT
+SUBSPACE = "token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none"
 
 
 class Unwritable(Exception):
@@ -59,7 +70,7 @@ class _Beside(io.TextIOWrapper):
 
 
 def run(main: Callable[[], int | None], name: str = "rerank_lab") -> int:
-    """Runs a command and gives its exit code: its own; 141 where a reader of stdout has gone; 1, with the reason, where stdout cannot be written.
+    """Runs a command and gives its exit code: its own; 130 after Ctrl-C; 141 where a reader of stdout has gone; 1, with the reason, where stdout cannot be written.
 
     Args:
         main: reads sys.argv, prints, and gives an exit code; it may raise SystemExit, as argparse does.
@@ -77,12 +88,108 @@ def run(main: Callable[[], int | None], name: str = "rerank_lab") -> int:
             code = 1 if isinstance(end.code, str) else int(end.code or 0)
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:  # most commands say more; this one came while they were being loaded
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Unwritable as error:
         _to_nowhere(1)
         if isinstance(error.reason, BrokenPipeError):
             return BROKEN_PIPE
         print(f"{name}: failed: stdout: {error}", file=sys.stderr)
         return 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where models run, and in what arithmetic.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        kernels: one of rerank_kernels.BACKENDS.
+        runtime: "auto" or one of RUNTIMES.
+        precision: one of PRECISIONS.
+        threads: of the CPU; None: as many as torch takes.
+    """
+
+    device: str = "auto"
+    kernels: str = "auto"
+    runtime: str = "auto"
+    precision: str = "fp32"
+    threads: int | None = None
+
+
+def machine_options(group: argparse._ArgumentGroup) -> None:
+    """The options of Machine, for every command that runs models."""
+    group.add_argument("--device", default=Machine.device, help="auto, cpu, cuda, mps (default: auto)")
+    group.add_argument(
+        "--kernels",
+        choices=BACKENDS,
+        default=Machine.kernels,
+        help="which implementation of the operators runs; auto: triton on CUDA, cpu on the CPU (default: auto)",
+    )
+    group.add_argument(
+        "--runtime",
+        choices=("auto", *RUNTIMES),
+        default=Machine.runtime,
+        metavar="NAME",
+        help=f"what runs the transformers: {', '.join(RUNTIMES)}, or auto: torch, or what computes in --precision (default: auto)",
+    )
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default=Machine.precision, help="of the transformers; bf16 where the processor has it (default: fp32)"
+    )
+    group.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def place_of(value: str) -> str:
+    """A file, folder or name as an option gives it, with ~ put in full; "--name=~/x" reaches us as it is, and so does a TOML file's."""
+    try:
+        return expanded(value)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def named_place(value: str) -> str:
+    """NAME=PLACE with the place in full."""
+    name, equals, rest = value.partition("=")
+    return f"{name}{equals}{place_of(rest)}"
+
+
+def path_of(value: str) -> Path:
+    """The same as a Path."""
+    return Path(place_of(value))
+
+
+def count(value: str) -> int:
+    """A whole number of at least 1."""
+    number = natural(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return number
+
+
+def natural(value: str) -> int:
+    """A whole number of at least 0."""
+    if not value.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {value!r}")
+    return int(value)
+
+
+def weight(value: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, not {value!r}")
+    return number
+
+
+def positive(value: str) -> float:
+    """A number above 0."""
+    if (number := weight(value)) == 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {value!r}")
+    return number
 
 
 def plain(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -12,7 +12,8 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rerank_lab.models.store import TEXTS, Store
+from rerank_lab.models.store import Store
+from rerank_lab.places import TEXTS
 
 PART = 16_384, 1 << 25  # texts and bytes of a file, whichever comes first
 

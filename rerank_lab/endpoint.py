@@ -19,15 +19,16 @@ from rerank_lab.methods import BEST_CROSS, METHODS, Method
 from rerank_lab.methods.pool import Flops
 from rerank_lab.reranker import Ranking
 from rerank_lab.run import LARGEST
+from rerank_lab.v3 import KEY, TIMEOUT, V3
 
 if TYPE_CHECKING:
     import httpx
 
 log = logging.getLogger(__name__)
-PREFIX, KEY, V3 = "endpoint", "RERANK_LAB_ENDPOINT_KEY", "/api/v3/inference/reranker"
+PREFIX = "endpoint"
 ADDRESS = r"(?P<address>https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(?P<port>\d{1,5}))?(?:/[\w.~%+/-]*)?)"
 METHOD_NAMES = (*METHODS, BEST_CROSS)
-TIMEOUT, PATIENCE, PAUSE = 120.0, 60.0, 0.5
+PATIENCE, PAUSE = 60.0, 0.5
 DEEPEST = 100  # levels of an answer that is taken for JSON; what compares and prints it calls itself
 AGAIN = "the same command with --resume goes on from here"
 

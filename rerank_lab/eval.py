@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
@@ -11,21 +10,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
-
-from rerank_lab import cli, grid
-from rerank_lab.datasets import bundled_names
-from rerank_lab.endpoint import KEY
+from rerank_lab import cli
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.evaluate import cache_place, checked, collection_hash, evaluate, out_folder
-from rerank_lab.executor import Executor, Local
-from rerank_lab.measures import DEFAULT, known_measures
-from rerank_lab.methods import METHODS, labels
-from rerank_lab.models import REGISTRY
-from rerank_lab.models.store import Store
-from rerank_lab.options import parse
+from rerank_lab.settings import MEASURES, Settings, parse
+from rerank_lab.v3 import KEY
+
+if TYPE_CHECKING:
+    from rerank_lab.executor import Executor
 
 log = logging.getLogger("rerank_lab")
 
@@ -34,6 +27,8 @@ class _Beside(logging.Handler):
     """Lines on stderr that leave progress bars whole."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
         tqdm.write(self.format(record), file=sys.stderr)
 
 
@@ -45,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(handler)
     try:
         words = list(sys.argv[1:] if argv is None else argv)
-        options = parse(words)
-        print(_listing() if options.list else _run(options, words))
+        settings = parse(words)
+        print(_listing() if settings.list else _run(settings, words))
         return 0
     except UserError as error:
         print(f"rerank_lab: error: {error}", file=sys.stderr)
@@ -54,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModelError as error:
         print(f"rerank_lab: failed: {error}", file=sys.stderr)
         return 1
-    except (MemoryError, OSError, torch.OutOfMemoryError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise
         print(f"rerank_lab: failed: {type(error).__name__}: {error}; the same command with --resume goes on from here", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -64,15 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.removeHandler(handler)
 
 
-def _run(options: argparse.Namespace, argv: Sequence[str]) -> str:
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's own for a GPU."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _run(settings: Settings, argv: Sequence[str]) -> str:
     """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
+    from rerank_lab import grid
+    from rerank_lab.evaluate import checked, collection_hash, evaluate, out_folder
+
     collection_hash.cache_clear()
-    if options.grid is None:
-        checked(options)
-    with _ended_as_interrupted(), closing(_executor(options)) as executor, _ended_as_interrupted():  # Ray sets a handler of its own
-        if options.grid is None:
-            return evaluate(options, executor)
-        return grid.run(options, argv, out_folder(options, options.grid.stem), partial(evaluate, executor=executor), checked)
+    if settings.grid is None:
+        checked(settings)
+    with _ended_as_interrupted(), closing(_executor(settings)) as executor, _ended_as_interrupted():  # Ray sets a handler of its own
+        if settings.grid is None:
+            return evaluate(settings, executor)
+        return grid.run(settings, argv, out_folder(settings, settings.grid.stem), partial(evaluate, executor=executor), checked)
 
 
 @contextmanager
@@ -88,17 +95,26 @@ def _ended_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _executor(options: argparse.Namespace) -> Executor:
-    cache = cache_place(options)
-    if options.executor == "local" or cache is None:
+def _executor(settings: Settings) -> Executor:
+    from rerank_lab.evaluate import cache_place
+    from rerank_lab.executor import Local
+    from rerank_lab.models.store import Store
+
+    cache = cache_place(settings)
+    if settings.executor == "local" or cache is None:
         return Local(None if cache is None else Store(cache))
     from rerank_lab.on_ray import OnRay
 
-    resources = options.resources or {"CPU": 1.0}
-    return OnRay(options.address or "auto", cache, workers=options.workers, resources=resources, kernels=options.kernels, threads=options.threads)
+    resources = settings.resources or {"CPU": 1.0}
+    return OnRay(settings.address or "auto", cache, workers=settings.workers, resources=resources, kernels=settings.kernels, threads=settings.threads)
 
 
 def _listing() -> str:
+    from rerank_lab.datasets import bundled_names
+    from rerank_lab.measures import known_measures
+    from rerank_lab.methods import METHODS, labels
+    from rerank_lab.models import REGISTRY
+
     def wrapped(title: str, text: str) -> str:
         return textwrap.fill(text, 80, initial_indent=f"  {title:<18}", subsequent_indent=" " * 20)
 
@@ -113,7 +129,7 @@ def _listing() -> str:
     crossed = ", ".join(label for label in labels() if label not in METHODS)
     lines += [wrapped("endpoint:URL[:M]", f"the method M (fast without, {crossed} too) as a server runs it that speaks v3; its key from ${KEY}")]
     lines += ["collections", wrapped("bundled", ", ".join(bundled_names())), wrapped("yours", "a BEIR folder or .zip, hf:NAME, irds:ID")]
-    lines += ["measures", wrapped("default", ", ".join(DEFAULT)), wrapped("known", ", ".join(known_measures()) + "; most with @k")]
+    lines += ["measures", wrapped("default", ", ".join(MEASURES)), wrapped("known", ", ".join(known_measures()) + "; most with @k")]
     return "\n".join(lines)
 
 

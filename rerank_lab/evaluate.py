@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import logging
 import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache
@@ -19,25 +19,28 @@ import torch
 
 from rerank_kernels import use_backend
 from rerank_lab import kernel_check, results, rows, sweep
-from rerank_lab.candidates import Candidates, Found, file_hash, make_candidates
+from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.datasets import Dataset, load_dataset
-from rerank_lab.endpoint import KEY, Endpoint, key_from, split_label
+from rerank_lab.endpoint import Endpoint, key_from, split_label
 from rerank_lab.errors import UserError
 from rerank_lab.executor import Executor, Work
-from rerank_lab.files import expanded
+from rerank_lab.files import expanded, file_hash
+from rerank_lab.first_stage import file_of
+from rerank_lab.first_stage.base import TopK
 from rerank_lab.journal import Journal
-from rerank_lab.measures import DEFAULT, check_grades, parse_measures
+from rerank_lab.measures import check_grades, parse_measures
 from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
 from rerank_lab.models.base import Detail
-from rerank_lab.models.shards import default_place
 from rerank_lab.models.store import folder_of, is_url
-from rerank_lab.options import effective
+from rerank_lab.places import default_place
 from rerank_lab.reranker import EXACT, Reranker
+from rerank_lab.settings import Settings, effective
+from rerank_lab.v3 import KEY
 
 log = logging.getLogger("rerank_lab")
 
 
-def evaluate(options: argparse.Namespace, executor: Executor) -> str:
+def evaluate(options: Settings, executor: Executor) -> str:
     """Runs the evaluation that the options describe, writes its folder and returns the table for stdout."""
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -62,14 +65,14 @@ def evaluate(options: argparse.Namespace, executor: Executor) -> str:
             return _evaluate(options, methods, remote, journal, config, executor)
 
 
-def _check_same(found: dict[str, Any], options: argparse.Namespace, out: Path) -> None:
+def _check_same(found: dict[str, Any], options: Settings, out: Path) -> None:
     """Whether finished results are still those of the files that the options name.
 
     Raises:
         UserError: collection, judgements or the run changed since.
     """
-    kind, _, path = options.candidates.partition(":")
-    changed = [options.candidates] if kind == "run" and file_hash(Path(path)) != found["candidates"].get("file_sha256") else []
+    file = file_of(options.candidates)
+    changed = [options.candidates] if file is not None and file_hash(file) != found["candidates"].get("file_sha256") else []
     changed += [options.dataset] if collection_hash(options.dataset, options.split) != found["dataset"]["hash"] else []
     if changed:
         raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
@@ -80,13 +83,12 @@ def collection_hash(dataset: str, split: str) -> str:
     return load_dataset(dataset, split).hash
 
 
-def checked(options: argparse.Namespace) -> tuple[dict[str, Method], str]:
+def checked(options: Settings) -> tuple[dict[str, Method], str]:
     """Label → method, and the baseline.
 
     Raises:
         UserError: everything that is wrong with methods, measures and sweeps.
     """
-    options.measures = options.measures or list(DEFAULT)
     methods, problems = _methods(options)
     try:
         parse_measures(options.measures)
@@ -101,9 +103,7 @@ def checked(options: argparse.Namespace) -> tuple[dict[str, Method], str]:
     return methods, baseline
 
 
-def _evaluate(
-    options: argparse.Namespace, methods: dict[str, Method], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Any], executor: Executor
-) -> str:
+def _evaluate(options: Settings, methods: dict[str, Method], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Any], executor: Executor) -> str:
     dataset = load_dataset(options.dataset, options.split, executor.corpus())
     if options.limit_queries:
         dataset = _limited(dataset, options.limit_queries)
@@ -165,7 +165,7 @@ def _evaluate(
     return results.table(result) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"
 
 
-def _methods(options: argparse.Namespace) -> tuple[dict[str, Method], list[str]]:
+def _methods(options: Settings) -> tuple[dict[str, Method], list[str]]:
     """Label → method, and what is wrong with every name and setting that is."""
     names, cross = options.methods, options.model_cross != "none"
     if names is None:
@@ -195,7 +195,7 @@ def stem(dataset: str) -> str:
     return re.sub(r"[^\w.-]", "_", (place.resolve() if place.exists() else place).name.removesuffix(".zip"))
 
 
-def out_folder(options: argparse.Namespace, stem: str) -> Path:
+def out_folder(options: Settings, stem: str) -> Path:
     if options.out is not None:
         return Path(options.out)
     wanted = Path("results") / f"{datetime.date.today():%Y-%m-%d}-{stem}"
@@ -206,7 +206,7 @@ def out_folder(options: argparse.Namespace, stem: str) -> Path:
     return next(path for path in names if options.overwrite or not path.exists())
 
 
-def _endpoint(url: str, label: str, method: Method, options: argparse.Namespace) -> Endpoint:
+def _endpoint(url: str, label: str, method: Method, options: Settings) -> Endpoint:
     return Endpoint(
         url,
         method,
@@ -217,7 +217,7 @@ def _endpoint(url: str, label: str, method: Method, options: argparse.Namespace)
     )
 
 
-def _reranker(options: argparse.Namespace, methods: dict[str, Method], *, exact: bool = False) -> Reranker:
+def _reranker(options: Settings, methods: dict[str, Method], *, exact: bool = False) -> Reranker:
     """The models; `exact`: under torch in fp32, whatever the options say."""
     needs_cross = any(runs_cross(label, method) for label, method in methods.items())
     elsewhere = options.executor == "ray"  # what is here then describes models that run on workers, whose device this machine need not have
@@ -237,7 +237,7 @@ def _reranker(options: argparse.Namespace, methods: dict[str, Method], *, exact:
     return made.elsewhere(device=options.device)
 
 
-def cache_place(options: argparse.Namespace) -> str | None:
+def cache_place(options: Settings) -> str | None:
     """Where vectors are kept: a folder, absolute since workers have folders of their own, or a URL."""
     if options.no_cache:
         return None
@@ -245,12 +245,12 @@ def cache_place(options: argparse.Namespace) -> str | None:
     return place if is_url(place) else str(folder_of(place).absolute())
 
 
-def _candidates(options: argparse.Namespace, dataset: Dataset, reranker: Reranker, detail: Detail | None, executor: Executor) -> Candidates:
+def _candidates(options: Settings, dataset: Dataset, reranker: Reranker, detail: Detail | None, executor: Executor) -> Candidates:
     """First stage, and the vectors of all documents that the methods will look at (detail None: none of them needs any)."""
     # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
     whole = detail and len(dataset.qrels) * options.top_k >= len(dataset.corpus)
 
-    def search(ids: list[str], queries: list[str], fetch: int) -> list[Found]:
+    def search(ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         if whole and detail:
             executor.encode(reranker, dataset.corpus, ids, detail, "encode corpus")
         return executor.search(reranker, dataset.corpus, ids, queries, fetch)

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 
 from rerank_kernels import similarity_topk
-from rerank_lab.candidates import QUERY_BATCH, Candidates, Found, better
+from rerank_lab.candidates import Candidates
 from rerank_lab.corpus import Corpus
 from rerank_lab.datasets import Dataset
 from rerank_lab.endpoint import Endpoint
 from rerank_lab.environment import describe
+from rerank_lab.first_stage.base import QUERY_BATCH, TopK
+from rerank_lab.first_stage.dense import better
 from rerank_lab.journal import Journal
 from rerank_lab.kernel_check import types
 from rerank_lab.models.base import Detail
@@ -47,7 +49,7 @@ class Executor(Protocol):
     def encode(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], detail: Detail, title: str) -> None:
         """Puts the vectors of these documents into the cache, each distinct text's once."""
 
-    def search(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[Found]:
+    def search(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         """Values and places (in `ids`) of the `fetch` nearest of these documents by pooled vector, for each batch of QUERY_BATCH queries."""
 
     def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Texts) -> Iterator[dict[str, Any]]:
@@ -82,7 +84,7 @@ class Local:
         with counting(title) as progress:
             reranker.encode([corpus[i] for i in ids], detail=detail, progress=progress)
 
-    def search(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[Found]:
+    def search(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         batches = query_batches(reranker, queries)
         with counting("encode corpus") as progress:
             blocks = reranker.pooled_blocks([corpus[i] for i in ids], progress=progress)
@@ -141,14 +143,14 @@ def query_batches(reranker: Reranker, queries: Sequence[str]) -> list[torch.Tens
     return [reranker.pooled(queries[start : start + QUERY_BATCH], kind="query") for start in range(0, len(queries), QUERY_BATCH)]
 
 
-def search_block(batches: Iterable[torch.Tensor], block: torch.Tensor, fetch: int, metric: str = "cosine") -> list[Found]:
+def search_block(batches: Iterable[torch.Tensor], block: torch.Tensor, fetch: int, metric: str = "cosine") -> list[TopK]:
     """The nearest of a block of documents (N × d) for each batch of queries."""
     return [similarity_topk(vectors, block, min(fetch, len(block)), metric=metric) for vectors in batches]
 
 
-def merged(blocks: Iterable[list[Found]], fetch: int, size: int = BLOCK) -> list[Found]:
+def merged(blocks: Iterable[list[TopK]], fetch: int, size: int = BLOCK) -> list[TopK]:
     """What the blocks of a corpus gave, in order, `size` documents each but the last, as the nearest of all."""
-    found: list[Found] = []
+    found: list[TopK] = []
     for n, parts in enumerate(blocks):
         moved = [(values, places + n * size) for values, places in parts]
         found = [better(before, later, fetch) for before, later in zip(found, moved)] if n else moved

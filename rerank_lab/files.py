@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import re
 import zlib
 from collections.abc import Iterator
@@ -72,3 +73,17 @@ def opened(path: Path) -> Iterator[BufferedReader]:
         raise UserError(f"{path}: damaged or cut off, gzip cannot unpack it ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        UserError: it cannot be read, or not twice: a pipe.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: no file but a pipe; write the run to a file first, which results then name by its hash")
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None

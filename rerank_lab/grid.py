@@ -16,7 +16,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from rerank_lab.journal import RESULTS
 from rerank_lab.methods import METHODS
 from rerank_lab.models import backbone_of
 from rerank_lab.models.base import Detail
-from rerank_lab.options import CLUSTER, flags, parse, parser, read_toml
 from rerank_lab.results import interval
 from rerank_lab.run import write_atomically
+from rerank_lab.settings import CLUSTER, Settings, flags, parse, parser, read_toml
 
 log = logging.getLogger("rerank_lab")
 GRID, SCHEMA = "grid.json", 1
@@ -49,7 +49,7 @@ class Cell:
 
     name: str
     values: dict[str, Any]
-    options: argparse.Namespace
+    options: Settings
 
 
 def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any]], list[Cell]]:
@@ -92,9 +92,7 @@ def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any
     return {key: axes[key] for key in order}, cells
 
 
-def run(
-    options: argparse.Namespace, argv: Sequence[str], out: Path, evaluate: Callable[[argparse.Namespace], str], check: Callable[[argparse.Namespace], object]
-) -> str:
+def run(options: Settings, argv: Sequence[str], out: Path, evaluate: Callable[[Settings], str], check: Callable[[Settings], object]) -> str:
     """Evaluates every cell that is not finished; what stdout shows.
 
     Args:
@@ -106,13 +104,13 @@ def run(
     Raises:
         UserError: wrong input, that shows before anything runs, or of some cells. ModelError: some cells failed. The others are finished.
     """
+    assert options.grid is not None
     axes, cells = read(options.grid, _without_grid(argv), out)
     problems = dict.fromkeys(problem for cell in cells for problem in _problems(cell, check))
     if problems:
         raise UserError("; ".join(problems))
     _begin(out, axes, cells, options)
-    for cell, detail in zip(cells, details(cells)):
-        cell.options.detail = detail
+    cells = [replace(cell, options=replace(cell.options, detail=detail)) for cell, detail in zip(cells, details(cells))]
     failed: dict[str, Exception] = {}
     with tqdm(total=len(cells), desc="grid", unit="cell", disable=None) as bar:
         for cell in cells:
@@ -139,7 +137,7 @@ def details(cells: Sequence[Cell]) -> Iterator[Detail]:
     return (max(d for k, d in zip(keys, wanted) if k == key) for key in keys)
 
 
-def _detail(options: argparse.Namespace) -> Detail:
+def _detail(options: Settings) -> Detail:
     """What the methods of a cell read of a document."""
     cross = options.model_cross != "none"
     one_way = cross and backbone_of(options.model_cross) == options.model
@@ -160,14 +158,14 @@ def _without_grid(argv: Sequence[str]) -> list[str]:
     return taken.parse_known_args(kept)[1]
 
 
-def _problems(cell: Cell, check: Callable[[argparse.Namespace], object]) -> Iterator[str]:
+def _problems(cell: Cell, check: Callable[[Settings], object]) -> Iterator[str]:
     try:
         check(cell.options)
     except UserError as error:
         yield str(error)
 
 
-def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[Cell], options: argparse.Namespace) -> None:
+def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[Cell], options: Settings) -> None:
     """Writes what the grid is, or checks that it is the one that was begun."""
     about = {"schema": SCHEMA, "axes": axes, "cells": [{"name": cell.name, "values": cell.values} for cell in cells]}
     path = out / GRID

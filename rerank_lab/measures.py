@@ -17,7 +17,6 @@ from rerank_lab.run import Run, rank_scores
 
 SLOW = 1_000  # the same of nDCG without a cut-off, which takes trec_eval 20 ms a query at this grade, and twice the time at twice the grade
 STEEP = 4  # the highest grade of gains of 2^grade - 1, for which ERR's probabilities are defined
-DEFAULT = ("nDCG@10", "RR@10", "AP@100", "R@100", "P@1", "Judged@10")
 
 
 def parse_measures(names: Sequence[str]) -> list[Any]:

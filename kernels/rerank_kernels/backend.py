@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels.ambient import exactly
+from rerank_kernels.names import BACKENDS
 
 
 class _Absent:
@@ -32,7 +33,6 @@ except ImportError:
 
 __all__ = ["BACKENDS", "HAS_TRITON", "chosen", "interpreted", "on_device", "operator", "resolve", "tl", "triton", "use_backend"]
 HAS_TRITON = not isinstance(triton, _Absent)
-BACKENDS = ("auto", "reference", "cpu", "triton")
 _chosen: ContextVar[str] = ContextVar("rerank_kernels_backend", default="auto")
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from rerank_kernels.backend import interpreted, tl
+from rerank_kernels.names import DTYPES
 
 # Read by kernels, so that they know what the interpreter cannot do.
 INTERPRETED = tl.constexpr(interpreted())
-ARCHS = ("sm_80", "sm_90", "sm_100")
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+NAMES = dict(zip((torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn), DTYPES))
 # Triton's names of the element types behind the pointers of a signature.
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv"}
 WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}

@@ -27,10 +27,12 @@ from importlib import import_module
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rerank_kernels import inspect_peers
-from rerank_kernels.configs import ARCHS, NAMES, Variant
+from rerank_kernels.names import ARCHS, DTYPES
+
+if TYPE_CHECKING:
+    from rerank_kernels.configs import Variant
 
 MODULES = ("similarity_topk", "subspace_attention", "contrast_score", "project_normalize")
 PEERS = "inspect_peers"
@@ -164,6 +166,8 @@ def _row(job: Job) -> Row:
     row = {"op": v.op, "direction": v.direction, "arch": arch, "dtype": v.dtype, "d": v.d, "config": str(v.config), "tiles": asdict(v.config)}
     row |= {"shape": v.shape, "bytes": v.bytes, "flops": v.flops}
     if module == PEERS:
+        from rerank_kernels import inspect_peers
+
         package, _, name, to_longest = inspect_peers.KERNELS[v.op]
         tiles = inspect_peers.tiles_over_needed(v.config.block_m, to_longest)
         row |= {"package": package, "version": inspect_peers.installed(package), "kernel": name, "tiles_over_needed": round(tiles, 3)}
@@ -270,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--arch", type=names(ARCHS), default=list(ARCHS), metavar="A,B", help=f"architectures (default: {','.join(ARCHS)})")
     parser.add_argument("--op", type=names(ops), default=[], metavar="A,B", help=f"only these operators: {', '.join(ops)}")
-    parser.add_argument("--dtype", type=names(tuple(NAMES.values())), default=[], metavar="A,B", help=f"only these dtypes: {', '.join(NAMES.values())}")
+    parser.add_argument("--dtype", type=names(DTYPES), default=[], metavar="A,B", help=f"only these dtypes: {', '.join(DTYPES)}")
     parser.add_argument("--direction", choices=["forward", "backward"], default="", help="only this one")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="other packages' kernels too, where installed")

@@ -10,22 +10,13 @@ ever timed at a call.
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
-from rerank_kernels import project_normalize, reference, similarity_topk, subspace_attention, use_backend
-from rerank_kernels.configs import NAMES, Config, Variant, architecture, key, tuned, tuned_path
-
 OPERATORS = ("subspace_attention", "similarity_topk", "project_normalize")
-Call = Callable[[], object]
 EPILOG = """Takes minutes. Put the file elsewhere with --out, and name it in
 RERANK_KERNELS_CONFIGS when kernels run; delete it to go back to the table that
 ships. Operators and widths that it does not name keep the table's
@@ -41,11 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=lambda name: Path(os.path.expanduser(name)),
-        default=tuned_path(),
         metavar="FILE",
         help="what is written; entries of other GPUs stay (default: $RERANK_KERNELS_CONFIGS, or configs.json in ~/.cache/rerank_kernels)",
     )
     args = parser.parse_args(arguments)
+    import torch
+
+    from rerank_kernels.configs import tuned, tuned_path
+    from rerank_kernels.tuning import run, write
+
+    out = args.out or tuned_path()
     try:
         tuned()
     except ValueError as error:
@@ -54,103 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("tune: there is no GPU here, so nothing can be timed; kernels use the configurations that ship", file=sys.stderr)
         return 1
     try:
-        write(args.out, {}, torch.cuda.get_device_name())  # known now, not after minutes
+        write(out, {}, torch.cuda.get_device_name())  # known now, not after minutes
     except (OSError, ValueError, AttributeError) as error:
-        parser.error(f"--out {args.out} cannot be written: {error}")
+        parser.error(f"--out {out} cannot be written: {error}")
     device = torch.device("cuda")
     found = run(args.op or OPERATORS, device, lambda call: float(import_module("triton.testing").do_bench(call, return_mode="median")))
     if not found:
         print("tune: no configuration could be launched", file=sys.stderr)
         return 1
-    write(args.out, found, torch.cuda.get_device_name())
-    print(f"{len(found)} configurations written to {args.out}")
+    write(out, found, torch.cuda.get_device_name())
+    print(f"{len(found)} configurations written to {out}")
     return 0
-
-
-def run(ops: Sequence[str], device: torch.device, timer: Callable[[Call], float], rows: int = 1000) -> dict[str, Config]:
-    """The fastest configuration of every variant of these operators, by key.
-
-    Args:
-        ops: names of operators.
-        device: where to launch.
-        timer: a call → its time, in any unit.
-        rows: documents of 160 tokens (a hundred times as many to search, a hundred and sixty tokens for each to project).
-    """
-    arch, found = architecture(device), dict[str, Config]()
-    for op in ops:
-        for variant in import_module(f"rerank_kernels.{op}").variants(arch):
-            name = key(op, variant.direction, arch, variant.dtype, variant.d)
-            if variant.op != op or variant.dtype not in NAMES.values() or name in found:
-                continue
-            times: dict[Config, float] = {}
-            before = tuned().get(name)
-            for config in candidates(variant):
-                tuned()[name] = config
-                try:
-                    with use_backend("triton"):
-                        times[config] = timer(workload(variant, device, rows))
-                except Exception as problem:  # noqa: BLE001 — what does not fit the GPU is no candidate
-                    print(f"  {name} {config}: {type(problem).__name__}", file=sys.stderr)
-            if before is None:
-                del tuned()[name]
-            else:
-                tuned()[name] = before
-            if times:
-                found[name] = min(times, key=times.__getitem__)
-                ratio = f", {times[variant.config] / times[found[name]]:.2f} x as fast as {variant.config}" if variant.config in times else ""
-                print(f"{name}: {found[name]}{ratio}", file=sys.stderr)
-    return found
-
-
-def candidates(variant: Variant) -> Iterator[Config]:
-    """The variant's own configuration, then others whose steps divide its width."""
-    yield variant.config
-    fixed = variant.op == "project_normalize"  # a program holds whole rows of the result
-    for m, d, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)):
-        other = replace(variant.config, block_m=m, block_d=d, num_warps=warps, num_stages=stages)
-        if other != variant.config and variant.d % d == 0 and not (fixed and m * other.block_n > 2**14):
-            yield other
-
-
-def workload(variant: Variant, device: torch.device, rows: int) -> Call:
-    """A call of the variant's operator on random tensors of its named shape, or a smaller one."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    dtype = next(t for t, name in NAMES.items() if name == variant.dtype)
-
-    def normal(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
-
-    def unit(count: int) -> torch.Tensor:
-        return torch.nn.functional.normalize(normal(count, variant.d), dim=-1).to(device)
-
-    if variant.op == "project_normalize":
-        h, V = unit(160 * rows).to(dtype), torch.linalg.qr(normal(variant.d, 128))[0].to(device, dtype)
-        if variant.direction == "forward":
-            return lambda: project_normalize(h, V, dtype)
-        grad = torch.ones(len(h), 128, dtype=torch.float32, device=device)
-        return lambda: torch.ops.rerank_kernels.project_normalize_backward(grad, h, V)
-    count = 100 * rows if variant.op == "similarity_topk" else 160 * rows
-    x, scales = reference.quantize(unit(count), dtype) if dtype in reference.LARGEST else (unit(count).to(dtype), None)
-    if variant.op == "similarity_topk":
-        queries = unit(16)
-        return lambda: similarity_topk(queries, x, min(100, count), scales=scales)
-    q, ends = unit(32), torch.arange(0, count + 1, 160, dtype=torch.int64, device=device)
-    arguments = q.to(dtype if scales is None else torch.float16), torch.tensor([0, 32], dtype=torch.int64, device=device), x, ends
-    pairs = torch.stack([torch.zeros_like(ends[1:]), torch.arange(rows, dtype=torch.int64, device=device)], 1)
-    if variant.direction == "forward":
-        return lambda: subspace_attention(*arguments, pairs, 0.1, scales)
-    grad = torch.ones(32 * rows, dtype=torch.float32, device=device)
-    return lambda: torch.ops.rerank_kernels.subspace_attention_backward(grad, *arguments, pairs, 0.1, scales)
-
-
-def write(path: Path, found: dict[str, Config], gpu: str) -> None:
-    """Adds configurations to the file, under a temporary name first; what it held for other keys stays."""
-    old = json.loads(path.read_text()) if path.exists() else {}
-    configs = old.get("configs", {}) | {name: asdict(config) for name, config in found.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"gpu": gpu, "torch": torch.__version__, "configs": configs}, indent=1, sort_keys=True))
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

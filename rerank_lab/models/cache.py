@@ -31,6 +31,7 @@ from rerank_lab.models import shards
 from rerank_lab.models.base import Detail, Encoder, Vectors
 from rerank_lab.models.forward import in_advance
 from rerank_lab.models.store import Store
+from rerank_lab.places import VECTORS
 from rerank_lab.timing import Clock
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class VectorCache:
         disk_bytes: int = DISK_BYTES,
         about: Mapping[str, str] | None = None,
     ):
-        self.store = None if folder is None else Store(folder).child(shards.VECTORS).child(model_key)
+        self.store = None if folder is None else Store(folder).child(VECTORS).child(model_key)
         self.folder = None if self.store is None else self.store.folder
         self.about = dict(about or {})
         self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rerank_lab.arithmetic import PRECISIONS, RUNTIMES
 from rerank_lab.errors import UserError
 from rerank_lab.models.transformer import Packed, Padded, States, reads_padding
 
-PRECISIONS = ("fp32", "bf16", "int8")
-RUNTIMES = {"torch": ("fp32", "bf16"), "compile": ("fp32", "bf16", "int8"), "onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16")}
 PACKAGES = {("compile", "int8"): ("torchao",), ("onnx", "fp32"): ("onnxruntime", "onnx"), ("onnx", "int8"): ("onnxruntime", "onnx")}
 PACKAGES |= {("openvino", precision): ("openvino", "onnx") for precision in ("fp32", "bf16")}
 HEADS = ("BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification")

@@ -26,18 +26,8 @@ from rerank_lab.models.base import Detail, Vectors
 
 log = logging.getLogger(__name__)
 SCHEMA = "2"
-ABOUT, VECTORS = "about.json", "vectors"
+ABOUT = "about.json"
 ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
-
-
-def default_place() -> str:
-    """RERANK_LAB_CACHE, a folder or a URL, else rerank_lab in the user's cache folder."""
-    return os.environ.get("RERANK_LAB_CACHE") or str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rerank_lab")
-
-
-def vectors_folder(folder: Path) -> Path:
-    """Where a cache folder keeps vectors, a folder a model."""
-    return folder / VECTORS
 
 
 def is_shard(name: str) -> bool:

@@ -20,7 +20,6 @@ from rerank_lab.errors import UserError
 from rerank_lab.files import expanded
 from rerank_lab.run import write_atomically
 
-TEXTS, PLANS = "texts", "plans"  # folders of a cache beside the vectors
 MIRROR = "RERANK_LAB_MIRROR"  # where copies are kept: a folder on a disk of this machine
 
 

@@ -19,17 +19,14 @@ import threading
 from collections.abc import Sequence
 from contextvars import copy_context
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-
-from rerank_kernels import use_backend
 from rerank_lab import cli
-from rerank_lab.environment import kernels
+from rerank_lab.cli import SUBSPACE, count, machine_options, named_place, path_of, place_of, positive, weight
 from rerank_lab.errors import UserError
-from rerank_lab.fleet import Fleet
-from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
-from rerank_lab.options import SUBSPACE, count, machine_options, named_place, path_of, place_of, positive, weight
+
+if TYPE_CHECKING:
+    from rerank_lab.fleet import Fleet
 
 log = logging.getLogger("rerank_lab")
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?/?")
@@ -54,7 +51,7 @@ keys, in this order: --api-key-file, $RERANK_LAB_API_KEYS (separated by commas
 or white space), one made at the start and printed
 
 exit codes: 0 stopped, 1 failed while running, or told twice to stop and left
-requests unanswered, 2 wrong input
+requests unanswered, 2 wrong input, 130 interrupted before it listened
 """
 
 
@@ -113,30 +110,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every client that speaks no HTTP
-    if options.threads:
-        torch.set_num_threads(options.threads)
     with contextlib.suppress(ValueError, OSError):  # each connection takes a descriptor
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     try:
+        keys, made = _keys(options)
+        import torch
+
+        from rerank_kernels import use_backend
+
+        if options.threads:
+            torch.set_num_threads(options.threads)
         with use_backend(options.kernels):
-            return serve(options)
+            return serve(options, keys, made)
     except UserError as error:
         print(f"rerank_lab: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 0
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Runs the server until it is told to stop."""
+def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str | None) -> int:
+    """Runs the server until it is told to stop.
+
+    Args:
+        options: as parser() reads them.
+        keys: that requests may carry; None: they need none.
+        made: the one among them that was made just now, if any.
+    """
     import uvicorn
 
+    from rerank_lab.environment import kernels
+    from rerank_lab.fleet import Fleet
     from rerank_lab.server.app import create_app
     from rerank_lab.server.protocol import guarded
     from rerank_lab.server.service import Service, Settings, check_aliases
 
     roles = known_roles(options.model, options.model_cross)
-    keys, made = _keys(options)
     try:
         aliases = check_aliases(options.alias, roles)
     except ValueError as error:
@@ -235,6 +242,8 @@ def known_roles(models: Sequence[str], crosses: Sequence[str]) -> dict[str, str]
     Raises:
         UserError: one name in two roles.
     """
+    from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
+
     roles = dict.fromkeys(models, "bi-encoder")
     for name in crosses:
         if roles.setdefault(name, "cross-encoder") != "cross-encoder":

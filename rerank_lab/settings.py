@@ -1,22 +1,22 @@
-"""The command line of rerank_lab.eval and its TOML file."""
+"""What an evaluation is asked for: Settings, and the two ways to write them, a command line and a TOML file. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 import typing
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rerank_kernels import BACKENDS
+from rerank_lab.cli import SUBSPACE, Machine, count, machine_options, natural, path_of, place_of, positive, weight
 from rerank_lab.errors import UserError
-from rerank_lab.files import expanded
-from rerank_lab.methods import METHODS
-from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
+from rerank_lab.first_stage import FIRST_STAGES, listed
+
+if TYPE_CHECKING:
+    from rerank_lab.models.base import Detail
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,7 +55,57 @@ exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 
 COMMON = ("max_tokens_per_doc", "top_k")  # what --sweep varies of every method, beside the methods' own settings
 CLUSTER = ("executor", "address", "workers", "resources")  # who does the work; the same results whoever does
-SUBSPACE = "token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none"
+MEASURES = ("nDCG@10", "RR@10", "AP@100", "R@100", "P@1", "Judged@10")
+NO_PART = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", "grid", *CLUSTER}  # of what decides figures
+
+
+@dataclass(frozen=True)
+class Settings(Machine):
+    """One evaluation, or a grid of them. A field is an option under its long name; parser() says in --help what each does.
+
+    Attributes:
+        methods: labels of rows; None: all that can run.
+        measures: of ir-measures; the first is tested and plotted.
+        baseline: a label; None: the first method's.
+        sweep: setting → its values, rising.
+        out: the results folder; None: one in results/ that is named after the day and the collection.
+        cache: a folder or a URL; None: the user's own.
+        resources: a worker's share of a node; None: a CPU.
+        detail: what to encode of each document at least, since another cell of the grid needs it; None: what the methods need.
+    """
+
+    list: bool = False
+    dataset: str = "numpydoc"
+    split: str = "test"
+    candidates: str = "dense"
+    top_k: int = 100
+    drop_identical_ids: bool = False
+    limit_queries: int | None = None
+    methods: Sequence[str] | None = None
+    model: str = "all-MiniLM-L6-v2"
+    model_cross: str = "minilm-cross"
+    subspace: str | None = None
+    max_tokens_per_doc: int = 512
+    fuse_first_stage: float = 0.0
+    measures: Sequence[str] = field(default_factory=lambda: [*MEASURES])
+    baseline: str | None = None
+    sweep: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    no_kernel_check: bool = False
+    cold_queries: int = 3
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    cache: str | None = None
+    cache_gb: float = 16.0
+    no_cache: bool = False
+    grid: Path | None = None
+    executor: str = "local"
+    address: str | None = None
+    workers: int | None = None
+    resources: Mapping[str, float] | None = None
+    config: Path | None = None
+    detail: Detail | None = None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,18 +119,15 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--list", action="store_true", help="print models, methods with their settings, collections and measures, then exit")
     data = p.add_argument_group("what to evaluate on")
-    data.add_argument(
-        "--dataset", type=place_of, default="numpydoc", metavar="NAME", help="bundled name, BEIR folder or .zip, hf:NAME, irds:ID (default: numpydoc)"
-    )
-    data.add_argument("--split", default="test", help="which judgements (default: test)")
+    data.add_argument("--dataset", type=place_of, metavar="NAME", help="bundled name, BEIR folder or .zip, hf:NAME, irds:ID (default: numpydoc)")
+    data.add_argument("--split", help="which judgements (default: test)")
     data.add_argument(
         "--candidates",
         type=place_of,
-        default="dense",
-        metavar="bm25|dense|run:FILE",
-        help="the first stage; FILE a TREC run, Parquet, or JSON as of ranx and MTEB (default: dense)",
+        metavar=listed("|"),
+        help=f"the first stage: {'; '.join(f'{stage.usage}, {stage.help}' for stage in FIRST_STAGES.values())} (default: dense)",
     )
-    data.add_argument("--top-k", type=count, default=100, metavar="N", help="candidates a query (default: 100)")
+    data.add_argument("--top-k", type=count, metavar="N", help="candidates a query (default: 100)")
     data.add_argument(
         "--drop-identical-ids", action="store_true", help="drop the candidate whose id is the query's; only for collections whose queries are documents"
     )
@@ -92,24 +139,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="comma-separated, settings by colon: fast,best:tau=0.05; endpoint:URL[:METHOD] asks a v3 server (default: all that can run)",
     )
-    what.add_argument("--model", type=place_of, default="all-MiniLM-L6-v2", help="bi-encoder: id, folder or hub name (default: all-MiniLM-L6-v2)")
+    what.add_argument("--model", type=place_of, help="bi-encoder: id, folder or hub name (default: all-MiniLM-L6-v2)")
     what.add_argument(
         "--model-cross",
         type=place_of,
-        default="minilm-cross",
         metavar="MODEL",
         help="cross-encoder for standard, optimal and best+cross: id, folder, hub name, .safetensors of a one-way adapter, or none (default: minilm-cross)",
     )
     what.add_argument("--subspace", type=place_of, metavar="FILE", help=SUBSPACE)
-    what.add_argument(
-        "--max-tokens-per-doc", type=count, default=512, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)"
-    )
+    what.add_argument("--max-tokens-per-doc", type=count, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)")
     what.add_argument(
         "--fuse-first-stage",
         type=weight,
         nargs="?",
         const=1.0,
-        default=0.0,
         metavar="WEIGHT",
         help="add WEIGHT (1 where left out) x z(first-stage score) to every method",
     )
@@ -118,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
         "--measures",
         type=_names,
         metavar="LIST",
-        help="any of ir-measures; the first is tested and plotted (default: nDCG@10,RR@10,AP@100,R@100,P@1,Judged@10)",
+        help=f"any of ir-measures; the first is tested and plotted (default: {','.join(MEASURES)})",
     )
     measure.add_argument("--baseline", metavar="METHOD", help="what the others are tested against (default: the first method)")
     measure.add_argument(
@@ -129,8 +172,8 @@ def parser() -> argparse.ArgumentParser:
         help="every method that has the setting NAME under these values too (stage1_top_k, tau …), or all under max_tokens_per_doc or top_k; may be repeated",
     )
     measure.add_argument("--no-kernel-check", action="store_true", help="do not rank with the kernels' definition and in other types of number beside them")
-    measure.add_argument("--cold-queries", type=natural, default=3, metavar="N", help="queries timed with every document new, 0 for none (default: 3)")
-    measure.add_argument("--seed", type=_seed, default=0, help="of resampling (default: 0)")
+    measure.add_argument("--cold-queries", type=natural, metavar="N", help="queries timed with every document new, 0 for none (default: 3)")
+    measure.add_argument("--seed", type=_seed, help="of resampling (default: 0)")
     out = p.add_argument_group("output")
     out.add_argument("--out", type=path_of, metavar="DIR", help="results folder (default: results/<date>-<dataset>)")
     out.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same configuration")
@@ -140,13 +183,13 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--cache", type=place_of, metavar="DIR|URL", help="vector cache, a folder or a URL of fsspec's (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)"
     )
-    machine.add_argument("--cache-gb", type=weight, default=16.0, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
+    machine.add_argument("--cache-gb", type=weight, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
     machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")
     p.add_argument(
         "--grid", type=path_of, metavar="FILE.toml", help="every combination of the lists in its table [grid], a results folder each; other keys as in --config"
     )
     where = p.add_argument_group("where it runs")
-    where.add_argument("--executor", choices=("local", "ray"), default="local", help="this process, or a Ray cluster (extra ray; default: local)")
+    where.add_argument("--executor", choices=("local", "ray"), help="this process, or a Ray cluster (extra ray; default: local)")
     where.add_argument(
         "--address", metavar="auto|local|HOST:PORT", help="with --executor ray: the cluster that is there, or one on this machine while it runs (default: auto)"
     )
@@ -158,27 +201,11 @@ def parser() -> argparse.ArgumentParser:
         help="with --executor ray: a worker's share of a node, CPU, GPU, memory (bytes), or yours (default: CPU=1)",
     )
     p.add_argument("--config", type=path_of, metavar="FILE.toml", help="options by their long names; flags win over it")
+    p.set_defaults(**{name: value for name, value in vars(Settings()).items() if name != "sweep"})  # whose flags are gathered in a list
     return p
 
 
-def machine_options(group: argparse._ArgumentGroup) -> None:
-    """What every command that runs models takes."""
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    group.add_argument(
-        "--kernels", choices=BACKENDS, default="auto", help="which implementation of the operators runs; auto: triton on CUDA, cpu on the CPU (default: auto)"
-    )
-    group.add_argument(
-        "--runtime",
-        choices=("auto", *RUNTIMES),
-        default="auto",
-        metavar="NAME",
-        help=f"what runs the transformers: {', '.join(RUNTIMES)}, or auto: torch, or what computes in --precision (default: auto)",
-    )
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the transformers; bf16 where the processor has it (default: fp32)")
-    group.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> Settings:
     """Flags over the TOML file over defaults.
 
     Raises:
@@ -199,14 +226,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"{', '.join(given)}: with --executor ray alone")
     if options.executor == "ray" and options.no_cache:
         raise UserError("--no-cache: workers share vectors through the cache; leave it out, or --executor ray")
-    options.sweep, options.detail = dict(options.sweep or ()), None
-    return options
+    return Settings(**vars(options) | {"sweep": dict(options.sweep or ())})
 
 
-def effective(options: argparse.Namespace) -> dict[str, Any]:
+def effective(settings: Settings) -> dict[str, Any]:
     """The configuration as results keep it: what decides figures, as it was given."""
-    left_out = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", "grid", *CLUSTER}
-    return {k: v for k, v in sorted(vars(options).items()) if k not in left_out}
+    return {name: value for name, value in sorted(vars(settings).items()) if name not in NO_PART}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -280,6 +305,8 @@ def _names(value: str) -> list[str]:
 
 def _sweep(text: str) -> tuple[str, list[float]]:
     """NAME=V,V,… a setting of some method, max_tokens_per_doc or top_k."""
+    from rerank_lab.methods import METHODS  # which need torch
+
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
     types = {field.name: typing.get_type_hints(kind)[field.name] for kind in METHODS.values() for field in fields(kind)} | dict.fromkeys(COMMON, int)
@@ -302,57 +329,8 @@ def _check_once(sweeps: Sequence[tuple[str, list[float]]] | None) -> None:
         raise UserError(f"--sweep {max(names, key=names.count)} stands there twice; give all its values at once")
 
 
-def place_of(value: str) -> str:
-    """A file, folder or name as an option gives it, with ~ put in full; "--name=~/x" reaches us as it is, and so does a TOML file's."""
-    try:
-        return expanded(value)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def named_place(value: str) -> str:
-    """NAME=PLACE with the place in full."""
-    name, equals, rest = value.partition("=")
-    return f"{name}{equals}{place_of(rest)}"
-
-
-def path_of(value: str) -> Path:
-    """The same as a Path."""
-    return Path(place_of(value))
-
-
-def count(value: str) -> int:
-    number = natural(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return number
-
-
-def natural(value: str) -> int:
-    if not value.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {value!r}")
-    return int(value)
-
-
 def _seed(value: str) -> int:
     number = natural(value)
     if number >= 2**32:
         raise argparse.ArgumentTypeError(f"must be below 2^32, not {value}")
-    return number
-
-
-def weight(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, not {value!r}")
-    return number
-
-
-def positive(value: str) -> float:
-    """A number above 0."""
-    if (number := weight(value)) == 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {value!r}")
     return number

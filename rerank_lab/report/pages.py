@@ -1,0 +1,126 @@
+"""From results folders to files: what goes onto which page, and what is said of it on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.places import default_place
+from rerank_lab.report import content, grid, render
+from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
+from rerank_lab.report.compare import comparison
+from rerank_lab.report.examples import Source, aligned, examples, loaded_model
+from rerank_lab.report.figures import saved
+from rerank_lab.report.load import Loaded, collection, is_grid, load, newest
+from rerank_lab.report.verdict import sentence, verdict
+from rerank_lab.run import write_atomically
+
+
+def make(options: argparse.Namespace) -> str:
+    """Writes what the options describe; what to say of it."""
+    if options.compare:
+        return _compare(options)
+    folders = options.results or [newest(Path("results"))]
+    if grids := [folder for folder in folders if is_grid(folder)]:
+        if len(folders) > 1:
+            raise UserError(f"{grids[0]} is a grid, which has a page of its own: name it alone, or name cells of it")
+        return _grid(grids[0], options)
+    given = {name: path for name, _, path in (text.partition("=") for text in options.dataset)}
+    every = load(folders)
+    names = [one.result["dataset"]["name"] for one in every]
+    if wrong := [text for text in options.dataset if "=" not in text or text.partition("=")[0] not in names]:
+        raise UserError(f"--dataset {wrong[0]!r}: write NAME=PATH, NAME one of {', '.join(names)}")
+    if len(every) > 1 and options.out is None:
+        raise UserError(f"{len(every)} results need --out DIR for the report of them all")
+    bench = None if options.bench is None else _bench(options.bench)
+    quoted = {*names} if options.quote == "all" else {*options.quote.split(",")} - {"none"}
+    if unknown := quoted - {*names}:
+        raise UserError(f"--quote {', '.join(sorted(unknown))}: not among the collections {', '.join(names)}")
+    out = options.out or every[0].folder
+    report = Section(content.title(every), 1, content.overview(every, options.command))
+    for one in every:
+        errors = _examples(one, options, given, one.result["dataset"]["name"] in quoted)
+        if len(every) == 1:
+            report.blocks += content.sections(one, 2, errors, None if bench is None else content.roofline(bench, options.bench.name, 3))
+        else:
+            pointer = None if bench is None else Text([f"What the kernels reach of the machine's limits: under “{content.LIMITS}”, at the end."])
+            report.blocks.append(Section(one.name, 2, list(content.sections(one, 3, errors, pointer))))
+    if bench is not None and len(every) > 1:
+        report.blocks.append(content.roofline(bench, options.bench.name, 2))
+    extra = {}
+    if options.latex:
+        tables = [render.latex(content.main_table(one), f"{one.primary} on {one.name}.", f"tab:{one.stem}") for one in every]
+        extra["report.tex"] = "\n".join(tables)
+    said = ["".join(sentence(one)) for one in every]
+    return "\n".join([*map(wrapped, said), _write(out, "report", report, extra)])
+
+
+def _grid(folder: Path, options: argparse.Namespace) -> str:
+    beside = [name for name in ("bench", "dataset", "cache") if getattr(options, name)]
+    beside += [name for name, none in (("quote", ("all", "none")), ("examples", (10, 0))) if getattr(options, name) not in none]  # its page has neither
+    if beside:
+        raise UserError(f"{folder} is a grid, which takes --out, --command and --latex alone beside it, not {', '.join(beside)}; its cells take them")
+    found = grid.read(folder)
+    if found.unfinished:
+        print(f"rerank_lab: {grid.unfinished(found)}", file=sys.stderr)
+    report = grid.page(found, options.command)
+    extra = {"report.tex": render.latex(grid.across(found), "Every row of the grid.", "tab:grid")} if options.latex else {}
+    said = ["".join(grid.finding(one)) for one in found.collections]
+    return "\n".join([*map(wrapped, said), _write(options.out or folder, "report", report, extra)])
+
+
+def _compare(options: argparse.Namespace) -> str:
+    if grids := [str(folder) for folder in options.compare if is_grid(folder)]:
+        raise UserError(f"--compare takes two results, and {grids[0]} is a grid: name two of its cells")
+    a, b = (load([folder])[0] for folder in options.compare)
+    report = comparison(a, b, options.command)
+    said = ["".join(block.parts) for block in report.blocks if isinstance(block, Text) and isinstance(block.parts[0], Strong)]
+    return "\n".join([*map(wrapped, said), _write(options.out, "comparison", report, {})])
+
+
+def wrapped(text: str) -> str:
+    """For a terminal of 80 columns."""
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], quote: bool) -> list[Block]:
+    """The queries that gained and lost, as far as collection and model are to be had; what is not is said."""
+    if not options.examples:
+        return [Text(["Left out (--examples 0)."])]
+    said: list[Block] = [] if quote else [Text(["This collection's texts are not quoted here: ids alone."])]
+    dataset = reranker = None
+    try:
+        dataset = collection(one, given)
+        if quote and any(map(aligned, one.rows)):
+            reranker = loaded_model(one, options.cache or default_place())
+    except (UserError, ModelError) as error:
+        if dataset is None and one.result["dataset"]["name"] in given:
+            raise
+        said.append(Text([f"Left out: {error}."]))
+        print(f"rerank_lab: {one.name}: {'no texts' if dataset is None else 'no token alignments'}: {error}", file=sys.stderr)
+    return said + examples(one, Source(dataset, reranker, quote, options.examples), verdict(one).use, lambda items, name: tqdm(items, desc=name, disable=None))
+
+
+def _bench(path: Path) -> dict[str, Any]:
+    try:
+        bench = json.loads(path.read_text(encoding="utf-8"))
+        content.roofline(bench, path.name, 2)
+        return dict(bench)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--bench {path}: not what python -m rerank_kernels.bench --json prints ({type(error).__name__}: {error})") from None
+
+
+def _write(out: Path, name: str, report: Section, extra: dict[str, str]) -> str:
+    """Figures first, the page last, each whole or not there."""
+    files: dict[str, str | bytes] = {f"figures/{plot.name}.png": saved(plot.figure, "png") for plot in plots(report)}
+    files |= {**extra, f"{name}.md": render.markdown(report), f"{name}.html": render.html(report)}
+    for file, text in files.items():  # all are made before any is written
+        write_atomically(out / file, text)
+    return f"Written to {out / name}.html and {name}.md"
