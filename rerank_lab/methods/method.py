@@ -21,12 +21,23 @@ class Method:
         roles: model roles that it cannot do without.
         tokens: whether it reads token vectors.
         uses_cross: whether it uses a cross-encoder where one is given.
+        stage1_share: of an evaluation's candidates, what stage1_top_k is where it is not given; None: its own default.
+        optional_cross: whether it runs with and without a cross-encoder; a table then has a row for each.
     """
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]] = ("bi-encoder",)
     tokens: ClassVar[bool] = False
     uses_cross: ClassVar[bool] = False
+    stage1_share: ClassVar[float | None] = None
+
+    @classmethod
+    def __init_subclass__(cls) -> None:
+        """Says whether a cross-encoder joins the method only where one is given."""
+        super().__init_subclass__()
+        cls.optional_cross = cls.uses_cross and "cross-encoder" not in cls.roles
+
+    optional_cross: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -24,6 +24,7 @@ class Optimal(Method):
     name: ClassVar[str] = "optimal"
     roles: ClassVar[tuple[str, ...]] = ("bi-encoder", "cross-encoder")
     uses_cross: ClassVar[bool] = True
+    stage1_share: ClassVar[float | None] = 0.5
     stage1_top_k: int = 100
     cosine_weight: float = 0.0
 
