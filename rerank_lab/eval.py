@@ -22,10 +22,11 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.evaluate import cache_place, checked, collection_hash, evaluate, out_folder
 from rerank_lab.executor import Executor, Local
 from rerank_lab.measures import DEFAULT, known_measures
-from rerank_lab.methods import BEST_CROSS, METHODS
+from rerank_lab.methods import METHODS
 from rerank_lab.models import REGISTRY
 from rerank_lab.models.store import Store
 from rerank_lab.options import parse
+from rerank_lab.system import CROSSED
 
 log = logging.getLogger("rerank_lab")
 
@@ -108,8 +109,10 @@ def _listing() -> str:
     for name, kind in METHODS.items():
         settings = ", ".join(f"{k}={v:g}" for k, v in kind().settings().items()) or "no settings"
         lines += [wrapped(name, f"needs a {' and a '.join(kind.roles)}; {settings}")]
-    lines += [wrapped(BEST_CROSS, "best, with the cross-encoder's logit in its sum")]
-    lines += [wrapped("endpoint:URL[:M]", f"the method M (fast without, {BEST_CROSS} too) as a server runs it that speaks v3; its key from ${KEY}")]
+    joined = [name for name, kind in METHODS.items() if kind.optional_cross]
+    lines += [wrapped(name + CROSSED, f"{name}, with the cross-encoder's logit in its sum") for name in joined]
+    crossed = ", ".join(name + CROSSED for name in joined)
+    lines += [wrapped("endpoint:URL[:M]", f"the method M (fast without, {crossed} too) as a server runs it that speaks v3; its key from ${KEY}")]
     lines += ["collections", wrapped("bundled", ", ".join(bundled_names())), wrapped("yours", "a BEIR folder or .zip, hf:NAME, irds:ID")]
     lines += ["measures", wrapped("default", ", ".join(DEFAULT)), wrapped("known", ", ".join(known_measures()) + "; most with @k")]
     return "\n".join(lines)

@@ -103,6 +103,24 @@ def _any_relevant(grades: Iterable[int], needed: int, gains: tuple[tuple[int, in
     return any(gain.get(grade, grade) >= needed for grade in grades)
 
 
+def counted(name: str, qrels: Qrels) -> Qrels:
+    """The judgements as a measure counts them: ranked from the highest to the lowest, documents without any as 0, no other order is better.
+
+    These are the grades themselves but for three kinds of measure: Judged counts every judgement alike; `gains` puts other grades in their
+    place; with a `rel` below 1 those that count stand above documents without a judgement, and the others below.
+    """
+    (measure,) = parse_measures([name])
+    rel, gains = measure.params.get("rel", 1), measure.params.get("gains") or {}
+
+    def worth(grade: int) -> int:
+        if measure.NAME == "Judged":
+            return 1
+        gain = int(gains.get(grade, grade))
+        return gain if rel > 0 else gain - rel + 1 if gain >= rel else -1
+
+    return {q: {d: worth(grade) for d, grade in judged.items()} for q, judged in qrels.items()}
+
+
 def evaluate(run: Run, qrels: Qrels, names: Sequence[str]) -> pd.DataFrame:
     """One row a judged query, in the order of qrels, one column a measure.
 

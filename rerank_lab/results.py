@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
+from rerank_lab.environment import Machine
 from rerank_lab.errors import UserError
 from rerank_lab.system import System
 from rerank_lab.timing import PHASES
@@ -23,7 +24,7 @@ SCHEMA = 2
 AGAIN = "run the evaluation again with --overwrite"
 T = TypeVar("T")
 Interval = list[float]  # low and high end, 95%
-Option = Union[str, int, float, bool, None, list[Any], Mapping[str, Any]]  # a value of the configuration, as JSON has it
+Option = str | int | float | bool | None | list[Any] | Mapping[str, Any]  # a value of the configuration, as JSON has it
 
 
 def named(name: str, **options: Any) -> Any:
@@ -61,7 +62,7 @@ class Versus:
     p_holm: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Agreement:
     """How far two rankings of the same candidates agree: means over queries, of max_score_diff the largest; None: undefined.
 
@@ -120,17 +121,23 @@ class Row:
         token_limit: own tokens of a document that are read; None: not known.
     """
 
+    dataset: str = ""
+    split: str = ""
     label: str = named("method")
+    model: str | None = None
+    model_cross: str | None = None
     queries: int
+    timed_queries: int
     measures: dict[str, float]
     ci95: dict[str, Interval | None]
-    settings: dict[str, float]
-    cold_sample: ColdSample
-    timed_queries: int
     vs: Versus | None
+    agreement: Agreement | None = None
+    vs_fp32: Change | None = None
     vs_definition: dict[str, Change] | None
+    settings: dict[str, float]
     latency_ms: Latency | None
     cold_latency_ms: Latency | None
+    cold_sample: ColdSample
     phases_ms: dict[str, float] | None
     cold_phases_ms: dict[str, float] | None
     docs_per_s: float | None
@@ -141,15 +148,9 @@ class Row:
     cold_flops_per_query: float | None
     coverage: float
     unjudged_share: float
+    token_limit: int | None
     truncated_share: float | None
     tie_rate: float
-    token_limit: int | None
-    dataset: str = ""
-    split: str = ""
-    model: str | None = None
-    model_cross: str | None = None
-    agreement: Agreement | None = None
-    vs_fp32: Change | None = None
 
     @cached_property
     def system(self) -> System:
@@ -164,14 +165,14 @@ class Point:
     setting: str
     value: float
     label: str = named("method")
+    queries: int = 0
     measures: dict[str, float]
+    ci95: dict[str, Interval | None] = field(default_factory=dict)
     recall: float
     ceiling: float  # of the best order of these documents, by the measure that Results.ceiling_measure names
-    truncated_share: float
-    queries: int = 0
-    ci95: dict[str, Interval | None] = field(default_factory=dict)
     latency_ms: Latency | None = None
     flops_per_query: float | None = None
+    truncated_share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +187,14 @@ class CandidateFacts:
         measures: measure → mean of the first stage's own order.
         hash: SHA-256 over query and document ids in order.
         notes: what a reader should know.
+        documents_per_query: mean; None: not said.
         details: what else the first stage says of itself.
     """
 
     source: str
     top_k: int
     hash: str
+    documents_per_query: float | None = None
     recall: float
     ceiling: float
     measures: dict[str, float]
@@ -204,36 +207,37 @@ class Cluster:
     """A cluster that did the work."""
 
     name: str
-    workers: int
     version: str = ""
+    workers: int
     resources: dict[str, float] = field(default_factory=dict)
     nodes: int = 0
     calls: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Environment:
-    """Machine and software, as environment.describe has them, and who timed the rankings."""
+class Environment(Machine):
+    """Machine and software where models ran, and who timed the rankings.
 
-    cpu: str
-    cpus: int | None
-    threads: int | None
-    device: str
-    kernels: str
-    python: str
-    commit: str | None
-    packages: dict[str, str]
+    Attributes:
+        vector_cache: where vectors were kept: disk, memory or none.
+        peak_memory_per_method: whether a peak is a row's own; otherwise the process's since its start. None: not said.
+        executor: the cluster that did the work; None: the process of the command.
+        timed_by: names of the executors that timed rankings.
+    """
+
     vector_cache: str
-    platform: str = ""
-    memory_gb: float | None = None
     peak_memory_per_method: bool | None = None
-    timed_by: list[str] = field(default_factory=list)
     executor: Cluster | None = None
+    timed_by: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The effective configuration; `options` holds all of it, by the options' long names."""
+    """The effective configuration.
+
+    Attributes:
+        options: all of it, by the options' long names; the others are those that are looked at by name.
+    """
 
     measures: list[str]
     baseline: str
@@ -241,7 +245,15 @@ class Config:
     dataset: str
     split: str
     methods: list[str]
+    model: str = ""
+    model_cross: str = ""
+    max_tokens_per_doc: int = 0
     options: dict[str, Option]
+
+    @classmethod
+    def of(cls, options: Mapping[str, Option]) -> Config:
+        """The configuration that these options make."""
+        return decode(cls, {**options, "options": options})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,7 +447,7 @@ def decode(kind: type[T], value: Any, place: str = "") -> T:
 
 def _decoded(kind: Any, value: Any, place: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (Union, types.UnionType):
+    if origin is types.UnionType:
         if kind == Option or (value is None and type(None) in inner):
             return value
         kind = next(one for one in inner if one is not type(None))
