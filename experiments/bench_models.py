@@ -299,10 +299,10 @@ def run(options: argparse.Namespace) -> str:
             row, name = options.peak
             contenders(options.also)[row][name](s)()
             return f"{peak_memory_mb():.0f}"
-        facts, rows = describe(torch.device("cpu")), options.only or list(contenders(options.also))
+        machine, rows = describe(torch.device("cpu")), options.only or list(contenders(options.also))
         lines = [
             f"{len(s.texts)} documents of {s.name}, {sum(len(pool) for _, pool in s.pools)} pairs, {options.tokens} tokens at most; medians of {options.rounds};",
-            f"{facts['threads']} threads of {facts['cpu']}, torch {facts['packages']['torch']}",
+            f"{machine.threads} threads of {machine.cpu}, torch {machine.packages['torch']}",
             "",
             f"{'row':<8}{'':<29}{'x first':>8}{'apart':>9}{'GEMM':>8}{'MB':>8}",
         ]

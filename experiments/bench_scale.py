@@ -177,10 +177,10 @@ def slope(sizes: list[int], seconds: list[float]) -> float:
 
 def report(options: argparse.Namespace) -> str:
     sizes, seconds, peaks = measure(options)
-    facts = describe(torch.device("cpu"))
+    machine = describe(torch.device("cpu"))
     lines = [
-        f"{TOKENS} tokens a document, r = {R}, fp16, mapped from disk; {facts['threads']} threads of",
-        f"{facts['cpu']}, torch {facts['packages']['torch']}, kernels {facts['kernels']}",
+        f"{TOKENS} tokens a document, r = {R}, fp16, mapped from disk; {machine.threads} threads of",
+        f"{machine.cpu}, torch {machine.packages['torch']}, kernels {machine.kernels}",
         "",
         f"{'documents':>10}{'GB':>8}{'search ms':>12}{'scan ms':>12}{'rerank ms':>12}{'anon MB':>10}",
     ]

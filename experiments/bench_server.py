@@ -304,8 +304,8 @@ def version(python: str) -> str:
 
 def run(options: argparse.Namespace, folder: Path) -> str:
     torch.set_num_threads(options.threads)
-    facts, dataset, peer = describe(torch.device("cpu")), load_dataset(options.dataset), str(options.infinity.absolute()) if options.infinity else ""
-    head = f"{facts['cpu']}, {options.threads} threads a server, torch {facts['packages']['torch']}" + (f", infinity {version(peer)}" if peer else "")
+    machine, dataset, peer = describe(torch.device("cpu")), load_dataset(options.dataset), str(options.infinity.absolute()) if options.infinity else ""
+    head = f"{machine.cpu}, {options.threads} threads a server, torch {machine.packages['torch']}" + (f", infinity {version(peer)}" if peer else "")
     model, rows, apart = str(classifier(folder / "classifier", LIMIT)), defaultdict[tuple[str, str, str], list[Row]](list), 0.0
     fast, cross = Reranker(method="fast", device="cpu"), Reranker(None, "standard", model, device="cpu")
     ours = [sys.executable, "-m", "rerank_lab.server", "--no-auth", "--device", "cpu", "--threads", str(options.threads), "--model-cross", model]

@@ -38,11 +38,11 @@ def main() -> int:
         gpu = None if path is None else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"--gpu {path}: {error}")
-    facts = describe(torch.device("cpu"))
-    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "triton"))
+    machine = describe(torch.device("cpu"))
+    versions = ", ".join(f"{name} {machine.packages[name]}" for name in ("torch", "triton"))
     own = "python experiments/report_kernels.py" + ("" if gpu is None else " --gpu FILE")
     elsewhere = "" if gpu is None else " The GPU's part was printed on the machine that it names."
-    made_on = f"Made by `{own}` at commit {facts['commit']} on {facts['cpu']}, {facts['cpus']} CPUs, {versions}."
+    made_on = f"Made by `{own}` at commit {machine.commit} on {machine.cpu}, {machine.cpus} CPUs, {versions}."
     parts = [f"# Kernels\n\n{made_on} Times are one run on a shared machine: read the ratios.{elsewhere}\n"]
     for title, arguments in COMMANDS.items():
         command = f"python -m {' '.join(arguments)}"

@@ -302,7 +302,7 @@ def measured(options: argparse.Namespace) -> tuple[Json, Json]:
     s = Settings(
         str(options.work.resolve()), str(Path(options.dataset).resolve() if Path(options.dataset).exists() else options.dataset), options.largest, options.quick
     )
-    facts: dict[str, Any] = describe(torch.device("cpu"))
+    facts: dict[str, Any] = vars(describe(torch.device("cpu")))
     depends = (
         {k: v for k, v in facts.items() if k not in ("commit", "threads")}
         | asdict(s)

@@ -32,10 +32,10 @@ import torch
 
 import bench_scale
 from rerank_lab import corpus as corpora
-from rerank_lab import results
 from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.corpus import Corpus
 from rerank_lab.datasets import load_dataset
+from rerank_lab.environment import describe
 from rerank_lab.journal import Journal
 from rerank_lab.methods import make_method
 from rerank_lab.models import load_bi_encoder, load_cross_encoder, shards
@@ -44,10 +44,14 @@ from rerank_lab.models.cache import VectorCache, text_key
 from rerank_lab.models.store import Store
 from rerank_lab.on_ray import QUERIES
 from rerank_lab.places import VECTORS
+from rerank_lab.records import Cold, Cost, QueryCandidates, Record, RowRecords
 from rerank_lab.reranker import Reranker
-from rerank_lab.rows import Asked, asked, rank
+from rerank_lab.results import Config, Environment
+from rerank_lab.rows import queries_of, rank
 from rerank_lab.run import Ranked
 from rerank_lab.settings import MEASURES
+from rerank_lab.summary import Evaluation, summarize
+from rerank_lab.system import System
 from rerank_lab.timing import peak_memory_mb
 from rerank_lab.worker import chosen
 from scale_model import METHODS, TOP_K, Json, Settings
@@ -123,7 +127,7 @@ def texts(s: Settings) -> Json:
             corpus[f"{n:09d}"] = text
         kept, taken = pickle.dumps(corpus.texts), []
         for _ in range(6):
-            lists = [Asked(str(n), "", Ranked(drawn.sample(corpus.ids, TOP_K), np.zeros(TOP_K))) for n in range(QUERIES)]
+            lists = [QueryCandidates(str(n), "", Ranked(drawn.sample(corpus.ids, TOP_K), np.zeros(TOP_K))) for n in range(QUERIES)]
             placed = [(query, corpus.positions(query.candidates.documents)) for query in lists]
             count = len({position // each for _, positions in placed for position in positions.tolist()})
             taken.append([count, spent(partial(chosen, pickle.loads(kept), placed))[0]])
@@ -155,7 +159,7 @@ def rank_seconds(s: Settings, precision: str) -> Json:
     for method, size in product(METHODS, (25, TOP_K)):
         settings = {"stage1_top_k": size // 2} if method == "optimal" else {}
         ready, drawn = first.using(make_method(method.partition("+")[0], **settings), cross=method != "best"), random.Random(0)
-        rows = [Asked(str(n), queries[n], Ranked(drawn.sample(list(corpus), size), np.zeros(size))) for n in range(s.size(12, 4))]
+        rows = [QueryCandidates(str(n), queries[n], Ranked(drawn.sample(list(corpus), size), np.zeros(size))) for n in range(s.size(12, 4))]
         records = rank(ready, rows, corpus, 2)
         found[method].append([size, median([spent(partial(next, records))[0] for _ in rows][1:])])
     return found
@@ -234,13 +238,13 @@ def driver(s: Settings) -> Json:
 
     distinct = len(step("plan", 1, plan))
     found["plan"] = [value / distinct for value in found["plan"]]
-    queries = asked(data, candidates)
+    queries = queries_of(data, candidates)
     step("calls", asks, lambda: [(q, corpus.positions(q.candidates.documents)) for q in queries])
     journal = Journal(s.folder("driver/out", new=True), resume=False, overwrite=True)
     journal.begin({})
 
-    def records() -> list[Json]:  # as they come from workers
-        gathered: list[Json] = []
+    def records() -> list[Record]:  # as they come from workers
+        gathered: list[Record] = []
         for start in range(0, asks, QUERIES):
             for one in pickle.loads(pickle.dumps([record(q) for q in queries[start : start + QUERIES]])):
                 journal.append("fast", one)
@@ -248,28 +252,28 @@ def driver(s: Settings) -> Json:
         return gathered
 
     ranked = step("records", asks, records)
-    about = {"config": {"measures": list(MEASURES), "baseline": "fast", "seed": 0}, "models": {"model": MODEL, "model_cross": None}}
-    cold: Json = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": ""}
-    parts = {name: {"records": ranked, "token_limit": 254, "cold": cold} for name in ("fast", "best")}
+    systems = {name: System.parse(name) for name in ("fast", "best")}
+    options = {"measures": list(MEASURES), "baseline": "fast", "seed": 0, "dataset": data.name, "split": data.split, "methods": list(systems)}
+    environment = Environment(**vars(describe(torch.device("cpu"))), vector_cache="disk")
 
     def summary(size: int) -> Any:
-        own = {name: part | {"records": ranked[:size]} for name, part in parts.items()}
+        own = {name: RowRecords(ranked[:size], 254, Cold()) for name in systems}
+        some = replace(data, qrels=dict(islice(data.qrels.items(), size)))
         few = replace(candidates, run=dict(islice(candidates.run.items(), size)))
-        return results.summarize(about, replace(data, qrels=dict(islice(data.qrels.items(), size))), few, {name: make_method(name) for name in own}, own)
+        return summarize(Evaluation(environment, Config.of(options), {"model": MODEL, "model_cross": None}, some, few, systems), own)
 
     summary(20)  # loads what it needs
     step("summary", 2 * asks, lambda: summary(asks))
     return found | {"journal_bytes": (journal.partial / "fast.jsonl").stat().st_size / asks}
 
 
-def record(query: Asked) -> Json:
-    """A line of the journal with everything that rows._record puts there."""
+def record(query: QueryCandidates) -> Record:
+    """What a method leaves behind of a query."""
     size, numbers = len(query.candidates.documents), np.random.default_rng(0).standard_normal(len(query.candidates.documents))
-    return {
-        "query": query.id, "documents": [str(d) for d in reversed(query.candidates.documents)], "scores": numbers.astype(np.float32).tolist(), "relevance": numbers.tolist(),
-        "candidates": size, "seconds": 0.0123456789, "phases": {"encode": 0.0123456789, "tokenise": 0.0012345678, "score": 0.0123456789, "rank": 0.001234567},
-        "flops": 10**9, "flops_new": 10**12, "truncated": 40, "peak_rss_mb": 1234.5678,
-    }  # fmt: skip
+    phases = {"encode": 0.0123456789, "tokenise": 0.0012345678, "score": 0.0123456789, "rank": 0.001234567}
+    documents = [str(d) for d in reversed(query.candidates.documents)]
+    cost = Cost(phases, flops=10**9, flops_new=10**12, truncated=40, peak_rss_mb=1234.5678)
+    return Record(query.id, documents, numbers.astype(np.float32).tolist(), numbers.tolist(), size, 0.0123456789, cost, "ray")
 
 
 def tiny(s: Settings, files: str, each: str) -> Json:

@@ -318,7 +318,7 @@ def run(options: argparse.Namespace) -> None:
     config = {k: [p.resolve().name for p in v] if isinstance(v, list) else v for k, v in sorted(vars(options).items()) if k not in left_out}
     config |= {"data": hashes, "backbone": base.weights}
     checkpoint, log = options.work / "checkpoint.pt", options.work / "log.jsonl"
-    records: list[dict[str, Any]] = [{"config": config, "environment": describe(base.device)}]
+    records: list[dict[str, Any]] = [{"config": config, "environment": vars(describe(base.device))}]
     if checkpoint.is_file() and log.is_file():
         records = [json.loads(line) for line in log.read_text().splitlines()]
         differing = [k for k in config if records[0]["config"].get(k) != config[k]]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.methods import BEST_CROSS, METHODS, Method
+from rerank_lab.methods import Method
 from rerank_lab.methods.pool import Flops
 from rerank_lab.reranker import Ranking
 from rerank_lab.run import LARGEST
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     import httpx
 
 log = logging.getLogger(__name__)
-PREFIX = "endpoint"
 ADDRESS = r"(?P<address>https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(?P<port>\d{1,5}))?(?:/[\w.~%+/-]*)?)"
-METHOD_NAMES = (*METHODS, BEST_CROSS)
 PATIENCE, PAUSE = 60.0, 0.5
 DEEPEST = 100  # levels of an answer that is taken for JSON; what compares and prints it calls itself
 AGAIN = "the same command with --resume goes on from here"
@@ -35,29 +33,6 @@ AGAIN = "the same command with --resume goes on from here"
 
 class NoAnswer(ModelError):
     """Nothing came back: no connection, or none that lasted, or a time-out."""
-
-
-def split_label(label: str) -> tuple[str | None, str]:
-    """Address and method of a row: endpoint:http://host:8000:best → http://host:8000, best.
-
-    Returns:
-        the address (None: the row is local) and the label of the local row that does the same: fast, standard, optimal, best or
-        best+cross for an endpoint, the label itself for a local row.
-
-    Raises:
-        UserError: no address, or a method that v3 does not know.
-    """
-    prefix, _, rest = label.partition(":")
-    if prefix != PREFIX:
-        return None, label
-    found = None if _secret(rest) else re.fullmatch(rf"{ADDRESS}(?P<method>:.*)?", rest)
-    if found is None:
-        raise UserError(f"{_address_wanted(rest, 'method endpoint')}; a row is endpoint:URL[:METHOD], as in endpoint:http://127.0.0.1:8000:best")
-    url, method = check_address(found["address"], "method endpoint"), (found["method"] or ":fast")[1:]
-    if method not in METHOD_NAMES:
-        settings = "; v3 takes no settings" if method.partition(":")[0] in METHOD_NAMES else ""
-        raise UserError(f"method {label!r}: {method!r} is none that v3 knows; valid: {', '.join(METHOD_NAMES)}{settings}")
-    return url, method
 
 
 def check_address(url: str, place: str) -> str:
@@ -72,17 +47,17 @@ def check_address(url: str, place: str) -> str:
     """
     found = re.fullmatch(ADDRESS, url)
     if found is None or int(found["port"] or 0) > 65535:
-        raise UserError(_address_wanted(url, place))
+        raise UserError(address_wanted(url, place))
     return url.rstrip("/")
 
 
-def _address_wanted(url: str, place: str) -> str:
-    if _secret(url):
+def address_wanted(url: str, place: str) -> str:
+    if is_secret(url):
         return f"{place}: an address is http(s)://host:port[/path], without user, query or fragment; the key comes from {KEY}"
     return f"{place}: {url!r} is no http(s)://host:port[/path]"
 
 
-def _secret(url: str) -> bool:
+def is_secret(url: str) -> bool:
     """Whether a password or a key may stand in it."""
     return any(character in url for character in "@?#")
 

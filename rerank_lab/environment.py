@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,20 +16,47 @@ from rerank_kernels import backend, cpu
 PACKAGES = ("rerank_lab", "torch", "triton", "transformers", "tokenizers", "numpy", "scipy", "ir_measures", "pytrec_eval-terrier", "bm25s", "PyStemmer")
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Everything about machine and software that a figure may depend on; names no user, host or path."""
-    return {
-        "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": _memory_gb(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "kernels": kernels(device),
-        "commit": _commit(),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Everything about machine and software that a figure may depend on; names no user, host or path.
+
+    Attributes:
+        python, platform: its version, and system with kind of processor.
+        packages: name → version.
+        cpu, cpus: the processor's name, and how many this process may use; None: not known.
+        threads: of torch.
+        memory_gb: of the machine; None: not known.
+        device: where models run: cpu, mps, or a GPU's name.
+        kernels: what answers the operators' calls there, as `kernels` has it.
+        commit: of the checkout, with + where it has changes; None for an installed package.
+    """
+
+    python: str
+    packages: dict[str, str]
+    platform: str = ""
+    cpu: str
+    cpus: int | None
+    threads: int | None
+    memory_gb: float | None = None
+    device: str
+    kernels: str
+    commit: str | None
+
+
+def describe(device: torch.device) -> Machine:
+    """The machine with models on this device."""
+    return Machine(
+        python=platform.python_version(),
+        packages={name: found for name in PACKAGES if (found := _version(name))},
+        platform=f"{platform.system()} {platform.machine()}",
+        cpu=_cpu_name(),
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        memory_gb=_memory_gb(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        kernels=kernels(device),
+        commit=_commit(),
+    )
 
 
 def kernels(device: torch.device) -> str:

@@ -19,6 +19,12 @@ from rerank_lab.v3 import KEY
 
 if TYPE_CHECKING:
     from rerank_lab.executor import Executor
+from rerank_lab.evaluate import cache_place, checked, collection_hash, evaluate, out_folder
+from rerank_lab.executor import Executor, Local
+from rerank_lab.measures import known_measures
+from rerank_lab.methods import METHODS
+from rerank_lab.models import REGISTRY
+from rerank_lab.models.store import Store
 
 log = logging.getLogger("rerank_lab")
 
@@ -71,7 +77,6 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def _run(settings: Settings, argv: Sequence[str]) -> str:
     """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
     from rerank_lab import grid
-    from rerank_lab.evaluate import checked, collection_hash, evaluate, out_folder
 
     collection_hash.cache_clear()
     if settings.grid is None:
@@ -96,9 +101,6 @@ def _ended_as_interrupted() -> Iterator[None]:
 
 
 def _executor(settings: Settings) -> Executor:
-    from rerank_lab.evaluate import cache_place
-    from rerank_lab.executor import Local
-    from rerank_lab.models.store import Store
 
     cache = cache_place(settings)
     if settings.executor == "local" or cache is None:
@@ -111,9 +113,7 @@ def _executor(settings: Settings) -> Executor:
 
 def _listing() -> str:
     from rerank_lab.datasets import bundled_names
-    from rerank_lab.measures import known_measures
-    from rerank_lab.methods import METHODS, labels
-    from rerank_lab.models import REGISTRY
+    from rerank_lab.methods import labels
 
     def wrapped(title: str, text: str) -> str:
         return textwrap.fill(text, 80, initial_indent=f"  {title:<18}", subsequent_indent=" " * 20)

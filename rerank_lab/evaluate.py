@@ -13,15 +13,14 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rerank_kernels import use_backend
-from rerank_lab import kernel_check, results, rows, sweep
+from rerank_lab import kernel_check, rows, sweep
 from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.datasets import Dataset, load_dataset
-from rerank_lab.endpoint import Endpoint, key_from, split_label
+from rerank_lab.endpoint import Endpoint, key_from
 from rerank_lab.errors import UserError
 from rerank_lab.executor import Executor, Work
 from rerank_lab.files import expanded, file_hash
@@ -29,12 +28,17 @@ from rerank_lab.first_stage import file_of
 from rerank_lab.first_stage.base import TopK
 from rerank_lab.journal import Journal
 from rerank_lab.measures import check_grades, parse_measures
-from rerank_lab.methods import BEST_CROSS, METHODS, Method, make_method, runs_cross
+from rerank_lab.methods import METHODS
 from rerank_lab.models.base import Detail
 from rerank_lab.models.store import folder_of, is_url
 from rerank_lab.places import default_place
+from rerank_lab.records import RowRecords
 from rerank_lab.reranker import EXACT, Reranker
+from rerank_lab.results import Config, Option, Results
 from rerank_lab.settings import Settings, effective
+from rerank_lab.summary import Evaluation, summarize
+from rerank_lab.system import System, names
+from rerank_lab.table import table
 from rerank_lab.v3 import KEY
 
 log = logging.getLogger("rerank_lab")
@@ -45,35 +49,35 @@ def evaluate(options: Settings, executor: Executor) -> str:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    methods, baseline = checked(options)
+    systems, baseline = checked(options)
     if options.methods is None and options.model_cross == "none":
-        print(f"{', '.join(name for name in METHODS if name not in methods)} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
+        print(f"{', '.join(name for name in METHODS if name not in systems)} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
     out = out_folder(options, stem(options.dataset))
     journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
-    config = effective(options) | {"methods": list(methods), "baseline": baseline}
+    config = effective(options) | {"methods": list(systems), "baseline": baseline}
     if journal.finished:
-        found = journal.results(config, results.SCHEMA)
+        found = journal.results(config)
         _check_same(found, options, out)
-        return results.table(found) + f"\n{out} was finished already; nothing done\n"
+        return table(found) + f"\n{out} was finished already; nothing done\n"
     with ExitStack() as connections:
         remote = {}
-        for label, method in methods.items():
-            if url := split_label(label)[0]:
-                remote[label] = connections.enter_context(closing(_endpoint(url, label, method, options)))
+        for label, system in systems.items():
+            if system.server is not None:
+                remote[label] = connections.enter_context(closing(_endpoint(system.server, system, options)))
                 remote[label].check()
         with use_backend(options.kernels):
-            return _evaluate(options, methods, remote, journal, config, executor)
+            return _evaluate(options, systems, remote, journal, config, executor)
 
 
-def _check_same(found: dict[str, Any], options: Settings, out: Path) -> None:
+def _check_same(found: Results, options: Settings, out: Path) -> None:
     """Whether finished results are still those of the files that the options name.
 
     Raises:
         UserError: collection, judgements or the run changed since.
     """
     file = file_of(options.candidates)
-    changed = [options.candidates] if file is not None and file_hash(file) != found["candidates"].get("file_sha256") else []
-    changed += [options.dataset] if collection_hash(options.dataset, options.split) != found["dataset"]["hash"] else []
+    changed = [options.candidates] if file is not None and file_hash(file) != found.candidates.details.get("file_sha256") else []
+    changed += [options.dataset] if collection_hash(options.dataset, options.split) != found.dataset.hash else []
     if changed:
         raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
 
@@ -83,43 +87,45 @@ def collection_hash(dataset: str, split: str) -> str:
     return load_dataset(dataset, split).hash
 
 
-def checked(options: Settings) -> tuple[dict[str, Method], str]:
-    """Label → method, and the baseline.
+def checked(options: Settings) -> tuple[dict[str, System], str]:
+    """Label → system, and the baseline's label.
 
     Raises:
         UserError: everything that is wrong with methods, measures and sweeps.
     """
-    methods, problems = _methods(options)
+    systems, problems = _systems(options)
     try:
         parse_measures(options.measures)
     except UserError as error:
         problems.append(str(error))
-    problems += sweep.problems(options.sweep, {label: method for label, method in methods.items() if not split_label(label)[0]})
+    problems += sweep.problems(options.sweep, [system for system in systems.values() if not system.remote])
     if problems:
         raise UserError("; ".join(problems))
-    baseline = options.baseline or next(iter(methods))
-    if baseline not in methods:
-        raise UserError(f"--baseline {baseline!r} is not among the methods {', '.join(methods)}")
-    return methods, baseline
+    baseline = options.baseline or next(iter(systems))
+    if baseline not in systems:
+        raise UserError(f"--baseline {baseline!r} is not among the methods {', '.join(systems)}")
+    return systems, baseline
 
 
-def _evaluate(options: Settings, methods: dict[str, Method], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Any], executor: Executor) -> str:
+def _evaluate(
+    options: Settings, systems: dict[str, System], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Option], executor: Executor
+) -> str:
     dataset = load_dataset(options.dataset, options.split, executor.corpus())
     if options.limit_queries:
         dataset = _limited(dataset, options.limit_queries)
     check_grades(options.measures, dataset)
     for note in dataset.notes:
         log.warning("%s: %s", dataset.name, note)
-    local = {label: method for label, method in methods.items() if label not in remote}
+    local = [system for system in systems.values() if not system.remote]
     reranker = _reranker(options, local)
     log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
     try:
-        about = executor.about(reranker)
+        setting = executor.about(reranker)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"--kernels {options.kernels}: {error}") from None
-    own = {label: reranker.using(method, cross=runs_cross(label, method)) for label, method in local.items()}
+    own = {system.label: reranker.using(system.method, cross=system.crossed) for system in local}
     detail = max((row.detail for row in own.values()), default=None)
     detail = max((d for d in (detail, options.detail) if d is not None), default=None)
     rankers: dict[str, Reranker | Endpoint] = {**own, **remote}
@@ -128,64 +134,58 @@ def _evaluate(options: Settings, methods: dict[str, Method], remote: dict[str, E
     for note in work.candidates.notes:
         log.warning("%s", note)
 
-    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.about["hash"], "models": about["models"]})
-    collected: dict[str, dict[str, Any]] = {}
-    for label in methods:
+    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.about["hash"], "models": setting.models})
+    collected: dict[str, RowRecords] = {}
+    for label in systems:
         ranks = rankers[label]
-        collected[label] = {"records": work.records(label, ranks), "token_limit": ranks.token_limit, "cold": work.cold(label, ranks, options.cold_queries)}
+        collected[label] = RowRecords(work.records(label, ranks), ranks.token_limit, work.cold(label, ranks, options.cold_queries))
     if local and reranker.arithmetic != EXACT:
         # What a faster runtime or precision loses on the same candidates, beside what it wins.
         exact = _reranker(options, local, exact=True)
         _encode_candidates(exact, dataset, work.candidates, detail, "encode candidates in fp32", executor)
-        for label, method in local.items():
-            row = exact.using(method, cross=runs_cross(label, method))
-            collected[label]["exact"] = work.records(f"{label} in fp32", row)
+        for system in local:
+            row = exact.using(system.method, cross=system.crossed)
+            collected[system.label].exact = work.records(f"{system.label} in fp32", row)
     for label, row in own.items() if not options.no_kernel_check else ():
         if "bi-encoder" in row.method.roles and row.cross is None:  # what a cross-encoder computes no kernel of these has touched
-            collected[label]["kernels"] = kernel_check.check(label, row, about["types"], work.records)
+            collected[label].kernels = kernel_check.check(label, row, setting.types, work.records)
 
     def encode(tokens: int) -> None:
         _encode_candidates(reranker.reading(tokens), dataset, work.candidates, detail, f"encode {tokens} tokens", executor)
 
-    done = {label: collected[label]["records"] for label in own}
+    done = {label: collected[label].records for label in own}
     points = list(sweep.run(options.sweep, local, own, done, work, deep, encode))
-    who = Counter(record["by"] for part in collected.values() for record in part["records"])
+    who = Counter(record.by for row in collected.values() for record in row.records)
     if len(who) > 1:
         said = " and ".join(f"{name} ({times})" for name, times in who.items())
         dataset.notes.append(f"the run went on elsewhere: rankings were timed by {said}; compare their latencies with care")
         log.warning("%s", dataset.notes[-1])
-    found = {
-        "environment": about["environment"] | {"timed_by": sorted(who)} | ({"vector_cache": reranker.cache_state} if executor.name == "local" else {}),
-        "config": config,
-        "dataset": {"name": dataset.name, "split": dataset.split, "hash": dataset.hash, "notes": dataset.notes} | dataset.facts,
-        "models": about["models"],
-    }
-    result, files = results.summarize(found, dataset, work.candidates, methods, collected, points)
+    environment = replace(setting.environment, timed_by=sorted(who))
+    if executor.name == "local":
+        environment = replace(environment, vector_cache=reranker.cache_state)
+    evaluation = Evaluation(environment, Config.of(config), setting.models, dataset, work.candidates, systems)
+    results, files = summarize(evaluation, collected, points)
     journal.finish(files)
-    return results.table(result) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"
+    return table(results) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"
 
 
-def _methods(options: Settings) -> tuple[dict[str, Method], list[str]]:
-    """Label → method, and what is wrong with every name and setting that is."""
-    names, cross = options.methods, options.model_cross != "none"
-    if names is None:
-        names = [name for name, kind in METHODS.items() if cross or "cross-encoder" not in kind.roles]
-        names += [BEST_CROSS] if cross else []
-    methods: dict[str, Method] = {}
+def _systems(options: Settings) -> tuple[dict[str, System], list[str]]:
+    """Label → system, and what is wrong with every name and setting that is."""
+    cross = options.model_cross != "none"
+    systems: dict[str, System] = {}
     problems: list[str] = []
-    for label in names:
+    for label in names(cross) if options.methods is None else options.methods:
         try:
-            url, own = split_label(label)
-            name, colon, settings = own.partition(":")
-            defaults = {"stage1_top_k": max(1, options.top_k // 2)} if name == "optimal" else {}
-            methods[label] = make_method(("best" if name == BEST_CROSS else name) + colon + settings, **defaults)
-            if runs_cross(own, methods[label]) and not cross:
+            system = System.parse(label, options.top_k)
+            if system.method:
+                systems[label] = system
+            if system.crossed and not cross:
                 raise UserError(f"method {label!r} needs a cross-encoder, and --model-cross is none")
-            if url and options.fuse_first_stage:
+            if system.remote and options.fuse_first_stage:
                 raise UserError(f"method {label!r}: a server does not know the first stage's scores; leave out --fuse-first-stage or this row")
         except UserError as error:
             problems.append(str(error))
-    return methods, problems
+    return systems, problems
 
 
 def stem(dataset: str) -> str:
@@ -206,24 +206,24 @@ def out_folder(options: Settings, stem: str) -> Path:
     return next(path for path in names if options.overwrite or not path.exists())
 
 
-def _endpoint(url: str, label: str, method: Method, options: Settings) -> Endpoint:
+def _endpoint(url: str, system: System, options: Settings) -> Endpoint:
     return Endpoint(
         url,
-        method,
+        system.method,
         model=options.model,
-        model_cross=options.model_cross if runs_cross(split_label(label)[1], method) else None,
+        model_cross=options.model_cross if system.crossed else None,
         max_tokens_per_doc=options.max_tokens_per_doc,
         key=key_from(KEY),
     )
 
 
-def _reranker(options: Settings, methods: dict[str, Method], *, exact: bool = False) -> Reranker:
+def _reranker(options: Settings, systems: Sequence[System], *, exact: bool = False) -> Reranker:
     """The models; `exact`: under torch in fp32, whatever the options say."""
-    needs_cross = any(runs_cross(label, method) for label, method in methods.items())
+    needs_cross = any(system.crossed for system in systems)
     elsewhere = options.executor == "ray"  # what is here then describes models that run on workers, whose device this machine need not have
     made = Reranker(
         options.model,
-        next(iter(methods.values()), "fast"),
+        systems[0].method if systems else "fast",
         options.model_cross if needs_cross else None,
         max_tokens_per_doc=options.max_tokens_per_doc,
         fuse_first_stage=options.fuse_first_stage,

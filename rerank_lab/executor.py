@@ -7,8 +7,8 @@ Texts are encoded in chunks of the corpus in its own order, whoever encodes them
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -24,15 +24,30 @@ from rerank_lab.journal import Journal
 from rerank_lab.kernel_check import types
 from rerank_lab.models.base import Detail
 from rerank_lab.models.store import Store
+from rerank_lab.records import Cold, QueryCandidates, Record
 from rerank_lab.reranker import BLOCK, Reranker
-from rerank_lab.rows import WARM_UP, Asked, Ranks, asked, bar, cold, counting, rank
+from rerank_lab.results import Environment
+from rerank_lab.rows import WARM_UP, Ranks, bar, cold, counting, queries_of, rank
 from rerank_lab.timing import reset_peak_memory
 
-Texts = Mapping[str, str]  # id → text
+
+@dataclass(frozen=True)
+class Setting:
+    """Models and machine, as they are where the work is done.
+
+    Attributes:
+        models: what identifies the models and their settings.
+        environment: the machine, and who does the work.
+        types: of number, that the chosen kernels read there.
+    """
+
+    models: dict[str, str | None]
+    environment: Environment
+    types: list[str]
 
 
 class Executor(Protocol):
-    """Who does the work.
+    """Who does the work. A corpus is id → text.
 
     Attributes:
         name: as results call it.
@@ -43,19 +58,19 @@ class Executor(Protocol):
     def corpus(self) -> Corpus | None:
         """Where a collection's texts are put so that everybody who works reaches them; None: in memory."""
 
-    def about(self, reranker: Reranker) -> dict[str, Any]:
+    def about(self, reranker: Reranker) -> Setting:
         """`about` of the models where they run, and who runs them."""
 
-    def encode(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], detail: Detail, title: str) -> None:
+    def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
         """Puts the vectors of these documents into the cache, each distinct text's once."""
 
-    def search(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
+    def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         """Values and places (in `ids`) of the `fetch` nearest of these documents by pooled vector, for each batch of QUERY_BATCH queries."""
 
-    def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Texts) -> Iterator[dict[str, Any]]:
+    def rank(self, ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str]) -> Iterator[Record]:
         """A record a query, in any order."""
 
-    def cold(self, label: str, ranks: Ranks, queries: Sequence[Asked], corpus: Texts, about: Mapping[str, Any]) -> dict[str, Any]:
+    def cold(self, label: str, ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], about: Mapping[str, str]) -> Cold:
         """rows.cold."""
 
     def close(self) -> None:
@@ -77,23 +92,23 @@ class Local:
     def corpus(self) -> Corpus | None:
         return None
 
-    def about(self, reranker: Reranker) -> dict[str, Any]:
+    def about(self, reranker: Reranker) -> Setting:
         return about(reranker)
 
-    def encode(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], detail: Detail, title: str) -> None:
+    def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
         with counting(title) as progress:
             reranker.encode([corpus[i] for i in ids], detail=detail, progress=progress)
 
-    def search(self, reranker: Reranker, corpus: Texts, ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
+    def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         batches = query_batches(reranker, queries)
         with counting("encode corpus") as progress:
             blocks = reranker.pooled_blocks([corpus[i] for i in ids], progress=progress)
             return merged((search_block(bar(batches, "dense retrieval"), block, fetch, reranker.similarity) for block in blocks), fetch)
 
-    def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Texts) -> Iterator[dict[str, Any]]:
+    def rank(self, ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str]) -> Iterator[Record]:
         return rank(ranks, queries, corpus, WARM_UP)
 
-    def cold(self, label: str, ranks: Ranks, queries: Sequence[Asked], corpus: Texts, about: Mapping[str, Any]) -> dict[str, Any]:
+    def cold(self, label: str, ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], about: Mapping[str, str]) -> Cold:
         return cold(label, ranks, queries, corpus, about, self.cache)
 
     def close(self) -> None:
@@ -109,33 +124,34 @@ class Work:
     candidates: Candidates
     journal: Journal
 
-    def records(self, label: str, ranks: Ranks) -> list[dict[str, Any]]:
+    def records(self, label: str, ranks: Ranks) -> list[Record]:
         """Ranks every query that the journal lacks; all records, in the order of the candidates."""
-        done = {record["query"]: record for record in self.journal.records(label)}
-        queries = asked(self.dataset, self.candidates)
+        done = {record.query: record for record in self.journal.records(label)}
+        queries = queries_of(self.dataset, self.candidates)
         left = [query for query in queries if query.id not in done]
         executor = Local() if isinstance(ranks, Endpoint) else self.executor  # a server is its own machine
         for record in bar(executor.rank(ranks, left, self.dataset.corpus), label, total=len(left)) if left else ():
-            if record["query"] not in done:
-                done[record["query"]] = record | {"by": executor.name}
-                self.journal.append(label, done[record["query"]])
+            if record.query not in done:
+                done[record.query] = replace(record, by=executor.name)
+                self.journal.append(label, done[record.query])
         return [done[query.id] for query in queries]
 
-    def cold(self, label: str, ranks: Ranks, count: int) -> dict[str, Any]:
+    def cold(self, label: str, ranks: Ranks, count: int) -> Cold:
         """Cost of the first `count` queries with every document new."""
         about = {"dataset": self.dataset.hash, "candidates": self.candidates.about["hash"]}
         executor = Local() if isinstance(ranks, Endpoint) else self.executor
-        return executor.cold(label, ranks, asked(self.dataset, self.candidates)[:count], self.dataset.corpus, about)
+        return executor.cold(label, ranks, queries_of(self.dataset, self.candidates)[:count], self.dataset.corpus, about)
 
 
-def about(reranker: Reranker) -> dict[str, Any]:
+def about(reranker: Reranker) -> Setting:
     """What results keep of models and machine, and the types of number that kernels read there; asked where the models are.
 
     Raises:
         ValueError: the chosen kernels do not run there.
     """
-    environment = describe(reranker.device) | {"vector_cache": reranker.cache_state, "peak_memory_per_method": reset_peak_memory()}
-    return {"models": reranker.fingerprints(), "environment": environment, "types": types(reranker.device)}
+    machine = vars(describe(reranker.device))
+    environment = Environment(**machine, vector_cache=reranker.cache_state, peak_memory_per_method=reset_peak_memory())
+    return Setting(reranker.fingerprints(), environment, types(reranker.device))
 
 
 def query_batches(reranker: Reranker, queries: Sequence[str]) -> list[torch.Tensor]:

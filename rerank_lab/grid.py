@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.journal import RESULTS
-from rerank_lab.methods import METHODS
 from rerank_lab.models import backbone_of
 from rerank_lab.models.base import Detail
-from rerank_lab.results import interval
+from rerank_lab.results import read as read_results
 from rerank_lab.run import write_atomically
 from rerank_lab.settings import CLUSTER, Settings, flags, parse, parser, read_toml
+from rerank_lab.system import System, names
+from rerank_lab.table import interval
 
 log = logging.getLogger("rerank_lab")
 GRID, SCHEMA = "grid.json", 1
@@ -142,12 +143,9 @@ def _detail(options: Settings) -> Detail:
     cross = options.model_cross != "none"
     one_way = cross and backbone_of(options.model_cross) == options.model
     found = Detail.POOLED
-    for label in options.methods or [name for name, kind in METHODS.items() if cross or "cross-encoder" not in kind.roles] + ["best+cross"] * cross:
-        name = label.partition(":")[0]
-        kind = METHODS.get(name.removesuffix("+cross"))
-        if kind is not None:
-            crossed = name.endswith("+cross") or "cross-encoder" in kind.roles
-            found = max(found, Detail.STATES if crossed and one_way else Detail.TOKENS if kind.tokens else Detail.POOLED)
+    for system in map(System.parse, options.methods or names(cross)):
+        if not system.remote:
+            found = max(found, Detail.STATES if system.crossed and one_way else Detail.TOKENS if system.method.tokens else Detail.POOLED)
     return found
 
 
@@ -205,13 +203,13 @@ def _table(out: Path, cells: Sequence[Cell]) -> list[str]:
     lines = []
     for cell in cells:
         try:
-            result = json.loads((out / cell.name / RESULTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            results = read_results(out / cell.name / RESULTS)
+        except UserError:
             lines += textwrap.wrap(f"{cell.name}: not finished", 80, subsequent_indent="    ")
             continue
-        primary = result["config"]["measures"][0]
-        top = max(result["rows"], key=lambda row: row["measures"][primary])
-        said = f"{cell.name}: {primary} {interval(top['measures'][primary], top['ci95'][primary])} by {top['method']}"
+        primary = results.primary
+        top = max(results.rows, key=lambda row: row.measures[primary])
+        said = f"{cell.name}: {primary} {interval(top.measures[primary], top.ci95[primary])} by {top.label}"
         lines += textwrap.wrap(said, 80, subsequent_indent="    ")
     return lines
 

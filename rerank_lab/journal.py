@@ -9,11 +9,13 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
+from rerank_lab.records import Record
+from rerank_lab.results import AGAIN, SCHEMA, Misfit, Option, Results, parse
 from rerank_lab.run import write_atomically
 
 RESULTS = "results.json"
@@ -60,19 +62,22 @@ class Journal:
             state = "holds results" if done else "holds an interrupted run"
             raise UserError(f"{out} {state}: --resume to go on, --overwrite to replace, or another --out")
 
-    def results(self, config: dict[str, Any], schema: int) -> dict[str, Any]:
+    def results(self, config: Mapping[str, Option]) -> Results:
         """The finished results, if this configuration made them.
 
         Raises:
             UserError: they do not read back, or another version or configuration made them.
         """
-        result = _load(self.out / RESULTS)
-        if result.get("schema") != schema:
-            raise UserError(f"{self.out}: results of schema {result.get('schema')}, and this version's is {schema}; start again with --overwrite")
-        self._compare(result.get("config", {}), config, "the finished run")
-        return result
+        value = _load(self.out / RESULTS)
+        if value.get("schema") != SCHEMA:
+            raise UserError(f"{self.out}: results of schema {value.get('schema')}, and this version's is {SCHEMA}; start again with --overwrite")
+        self._compare(value.get("config", {}), config, "the finished run")
+        try:
+            return parse(value)
+        except Misfit as problem:
+            raise UserError(f"{self.out / RESULTS}: {problem}; {AGAIN}") from None
 
-    def begin(self, config: dict[str, Any]) -> None:
+    def begin(self, config: Mapping[str, Any]) -> None:
         """Fixes what the run depends on, or checks it against the interrupted one's; all input has proved sound by now.
 
         Raises:
@@ -86,25 +91,25 @@ class Journal:
         else:
             write_atomically(path, json.dumps(config, indent=1))
 
-    def _compare(self, before: dict[str, Any], config: dict[str, Any], what: str) -> None:
+    def _compare(self, before: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
         now = json.loads(json.dumps(config))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k, "absent") != now.get(k, "absent"))
         if changed:
             raise UserError(f"{self.out}: {what} differs in {', '.join(changed)}; give it as it was, --overwrite, or another --out")
 
-    def records(self, label: str) -> list[dict[str, Any]]:
+    def records(self, label: str) -> list[Record]:
         """Finished queries of a method; a line cut short by a kill ends the list and is removed."""
         path = self._path(label)
         if not path.is_file():
             return []
         found = list(_whole_lines(path))
-        write_atomically(path, "".join(json.dumps(r) + "\n" for r in found))
+        write_atomically(path, "".join(record.line() + "\n" for record in found))
         return found
 
-    def append(self, label: str, record: dict[str, Any]) -> None:
+    def append(self, label: str, record: Record) -> None:
         """Adds one finished query."""
         with self._path(label).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(record.line() + "\n")
 
     def finish(self, files: dict[str, str | bytes]) -> None:
         """Puts the finished files in place, results.json last, and removes what was partial or from an older run."""
@@ -131,13 +136,13 @@ def _load(path: Path) -> dict[str, Any]:
     return value
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _whole_lines(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                record = json.loads(line)
+                record = Record.parse(line)
             except ValueError:
                 return
-            if not line.endswith("\n") or not isinstance(record, dict) or "query" not in record:
+            if not line.endswith("\n"):
                 return
             yield record

@@ -13,10 +13,10 @@ from torch import Tensor
 from rerank_kernels import project_quantize, similarity_topk, subspace_attention, use_backend
 from rerank_lab.methods import Pool
 from rerank_lab.models.base import Read, Vectors
+from rerank_lab.records import KernelRecords, Record
 from rerank_lab.reranker import Ranking, Reranker
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-DEFINITION = "definition"
 
 
 class CastPool(Pool):
@@ -75,10 +75,8 @@ class Cast:
         return Cast, (self.reranker, self.dtype, {}, self.backend)
 
 
-def check(
-    label: str, reranker: Reranker, types: Sequence[str], records: Callable[[str, Cast], list[dict[str, Any]]]
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
-    """Every query's record by the definition in fp32 (DEFINITION) and by the chosen kernels in each of these types.
+def check(label: str, reranker: Reranker, types: Sequence[str], records: Callable[[str, Cast], list[Record]]) -> KernelRecords:
+    """Every query's record by the definition in fp32 and by the chosen kernels in each of these types.
 
     Args:
         label, reranker: the row.
@@ -86,9 +84,9 @@ def check(
         records: a label and what ranks → a record a query.
     """
     reads: dict[str, Read] = {}
-    ways = {DEFINITION: Cast(reranker, torch.float32, reads, "reference")}
-    ways |= {name: Cast(reranker, DTYPES[name], reads) for name in types}
-    return {name: records(f"{label} by kernels, {name}", way) for name, way in ways.items()}
+    title = f"{label} by kernels, "
+    definition = records(f"{title}definition", Cast(reranker, torch.float32, reads, "reference"))
+    return KernelRecords(definition, {name: records(title + name, Cast(reranker, DTYPES[name], reads)) for name in types})
 
 
 def types(device: torch.device) -> list[str]:

@@ -102,6 +102,17 @@ def _any_relevant(grades: Iterable[int], needed: int, gains: tuple[tuple[int, in
     return any(gain.get(grade, grade) >= needed for grade in grades)
 
 
+def counted(name: str, qrels: Qrels) -> Qrels:
+    """What each judgement counts for a measure; in the order of it, documents without a judgement as 0, no ranking of the same documents is better.
+
+    These are the grades themselves, but for two kinds of measure: Judged counts every judgement alike, and `gains` put others in their place.
+    """
+    (measure,) = parse_measures([name])
+    gains = measure.params.get("gains") or {}
+    alike = measure.NAME == "Judged"
+    return {q: {d: 1 if alike else int(gains.get(grade, grade)) for d, grade in judged.items()} for q, judged in qrels.items()}
+
+
 def evaluate(run: Run, qrels: Qrels, names: Sequence[str]) -> pd.DataFrame:
     """One row a judged query, in the order of qrels, one column a measure.
 

@@ -16,7 +16,7 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -25,15 +25,17 @@ import torch
 from rerank_lab.corpus import Corpus, Texts
 from rerank_lab.engine import packed
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.executor import merged
+from rerank_lab.executor import Setting, merged
 from rerank_lab.first_stage.base import TopK
 from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.store import Store
 from rerank_lab.places import PLANS, VECTORS
 from rerank_lab.quiet import Said, short, without_stderr
+from rerank_lab.records import Cold, QueryCandidates, Record
 from rerank_lab.reranker import BLOCK, Reranker
-from rerank_lab.rows import Asked, Ranks, bar, counting
+from rerank_lab.results import Cluster
+from rerank_lab.rows import Ranks, bar, counting
 from rerank_lab.worker import Encoder, Setup, Worker, key, out_of_memory, probe, reranker_of
 
 log = logging.getLogger("rerank_lab")
@@ -70,8 +72,8 @@ class OnRay:
         self.resources, self.workers = dict(resources), workers
         self.bad: dict[str, str] = {}
         self.machines: Counter[str] = Counter()
-        self._crew: list[Hand] = []
-        self._expected: dict[str, Any] = {}
+        self._crew: list[WorkerHandle] = []
+        self._expected: dict[str, dict[str, str | None]] = {}
         self._encoded: set[tuple[Any, ...]] = set()
         self._turn = 0
         self._said = redirect_stdout(Said())
@@ -157,17 +159,17 @@ class OnRay:
     def corpus(self) -> Corpus | None:
         return Corpus(self.cache)
 
-    def about(self, reranker: Reranker) -> dict[str, Any]:
+    def about(self, reranker: Reranker) -> Setting:
         (found,) = self._calls(reranker, "about", 1, lambda n: ())
-        result = cast("dict[str, Any]", found[1])
+        setting = cast(Setting, found[1])
         self.machines = Counter()
-        self._expected[key(reranker)] = result["models"]
+        self._expected[key(reranker)] = setting.models
         nodes = [node for node in self.ray.nodes() if node["Alive"]]
-        result["environment"]["executor"] = {
-            "name": "ray", "version": self.ray.__version__, "workers": self._room(), "resources": self.resources, "nodes": len(nodes),
-            "calls": self.machines,  # by machine, as they are made
-        }  # fmt: skip
-        return result
+        cluster = Cluster(
+            name="ray", version=self.ray.__version__, workers=self._room(), resources=self.resources, nodes=len(nodes),
+            calls=self.machines,  # by machine, as they are made
+        )  # fmt: skip
+        return replace(setting, environment=replace(setting.environment, executor=cluster))
 
     def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
         assert isinstance(corpus, Corpus)
@@ -238,7 +240,7 @@ class OnRay:
         blocks = ([(torch.from_numpy(values.copy()), torch.from_numpy(places.copy())) for values, places in found[n]] for n in range(count))
         return merged(blocks, fetch)
 
-    def rank(self, ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    def rank(self, ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str]) -> Iterator[Record]:
         assert isinstance(corpus, Corpus)
 
         def arguments(n: int) -> tuple[Any, ...]:
@@ -248,11 +250,11 @@ class OnRay:
         for _, records in self._calls(ranks, "rank", -(-len(queries) // QUERIES), arguments):
             yield from records
 
-    def cold(self, label: str, ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str], about: Mapping[str, Any]) -> dict[str, Any]:
+    def cold(self, label: str, ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], about: Mapping[str, str]) -> Cold:
         assert isinstance(corpus, Corpus)
         placed = [(query, corpus.positions(query.candidates.documents)) for query in queries]
         ((_, found),) = self._calls(ranks, "cold", 1, lambda n: (corpus.texts, placed, label, dict(about)))
-        return dict(found)
+        return cast(Cold, found)
 
     def close(self) -> None:
         """Ends the workers, and the cluster where it was begun here."""
@@ -266,7 +268,7 @@ class OnRay:
         """Has so many calls made by some worker each, those of dead ones again; (number, what it gave), in the order in which they end."""
         ray, what, expected = self.ray, self._packed(ranks), self._expected.get(key(reranker_of(ranks)))
         waiting, stalled = deque(range(count)), 0
-        held: dict[Any, tuple[Hand, int]] = {}
+        held: dict[Any, tuple[WorkerHandle, int]] = {}
         try:
             while waiting or held:
                 self._hire(min(self._room(), len(waiting) + len(held)))
@@ -320,9 +322,9 @@ class OnRay:
         remote = self.ray.remote(Worker)
         while len(self._crew) < count:
             actor = remote.options(**self._options(), max_restarts=0).remote(self.setup)
-            self._crew.append(Hand(actor, actor.hello.remote()))
+            self._crew.append(WorkerHandle(actor, actor.hello.remote()))
 
-    def _leave(self, hands: Sequence[Hand], held: dict[Any, tuple[Hand, int]]) -> list[int]:
+    def _leave(self, hands: Sequence[WorkerHandle], held: dict[Any, tuple[WorkerHandle, int]]) -> list[int]:
         """Ends workers; the numbers of the calls that they held."""
         numbers = []
         for hand in hands:
@@ -375,7 +377,7 @@ class OnRay:
 
 
 @dataclass(eq=False)
-class Hand:
+class WorkerHandle:
     """A worker as it is seen from here.
 
     Attributes:

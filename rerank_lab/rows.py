@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -20,8 +19,8 @@ from rerank_lab.endpoint import Endpoint
 from rerank_lab.environment import describe
 from rerank_lab.models.store import Store
 from rerank_lab.places import TIMINGS
+from rerank_lab.records import Cold, Cost, QueryCandidates, Record
 from rerank_lab.reranker import Ranking, Reranker
-from rerank_lab.run import Ranked
 from rerank_lab.timing import peak_memory_mb, reset_peak_memory
 
 log = logging.getLogger("rerank_lab")
@@ -34,26 +33,12 @@ class Ranks(Protocol):
     def score(self, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking: ...
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A query with its candidates, all that ranking it takes besides the documents' texts.
-
-    Attributes:
-        id, text: of the query.
-        candidates: ids, and the first stage's scores.
-    """
-
-    id: str
-    text: str
-    candidates: Ranked
-
-
-def asked(dataset: Dataset, candidates: Candidates) -> list[Asked]:
+def queries_of(dataset: Dataset, candidates: Candidates) -> list[QueryCandidates]:
     """All queries that have candidates, in the order of the candidates."""
-    return [Asked(q, dataset.queries[q], ranked) for q, ranked in candidates.run.items()]
+    return [QueryCandidates(q, dataset.queries[q], ranked) for q, ranked in candidates.run.items()]
 
 
-def rank(ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str], warm_up: int) -> Iterator[dict[str, Any]]:
+def rank(ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], warm_up: int) -> Iterator[Record]:
     """Ranks queries one after another; a record each.
 
     Args:
@@ -71,7 +56,9 @@ def rank(ranks: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str], warm
         yield _record(query, ranking, time.perf_counter() - start, known=not isinstance(ranks, Endpoint))
 
 
-def cold(label: str, reranker: Ranks, queries: Sequence[Asked], corpus: Mapping[str, str], about: Mapping[str, Any], cache: Store | None) -> dict[str, Any]:
+def cold(
+    label: str, reranker: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], about: Mapping[str, str], cache: Store | None
+) -> Cold:  # fmt: skip
     """Cost with every document new, over the first few queries; kept beside the vectors, since only a change can change it.
 
     Args:
@@ -80,62 +67,53 @@ def cold(label: str, reranker: Ranks, queries: Sequence[Asked], corpus: Mapping[
         about: what the figures depend on besides models, queries and machine.
         cache: where they are kept; None: nowhere.
     """
-    found: dict[str, Any] = {"seconds": [], "phases": [], "documents": 0, "peak_rss_mb": None, "measured": "not measured"}
     if not isinstance(reranker, Reranker):
-        return found | {"measured": "unknown: what a server has seen before, it alone knows"}
+        return Cold(measured="unknown: what a server has seen before, it alone knows")
     if not reranker.caches:
-        return found | {"measured": "no vectors are cached for this method: each run is new"}
+        return Cold(measured="no vectors are cached for this method: each run is new")
     if not queries:
-        return found
+        return Cold()
     depends = [label, reranker.method.settings(), reranker.fuse_first_stage, reranker.token_limit, reranker.fingerprints()]
-    key = _digest([*depends, about, [q.id for q in queries], describe(reranker.device)])
+    key = _digest([*depends, about, [q.id for q in queries], vars(describe(reranker.device))])
     store, name = None if cache is None else cache.child(TIMINGS), f"{key}.json"
     try:
         if store is not None and name in store.names():
-            kept: dict[str, Any] = json.loads(store.fetch(name).read_text(encoding="utf-8"))
-            if kept.keys() == found.keys() and len(kept["seconds"]) == len(kept["phases"]) == len(queries):
-                return kept
-            raise ValueError
-    except (OSError, ValueError, AttributeError, TypeError):
+            return Cold.read(store.fetch(name).read_text(encoding="utf-8"), len(queries))
+    except (OSError, ValueError, TypeError):
         log.warning("timings: %s/%s does not read back; measured again", store and store.shown, name)
+    found = Cold()
     reset_peak_memory()
     for query in bar(queries, f"{label}, documents new"):
         start = time.perf_counter()
         ranking = _rank(reranker.without_cache(), query, corpus)
-        found["seconds"].append(time.perf_counter() - start)
-        found["phases"].append(ranking.seconds)
-        found["documents"] += len(query.candidates.documents)
-    found |= {"peak_rss_mb": peak_memory_mb(), "measured": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
+        found.seconds.append(time.perf_counter() - start)
+        found.phases.append(ranking.seconds)
+        found.documents += len(query.candidates.documents)
+    found.peak_rss_mb, found.measured = peak_memory_mb(), f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
     if store is not None:
         try:
-            store.write(name, json.dumps(found).encode())
+            store.write(name, found.write())
         except OSError as error:
             log.warning("timings: %s/%s cannot be written (%s)", store.shown, name, error.strerror)
     return found
 
 
-def _rank(ranks: Ranks, query: Asked, corpus: Mapping[str, str]) -> Ranking:
+def _rank(ranks: Ranks, query: QueryCandidates, corpus: Mapping[str, str]) -> Ranking:
     return ranks.score(query.text, [corpus[d] for d in query.candidates.documents], first_stage=query.candidates.scores.tolist())
 
 
-def _record(query: Asked, ranking: Ranking, seconds: float, *, known: bool) -> dict[str, Any]:
-    """One line of the journal; what a method cost besides time is null where it is not known."""
+def _record(query: QueryCandidates, ranking: Ranking, seconds: float, *, known: bool) -> Record:
+    """What one query left behind; `known`: whether anything but time is known of its cost."""
     documents = query.candidates.documents
-    cost = {
-        "phases": ranking.seconds,
-        "flops": ranking.flops.seen,
-        "flops_new": ranking.flops.new,
-        "truncated": ranking.truncated,
-        "peak_rss_mb": peak_memory_mb(),
-    }
-    return {
-        "query": query.id,
-        "documents": [documents[i] for i in ranking.order],
-        "scores": ranking.scores.tolist(),
-        "relevance": ranking.relevance.tolist(),
-        "candidates": len(documents),
-        "seconds": seconds,
-    } | (cost if known else dict.fromkeys(cost))
+    return Record(
+        query=query.id,
+        documents=[documents[i] for i in ranking.order],
+        scores=ranking.scores.tolist(),
+        relevance=ranking.relevance.tolist(),
+        candidates=len(documents),
+        seconds=seconds,
+        cost=Cost(ranking.seconds, ranking.flops.seen, ranking.flops.new, ranking.truncated, peak_memory_mb()) if known else None,
+    )
 
 
 def _digest(value: Any) -> str:

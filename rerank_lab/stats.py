@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from scipy import stats
@@ -12,6 +12,24 @@ from statsmodels.stats.multitest import multipletests
 RESAMPLES = 9999
 # Resamples at once: bounds the memory to about 100 × queries × 8 bytes a step.
 BATCH = 100
+
+
+class Paired(TypedDict):
+    """One system against another, query by query.
+
+    Attributes:
+        delta, ci95: mean difference and its 95% interval; None for a single query.
+        p_t, p_randomization: of the paired t-test (None: undefined) and of the randomisation test.
+        wins, ties, losses: queries.
+    """
+
+    delta: float
+    ci95: list[float] | None
+    p_t: float | None
+    p_randomization: float
+    wins: int
+    ties: int
+    losses: int
 
 
 def bootstrap_interval(values: np.ndarray, seed: int) -> list[float] | None:
@@ -58,7 +76,7 @@ def paired_randomization(a: np.ndarray, b: np.ndarray, seed: int) -> float:
     return float(result.pvalue)
 
 
-def paired(a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, Any]:
+def paired(a: np.ndarray, b: np.ndarray, seed: int) -> Paired:
     """a against b, query by query: mean difference with its interval, both tests, and how many queries each way."""
     return {
         "delta": float((a - b).mean()), "ci95": bootstrap_interval(a - b, seed), "p_t": paired_t(a, b), "p_randomization": paired_randomization(a, b, seed),

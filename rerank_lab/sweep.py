@@ -4,44 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rerank_lab.candidates import Candidates
 from rerank_lab.executor import Work
-from rerank_lab.methods import Method, runs_cross
+from rerank_lab.records import Record
 from rerank_lab.reranker import Reranker
 from rerank_lab.settings import COMMON
+from rerank_lab.system import System
 
 Sweeps = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One method under one value of a setting.
+class Swept:
+    """One row under one value of a setting.
 
     Attributes:
         setting, value: what was changed.
-        method: the label of the row that it belongs to.
+        label: of the row.
         records: one a query.
     """
 
     setting: str
     value: float
-    method: str
-    records: list[dict[str, Any]]
+    label: str
+    records: Sequence[Record]
 
 
-def problems(sweeps: Sweeps, methods: Mapping[str, Method]) -> list[str]:
-    """What cannot be swept with these methods (label → method, those that run here)."""
+def problems(sweeps: Sweeps, systems: Sequence[System]) -> list[str]:
+    """What cannot be swept with these systems, those that run here."""
     found = []
     for name, values in sweeps.items():
-        varied = _having(name, methods)
+        varied = _having(name, systems)
         if not varied:
-            found.append(f"--sweep {name}: none of the methods that run here has it ({', '.join(methods) or 'none'})")
+            found.append(f"--sweep {name}: none of the methods that run here has it ({', '.join(system.label for system in systems) or 'none'})")
         for value in values if name not in COMMON else ():
             try:
-                for method in varied.values():
-                    replace(method, **{name: value})
+                for system in varied:
+                    replace(system.method, **{name: value})
             except ValueError as error:
                 found.append(f"--sweep {name}={value}: {error}")
     return found
@@ -53,14 +53,15 @@ def deepest(sweeps: Sweeps, top_k: int) -> int:
 
 
 def run(
-    sweeps: Sweeps, methods: Mapping[str, Method], rows: Mapping[str, Reranker], done: Mapping[str, list[dict[str, Any]]], work: Work,
+    sweeps: Sweeps, systems: Sequence[System], rows: Mapping[str, Reranker], done: Mapping[str, Sequence[Record]], work: Work,
     deep: Candidates, encode: Callable[[int], None],
-) -> Iterator[Point]:  # fmt: skip
-    """Every value of every setting, for each method that has it.
+) -> Iterator[Swept]:  # fmt: skip
+    """Every value of every setting, for each system whose method has it.
 
     Args:
         sweeps: setting → values.
-        methods, rows, done: of the rows that run here, by label; `done` holds their records, which serve where nothing changes.
+        systems: those that run here.
+        rows, done: label → what ranks for it, and its records, which serve where nothing changes.
         work: what the rows ranked, and who ranks.
         deep: the same first stage as deep as `deepest` says. A stage1_top_k beyond the candidates has as many of them.
         encode: puts the vectors of all candidates, of so many tokens at most, into the cache.
@@ -70,20 +71,20 @@ def run(
             pool, encoded = work.candidates, False
             if name == "top_k" or (name == "stage1_top_k" and value > pool.about["top_k"]):
                 pool = deep.cut(int(value))
-            for label, method in _having(name, methods).items():
-                row = rows[label]
+            for system in _having(name, systems):
+                label, method, row = system.label, system.method, rows[system.label]
                 if name == "max_tokens_per_doc":
                     row = row.reading(int(value))
                 elif name != "top_k":
-                    row = row.using(replace(method, **{name: value}), cross=runs_cross(label, method))
+                    row = row.using(replace(method, **{name: value}), cross=system.crossed)
                 if row.token_limits == rows[label].token_limits and row.method == method and pool.about["hash"] == work.candidates.about["hash"]:
-                    yield Point(name, value, label, done[label])
+                    yield Swept(name, value, label, done[label])
                     continue
                 if name == "max_tokens_per_doc" and not encoded:
                     encode(int(value))
                     encoded = True
-                yield Point(name, value, label, replace(work, candidates=pool).records(f"{label} at {name}={value}", row))
+                yield Swept(name, value, label, replace(work, candidates=pool).records(f"{label} at {name}={value}", row))
 
 
-def _having(name: str, methods: Mapping[str, Method]) -> dict[str, Method]:
-    return {label: method for label, method in methods.items() if name in COMMON or name in method.settings()}
+def _having(name: str, systems: Sequence[System]) -> list[System]:
+    return [system for system in systems if name in COMMON or name in system.method.settings()]

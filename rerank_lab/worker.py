@@ -16,15 +16,16 @@ from rerank_lab.corpus import Texts
 from rerank_lab.engine import Engines, unpacked
 from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.executor import about, query_batches, search_block
+from rerank_lab.executor import Setting, about, query_batches, search_block
 from rerank_lab.models.base import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.store import Store
 from rerank_lab.places import PLANS
+from rerank_lab.records import Cold, QueryCandidates, Record
 from rerank_lab.reranker import BLOCK, Reranker
-from rerank_lab.rows import WARM_UP, Asked, Ranks, cold, rank
+from rerank_lab.rows import WARM_UP, Ranks, cold, rank
 
-Placed = tuple[Asked, np.ndarray]  # a query, and the positions of its candidates' texts
+QueryPositions = tuple[QueryCandidates, np.ndarray]  # a query, and the positions of its candidates' texts
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Worker:
     def hello(self) -> dict[str, Any]:
         """Who and where it is."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        facts = describe(device)
-        return {"node": self.node, "pid": os.getpid(), "machine": f"{facts['cpu']}, {facts['threads']} threads, device {facts['device']}"}
+        machine = describe(device)
+        return {"node": self.node, "pid": os.getpid(), "machine": f"{machine.cpu}, {machine.threads} threads, device {machine.device}"}
 
-    def call(self, work: str, what: bytes, expected: dict[str, Any] | None, turn: int, *arguments: Any) -> tuple[str, Any]:
+    def call(self, work: str, what: bytes, expected: dict[str, str | None] | None, turn: int, *arguments: Any) -> tuple[str, Any]:
         """One of the functions below.
 
         Args:
@@ -87,7 +88,7 @@ class Worker:
         return "done", WORK[work](self, ranks, *known)
 
 
-def opened(what: bytes, expected: dict[str, Any] | None, engines: Engines) -> Ranks:
+def opened(what: bytes, expected: dict[str, str | None] | None, engines: Engines) -> Ranks:
     """What was packed, its models loaded, and checked to be those that all others have."""
     ranks: Ranks = unpacked(what, engines)
     found = reranker_of(ranks).fingerprints()
@@ -112,21 +113,21 @@ def key(reranker: Reranker) -> str:
     return repr(reranker.engine.spec)
 
 
-def chosen(texts: Texts, queries: Sequence[Placed]) -> dict[str, str]:
+def chosen(texts: Texts, queries: Sequence[QueryPositions]) -> dict[str, str]:
     """id → text of all candidates of these queries, which come with the candidates' positions."""
     places = {d: p for query, positions in queries for d, p in zip(query.candidates.documents, positions.tolist())}
     return dict(zip(places, texts.read(list(places.values()))))
 
 
-def _rank(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[Placed]) -> list[dict[str, Any]]:
+def _rank(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[QueryPositions]) -> list[Record]:
     return list(rank(ranks, [query for query, _ in queries], chosen(texts, queries), 0 if worker.warm else WARM_UP))
 
 
-def _cold(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[Placed], label: str, about: Mapping[str, Any]) -> dict[str, Any]:
+def _cold(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[QueryPositions], label: str, about: Mapping[str, str]) -> Cold:
     return cold(label, ranks, [query for query, _ in queries], chosen(texts, queries), about, worker.cache)
 
 
-def _about(worker: Worker, ranks: Ranks) -> dict[str, Any]:
+def _about(worker: Worker, ranks: Ranks) -> Setting:
     return about(reranker_of(ranks))
 
 
@@ -162,7 +163,7 @@ def probe(setup: Setup) -> None:
 class Encoder:
     """Encodes chunks of texts into the cache; an actor of Ray Data's pool."""
 
-    def __init__(self, setup: Setup, what: bytes, expected: dict[str, Any] | None, texts: Texts, plan: str, detail: int):
+    def __init__(self, setup: Setup, what: bytes, expected: dict[str, str | None] | None, texts: Texts, plan: str, detail: int):
         import ray
 
         self.worker, self.texts, self.plan, self.detail = Worker(setup), texts, plan, Detail(detail)

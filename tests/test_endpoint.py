@@ -16,12 +16,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rerank_lab.endpoint import Endpoint, NoAnswer, check_address, key_from, retry_after, split_label
+from rerank_lab.endpoint import Endpoint, NoAnswer, check_address, key_from, retry_after
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval import main
 from rerank_lab.journal import file_name
 from rerank_lab.methods import make_method
 from rerank_lab.settings import parser
+from rerank_lab.system import System
 from rerank_lab.v3 import KEY, V3
 from tests.conftest import DOCUMENTS, QUERIES, report_of
 from tests.serving import KEY as SERVER_KEY
@@ -63,7 +64,7 @@ def endpoint(server: StandIn, method: str = "fast", **options: Any) -> Endpoint:
     ],
 )
 def test_a_label_is_an_address_and_a_method(label: str, split: tuple[str | None, str]) -> None:
-    assert split_label(label) == split
+    assert (System.parse(label).server, System.parse(label).twin) == split
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_label_is_an_address_and_a_method(label: str, split: tuple[str | None,
 )
 def test_a_wrong_label_is_named_with_its_remedy_and_without_a_password(label: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        split_label(label)
+        System.parse(label)
     assert "pass" not in str(raised.value)
 
 

@@ -19,8 +19,8 @@ from rerank_lab import Reranker
 from rerank_lab.errors import ModelError
 from rerank_lab.eval import main
 from rerank_lab.on_ray import OnRay
+from rerank_lab.records import QueryCandidates
 from rerank_lab.reranker import Ranking
-from rerank_lab.rows import Asked
 from rerank_lab.run import Ranked
 from tests.conftest import DOCUMENTS, QUERIES, ROOT, write_beir
 from tests.on_a_cluster import assert_same_results
@@ -124,10 +124,10 @@ def test_a_worker_out_of_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture
         assert corpus is not None
         for identifier, (title, text) in DOCUMENTS.items():
             corpus[identifier] = f"{title} {text}"
-        queries = [Asked(q, text, Ranked(list(DOCUMENTS), np.zeros(len(DOCUMENTS), dtype=np.float32))) for q, text in QUERIES.items()]
+        queries = [QueryCandidates(q, text, Ranked(list(DOCUMENTS), np.zeros(len(DOCUMENTS), dtype=np.float32))) for q, text in QUERIES.items()]
         reranker = Reranker("all-MiniLM-L6-v2", "best", device="cpu")
         (tmp_path / "left").write_text("once\nagain\n")
-        records = {record["query"]: record["documents"] for record in executor.rank(Hungry(reranker, tmp_path / "left"), queries, corpus)}
+        records = {record.query: record.documents for record in executor.rank(Hungry(reranker, tmp_path / "left"), queries, corpus)}
         expected = {q: [list(DOCUMENTS)[i] for i in reranker.score(text, list(corpus.values())).order] for q, text in QUERIES.items()}
         assert records == expected
         assert [("out of memory" in r.message and "done again" in r.message) for r in caplog.records] == [True, True], caplog.text

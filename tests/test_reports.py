@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from rerank_lab import results
+from rerank_lab import results, table
 from rerank_lab.datasets import load_dataset
 from rerank_lab.report import figures
 from rerank_lab.report.load import Loaded
@@ -66,7 +66,7 @@ def test_bold_is_the_highest_of_each_row() -> None:
 
 def test_what_eval_prints_is_the_baselines() -> None:
     start = README.index("numpydoc (test): 300")
-    assert README[start:].startswith(results.table(RESULTS["numpydoc"]).rstrip() + "\n```")
+    assert README[start:].startswith(table.table(results.parse(RESULTS["numpydoc"])).rstrip() + "\n```")
 
 
 @pytest.mark.parametrize("collection", COLLECTIONS)
@@ -74,7 +74,7 @@ def test_the_report_is_of_the_results_beside_it(collection: str) -> None:
     result = RESULTS[collection]
     for own in result["rows"]:
         shown = row(collection, own["method"])
-        assert shown["nDCG@10 [95% CI]"] == results.interval(own["measures"]["nDCG@10"], own["ci95"]["nDCG@10"])
+        assert shown["nDCG@10 [95% CI]"] == table.interval(own["measures"]["nDCG@10"], own["ci95"]["nDCG@10"])
         assert shown["p50 ms"] == f"{own['latency_ms']['p50']:,.1f}" and shown["MFLOP"] == f"{own['flops_per_query'] / 1e6:,.0f}"
     part = section("Depth and length", section(collection))
     assert len(result["sweeps"]) == 5 * 3 + 3 * 5 and all(f"{point['measures']['nDCG@10']:.4f}" in part for point in result["sweeps"])

@@ -1,18 +1,27 @@
-"""What is said of the numbers."""
+"""Results as a file and as sentences."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from rerank_lab.results import findings
+from rerank_lab import results
+from rerank_lab.results import Latency, Results
+from rerank_lab.table import findings
+from tests.conftest import ROOT
+
+BASELINE = sorted((ROOT / "reports" / "baseline").glob("*.json"))
 
 
-def result(delta: float, p_holm: float) -> dict[str, Any]:
-    vs = {"baseline": "fast", "measure": "nDCG@10", "delta": delta, "ci95": [delta - 0.02, delta + 0.02], "p_holm": p_holm}
-    rows = [{"method": "fast", "vs": None, "latency_ms": {"p50": 10.0}}, {"method": "best", "vs": vs, "latency_ms": {"p50": 15.0}}]
-    return {"config": {"baseline": "fast"}, "rows": rows}
+def result(delta: float, p_holm: float) -> Results:
+    baseline = results.read(ROOT / "reports" / "baseline" / "numpydoc.json")
+    fast, best = (next(row for row in baseline.rows if row.label == label) for label in ("fast", "best"))
+    assert best.vs is not None
+    vs = replace(best.vs, delta=delta, ci95=[delta - 0.02, delta + 0.02], p_holm=p_holm)
+    return replace(baseline, rows=[replace(fast, latency_ms=Latency(10.0, 20.0)), replace(best, vs=vs, latency_ms=Latency(15.0, 20.0))])
 
 
 @pytest.mark.parametrize(
@@ -25,3 +34,11 @@ def result(delta: float, p_holm: float) -> dict[str, Any]:
 )
 def test_a_method_wins_only_past_chance(delta: float, p_holm: float, said: str) -> None:
     assert [sentence.startswith(said) for sentence in findings(result(delta, p_holm))] == [True]
+
+
+@pytest.mark.parametrize("path", BASELINE, ids=lambda path: path.stem)
+def test_a_file_comes_back_as_it_was(path: Path) -> None:
+    text = path.read_text()
+    again = json.loads(results.write(results.parse(json.loads(text))))
+    assert again["environment"].pop("timed_by") == [] and again.pop("files") == {}, "what this file's release did not say"
+    assert again == json.loads(text)

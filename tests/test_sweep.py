@@ -12,6 +12,7 @@ import pytest
 
 from rerank_lab.eval import main
 from rerank_lab.executor import Work
+from rerank_lab.records import Record
 from rerank_lab.rows import Ranks
 from rerank_lab.settings import _sweep
 from tests.test_eval import failing, load
@@ -66,7 +67,7 @@ def test_rows_and_candidates_are_the_same_without_it(command: list[str], tmp_pat
 def test_an_interrupted_sweep_goes_on(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, real, seen = [*command, "best", "--no-kernel-check", "--sweep", "tau=0,0.05,0.2"], Work.records, []
 
-    def stopped(work: Work, label: str, ranks: Ranks) -> list[dict[str, Any]]:
+    def stopped(work: Work, label: str, ranks: Ranks) -> list[Record]:
         seen.append(label)
         if label == "best at tau=0.05" and seen.count(label) == 1:
             real(work, label, ranks)
@@ -96,7 +97,7 @@ def test_a_toml_file_sweeps_too(command: list[str], tmp_path: Path) -> None:
 def test_only_what_a_value_changes_is_ranked_again(command: list[str], small_cross: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = Work.records, []
 
-    def watched(work: Work, label: str, ranks: Ranks) -> list[dict[str, Any]]:
+    def watched(work: Work, label: str, ranks: Ranks) -> list[Record]:
         seen.append(label)
         return real(work, label, ranks)
 
