@@ -56,7 +56,7 @@ exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 COMMON = ("max_tokens_per_doc", "top_k")  # what --sweep varies of every method, beside the methods' own settings
 CLUSTER = ("executor", "address", "workers", "resources")  # who does the work; the same results whoever does
 MEASURES = ("nDCG@10", "RR@10", "AP@100", "R@100", "P@1", "Judged@10")
-NO_PART = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", "grid", *CLUSTER}  # of what decides figures
+UNRECORDED = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", "grid", *CLUSTER}  # decide no figure
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def parse(argv: Sequence[str]) -> Settings:
 
 def effective(settings: Settings) -> dict[str, Any]:
     """The configuration as results keep it: what decides figures, as it was given."""
-    return {name: value for name, value in sorted(vars(settings).items()) if name not in NO_PART}
+    return {name: value for name, value in sorted(vars(settings).items()) if name not in UNRECORDED}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
