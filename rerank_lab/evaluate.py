@@ -34,10 +34,11 @@ from rerank_lab.models.store import folder_of, is_url
 from rerank_lab.options import effective
 from rerank_lab.records import RowRecords
 from rerank_lab.reranker import EXACT, Reranker
-from rerank_lab.results import Config, Option, Results
+from rerank_lab.results import Config, Results
 from rerank_lab.summary import Evaluation, summarize
 from rerank_lab.system import System, names
 from rerank_lab.table import table
+from rerank_lab.typed import Option
 
 log = logging.getLogger("rerank_lab")
 

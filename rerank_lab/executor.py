@@ -17,14 +17,13 @@ from rerank_lab.candidates import QUERY_BATCH, Candidates, Found, better
 from rerank_lab.corpus import Corpus
 from rerank_lab.datasets import Dataset
 from rerank_lab.endpoint import Endpoint
-from rerank_lab.environment import describe
+from rerank_lab.environment import Environment, describe
 from rerank_lab.journal import Journal
 from rerank_lab.kernel_check import types
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.store import Store
 from rerank_lab.records import Cold, QueryCandidates, Record
 from rerank_lab.reranker import BLOCK, Reranker
-from rerank_lab.results import Environment
 from rerank_lab.rows import WARM_UP, Ranks, bar, cold, counting, queries_of, rank
 from rerank_lab.timing import reset_peak_memory
 

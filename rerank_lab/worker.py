@@ -41,6 +41,14 @@ class Setup:
     threads: int | None
 
 
+@dataclass(frozen=True)
+class Location:
+    """Where a worker runs: Ray's id of the node, and what machine that is."""
+
+    node: str
+    machine: str
+
+
 class Worker:
     """A process with models, loaded once and for as long as it lives."""
 
@@ -55,11 +63,11 @@ class Worker:
         logging.getLogger("rerank_lab").setLevel(logging.ERROR)
         use_backend(setup.kernels).__enter__()
 
-    def hello(self) -> dict[str, Any]:
-        """Who and where it is."""
+    def hello(self) -> Location:
+        """Where it is."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         machine = describe(device)
-        return {"node": self.node, "pid": os.getpid(), "machine": f"{machine.cpu}, {machine.threads} threads, device {machine.device}"}
+        return Location(self.node, f"{machine.cpu}, {machine.threads} threads, device {machine.device}")
 
     def call(self, work: str, what: bytes, expected: dict[str, str | None] | None, turn: int, *arguments: Any) -> tuple[str, Any]:
         """One of the functions below.
