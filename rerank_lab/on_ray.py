@@ -28,7 +28,7 @@ from rerank_lab.candidates import Found
 from rerank_lab.corpus import Corpus, Texts
 from rerank_lab.environment import Cluster
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.executor import Setting, merged
+from rerank_lab.executor import ModelFacts, merged
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.shards import VECTORS
@@ -160,15 +160,15 @@ class OnRay:
     def corpus(self) -> Corpus | None:
         return Corpus(self.cache)
 
-    def about(self, reranker: Reranker) -> Setting:
+    def about(self, reranker: Reranker) -> ModelFacts:
         (found,) = self._calls(reranker, "about", 1, lambda n: ())
-        setting = cast(Setting, found[1])
+        about = cast(ModelFacts, found[1])
         self.machines = Counter()
-        self._expected[key(reranker)] = setting.models
+        self._expected[key(reranker)] = about.models
         nodes = [node for node in self.ray.nodes() if node["Alive"]]
         calls = self.machines  # by machine, as they are made
         cluster = Cluster(name="ray", version=self.ray.__version__, workers=self._room(), resources=self.resources, nodes=len(nodes), calls=calls)
-        return replace(setting, environment=replace(setting.environment, executor=cluster))
+        return replace(about, environment=replace(about.environment, executor=cluster))
 
     def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
         assert isinstance(corpus, Corpus)

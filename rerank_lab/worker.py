@@ -16,7 +16,7 @@ from rerank_kernels import use_backend
 from rerank_lab.corpus import Texts
 from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.executor import Setting, about, query_batches, search_block
+from rerank_lab.executor import ModelFacts, about, query_batches, search_block
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.store import PLANS, Store
@@ -133,7 +133,7 @@ def _cold(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[QueryPos
     return cold(label, ranks, [query for query, _ in queries], chosen(texts, queries), about, worker.cache)
 
 
-def _about(worker: Worker, ranks: Ranks) -> Setting:
+def _about(worker: Worker, ranks: Ranks) -> ModelFacts:
     return about(reranker_of(ranks))
 
 
