@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 SOURCES = sorted(p for folder in ("rerank_lab", "kernels", "experiments", "tests") for p in (ROOT / folder).rglob("*.py"))
 LAYERS = [
-    "errors", "arithmetic", "v3", "places", "files", "cli", "timing", "inputs", "datasets", "remote_datasets", "run", "lexical", "models", "corpus", "first_stage", "methods", "engine", "reranker", "endpoint", "fleet", "steps", "candidates", "measures",
+    "errors", "arithmetic", "v3", "places", "files", "cli", "timing", "typed", "inputs", "datasets", "remote_datasets", "run", "lexical", "models", "corpus", "first_stage", "methods", "engine", "reranker", "endpoint", "fleet", "steps", "candidates", "measures",
     "stats", "answers", "environment", "system", "results", "records", "journal", "settings", "rows", "kernel_check", "executor", "worker", "quiet", "on_ray", "sweep", "summary", "table", "cache", "evaluate", "grid", "eval", "recorded", "replay", "report", "server",
 ]  # fmt: skip
 

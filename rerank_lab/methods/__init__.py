@@ -15,7 +15,7 @@ CROSSED = "+cross"  # behind the name of a method in the label of its row with t
 BEST_CROSS = Best.name + CROSSED
 
 __all__ = [
-    "BEST_CROSS", "CROSSED", "DROPPED", "METHODS", "Method", "Pool", "Setting", "as_method", "labels", "make_method", "runs_cross", "setting", "settings_of",
+    "BEST_CROSS", "CROSSED", "DROPPED", "METHODS", "Method", "Pool", "Setting", "as_method", "labels", "make_method", "setting", "settings_of",
 ]  # fmt: skip
 
 
@@ -27,11 +27,6 @@ def labels() -> dict[str, str]:
         if kind.optional_cross:
             found[name + CROSSED] = kind.about_cross
     return found
-
-
-def runs_cross(label: str, method: Method) -> bool:
-    """Whether the row with this label (a spec, or NAME+cross with settings) runs the cross-encoder."""
-    return "cross-encoder" in method.roles or label.partition(":")[0] == method.name + CROSSED
 
 
 def as_method(given: str | Method) -> Method:
