@@ -35,7 +35,7 @@ from rerank_lab import corpus as corpora
 from rerank_lab.candidates import Candidates, make_candidates
 from rerank_lab.corpus import Corpus
 from rerank_lab.datasets import load_dataset
-from rerank_lab.environment import describe
+from rerank_lab.environment import Environment, describe
 from rerank_lab.journal import Journal
 from rerank_lab.measures import DEFAULT
 from rerank_lab.methods import make_method
@@ -46,7 +46,7 @@ from rerank_lab.models.store import Store
 from rerank_lab.on_ray import QUERIES
 from rerank_lab.records import Cold, Cost, QueryCandidates, Record, RowRecords
 from rerank_lab.reranker import Reranker
-from rerank_lab.results import Config, Environment
+from rerank_lab.results import Config
 from rerank_lab.rows import queries_of, rank
 from rerank_lab.run import Ranked
 from rerank_lab.summary import Evaluation, summarize

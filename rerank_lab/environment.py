@@ -1,11 +1,11 @@
-"""What a result was made on: versions, hardware, threads, commit."""
+"""What a result was made on: versions, hardware, threads, commit, and who did the work."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,6 +41,35 @@ class Machine:
     device: str
     kernels: str
     commit: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A cluster that did the work."""
+
+    name: str
+    version: str = ""
+    workers: int
+    resources: dict[str, float] = field(default_factory=dict)
+    nodes: int = 0
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment(Machine):
+    """Machine and software where models ran, and who timed the rankings.
+
+    Attributes:
+        vector_cache: where vectors were kept: disk, memory or none.
+        peak_memory_per_method: whether a peak is a row's own; otherwise the process's since its start. None: not said.
+        executor: the cluster that did the work; None: the process of the command.
+        timed_by: names of the executors that timed rankings.
+    """
+
+    vector_cache: str
+    peak_memory_per_method: bool | None = None
+    executor: Cluster | None = None
+    timed_by: list[str] = field(default_factory=list)
 
 
 def describe(device: torch.device) -> Machine:

@@ -34,10 +34,11 @@ from rerank_lab.models.store import folder_of, is_url
 from rerank_lab.options import effective
 from rerank_lab.records import RowRecords
 from rerank_lab.reranker import EXACT, Reranker
-from rerank_lab.results import Config, Option, Results
+from rerank_lab.results import Config, Results
 from rerank_lab.summary import Evaluation, summarize
 from rerank_lab.system import System, names
 from rerank_lab.table import table
+from rerank_lab.typed import Option
 
 log = logging.getLogger("rerank_lab")
 
@@ -119,7 +120,7 @@ def _evaluate(
     reranker = _reranker(options, local)
     log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
     try:
-        setting = executor.about(reranker)
+        about = executor.about(reranker)
     except UserError:
         raise
     except ValueError as error:
@@ -133,7 +134,7 @@ def _evaluate(
     for note in work.candidates.notes:
         log.warning("%s", note)
 
-    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.about["hash"], "models": setting.models})
+    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.about["hash"], "models": about.models})
     collected: dict[str, RowRecords] = {}
     for label in systems:
         ranks = rankers[label]
@@ -147,7 +148,7 @@ def _evaluate(
             collected[system.label].exact = work.records(f"{system.label} in fp32", row)
     for label, row in own.items() if not options.no_kernel_check else ():
         if "bi-encoder" in row.method.roles and row.cross is None:  # what a cross-encoder computes no kernel of these has touched
-            collected[label].kernels = kernel_check.check(label, row, setting.types, work.records)
+            collected[label].kernels = kernel_check.check(label, row, about.types, work.records)
 
     def encode(tokens: int) -> None:
         _encode_candidates(reranker.reading(tokens), dataset, work.candidates, detail, f"encode {tokens} tokens", executor)
@@ -159,10 +160,10 @@ def _evaluate(
         said = " and ".join(f"{name} ({times})" for name, times in who.items())
         dataset.notes.append(f"the run went on elsewhere: rankings were timed by {said}; compare their latencies with care")
         log.warning("%s", dataset.notes[-1])
-    environment = replace(setting.environment, timed_by=sorted(who))
+    environment = replace(about.environment, timed_by=sorted(who))
     if executor.name == "local":
         environment = replace(environment, vector_cache=reranker.cache_state)
-    evaluation = Evaluation(environment, Config.of(config), setting.models, dataset, work.candidates, systems)
+    evaluation = Evaluation(environment, Config.of(config), about.models, dataset, work.candidates, systems)
     results, files = summarize(evaluation, collected, points)
     journal.finish(files)
     return table(results) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"

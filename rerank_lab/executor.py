@@ -17,21 +17,20 @@ from rerank_lab.candidates import QUERY_BATCH, Candidates, Found, better
 from rerank_lab.corpus import Corpus
 from rerank_lab.datasets import Dataset
 from rerank_lab.endpoint import Endpoint
-from rerank_lab.environment import describe
+from rerank_lab.environment import Environment, describe
 from rerank_lab.journal import Journal
 from rerank_lab.kernel_check import types
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.store import Store
 from rerank_lab.records import Cold, QueryCandidates, Record
 from rerank_lab.reranker import BLOCK, Reranker
-from rerank_lab.results import Environment
 from rerank_lab.rows import WARM_UP, Ranks, bar, cold, counting, queries_of, rank
 from rerank_lab.timing import reset_peak_memory
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Models and machine, as they are where the work is done.
+class ModelFacts:
+    """Models and the machine that runs them.
 
     Attributes:
         models: what identifies the models and their settings.
@@ -56,7 +55,7 @@ class Executor(Protocol):
     def corpus(self) -> Corpus | None:
         """Where a collection's texts are put so that everybody who works reaches them; None: in memory."""
 
-    def about(self, reranker: Reranker) -> Setting:
+    def about(self, reranker: Reranker) -> ModelFacts:
         """`about` of the models where they run, and who runs them."""
 
     def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
@@ -90,7 +89,7 @@ class Local:
     def corpus(self) -> Corpus | None:
         return None
 
-    def about(self, reranker: Reranker) -> Setting:
+    def about(self, reranker: Reranker) -> ModelFacts:
         return about(reranker)
 
     def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
@@ -141,7 +140,7 @@ class Work:
         return executor.cold(label, ranks, queries_of(self.dataset, self.candidates)[:count], self.dataset.corpus, about)
 
 
-def about(reranker: Reranker) -> Setting:
+def about(reranker: Reranker) -> ModelFacts:
     """What results keep of models and machine, and the types of number that kernels read there; asked where the models are.
 
     Raises:
@@ -149,7 +148,7 @@ def about(reranker: Reranker) -> Setting:
     """
     machine = vars(describe(reranker.device))
     environment = Environment(**machine, vector_cache=reranker.cache_state, peak_memory_per_method=reset_peak_memory())
-    return Setting(reranker.fingerprints(), environment, types(reranker.device))
+    return ModelFacts(reranker.fingerprints(), environment, types(reranker.device))
 
 
 def query_batches(reranker: Reranker, queries: Sequence[str]) -> list[torch.Tensor]:

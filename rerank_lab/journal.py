@@ -15,8 +15,9 @@ from typing import Any
 
 from rerank_lab.errors import UserError
 from rerank_lab.records import Record
-from rerank_lab.results import AGAIN, SCHEMA, Misfit, Option, Results, parse
+from rerank_lab.results import AGAIN, SCHEMA, Results, parse
 from rerank_lab.run import write_atomically
+from rerank_lab.typed import Misfit, Option
 
 RESULTS = "results.json"
 REPORTS = ("report.md", "report.html", "report.tex")

@@ -104,21 +104,14 @@ def _any_relevant(grades: Iterable[int], needed: int, gains: tuple[tuple[int, in
 
 
 def counted(name: str, qrels: Qrels) -> Qrels:
-    """The judgements as a measure counts them: ranked from the highest to the lowest, documents without any as 0, no other order is better.
+    """What each judgement counts for a measure; in the order of it, documents without a judgement as 0, no ranking of the same documents is better.
 
-    These are the grades themselves but for three kinds of measure: Judged counts every judgement alike; `gains` puts other grades in their
-    place; with a `rel` below 1 those that count stand above documents without a judgement, and the others below.
+    These are the grades themselves, but for two kinds of measure: Judged counts every judgement alike, and `gains` put others in their place.
     """
     (measure,) = parse_measures([name])
-    rel, gains = measure.params.get("rel", 1), measure.params.get("gains") or {}
-
-    def worth(grade: int) -> int:
-        if measure.NAME == "Judged":
-            return 1
-        gain = int(gains.get(grade, grade))
-        return gain if rel > 0 else gain - rel + 1 if gain >= rel else -1
-
-    return {q: {d: worth(grade) for d, grade in judged.items()} for q, judged in qrels.items()}
+    gains = measure.params.get("gains") or {}
+    alike = measure.NAME == "Judged"
+    return {q: {d: 1 if alike else int(gains.get(grade, grade)) for d, grade in judged.items()} for q, judged in qrels.items()}
 
 
 def evaluate(run: Run, qrels: Qrels, names: Sequence[str]) -> pd.DataFrame:

@@ -7,29 +7,21 @@ A field stands in the file under its own name, or under the one that its metadat
 from __future__ import annotations
 
 import json
-import types
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rerank_lab.environment import Machine
+from rerank_lab.environment import Environment
 from rerank_lab.errors import UserError
 from rerank_lab.system import System
 from rerank_lab.timing import PHASES
+from rerank_lab.typed import Misfit, Option, decode, encode, named
 
 SCHEMA = 2
 AGAIN = "run the evaluation again with --overwrite"
-T = TypeVar("T")
 Interval = list[float]  # low and high end, 95%
-Option = str | int | float | bool | None | list[Any] | Mapping[str, Any]  # a value of the configuration, as JSON has it
-
-
-def named(name: str, **options: Any) -> Any:
-    """A field that stands in the file under a name which Python does not allow, or which another word says better."""
-    return field(metadata={"name": name}, **options)
 
 
 @dataclass(frozen=True)
@@ -203,35 +195,6 @@ class CandidateFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A cluster that did the work."""
-
-    name: str
-    version: str = ""
-    workers: int
-    resources: dict[str, float] = field(default_factory=dict)
-    nodes: int = 0
-    calls: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Environment(Machine):
-    """Machine and software where models ran, and who timed the rankings.
-
-    Attributes:
-        vector_cache: where vectors were kept: disk, memory or none.
-        peak_memory_per_method: whether a peak is a row's own; otherwise the process's since its start. None: not said.
-        executor: the cluster that did the work; None: the process of the command.
-        timed_by: names of the executors that timed rankings.
-    """
-
-    vector_cache: str
-    peak_memory_per_method: bool | None = None
-    executor: Cluster | None = None
-    timed_by: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """The effective configuration.
 
@@ -292,10 +255,6 @@ class Results:
     def primary(self) -> str:
         """The measure that is tested, swept, checked and plotted: the first of --measures."""
         return self.config.measures[0]
-
-
-class Misfit(ValueError):
-    """What a file lacks, or has of another kind: the place and the fault."""
 
 
 def read(path: Path) -> Results:
@@ -364,7 +323,8 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     config = value.get("config")
-    measures = [name for name in config.get("measures") or [] if isinstance(name, str)] if isinstance(config, dict) else []
+    given = config.get("measures") if isinstance(config, dict) else None
+    measures = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     found = dict(value)
     if isinstance(config, dict):
         found["config"] = {**config, "options": config}
@@ -419,58 +379,3 @@ def _inconsistent(results: Results) -> Iterator[str]:
             yield f"the row of {row.label} does not fit its configuration"
         if phases := [p for p in (row.phases_ms, row.cold_phases_ms) if p is not None and {*p} != {*PHASES}]:
             yield f"the row of {row.label} has the phases {', '.join(phases[0])}"
-
-
-def encode(value: Any) -> Any:
-    """A dataclass as JSON has it, under the names of the file."""
-    if is_dataclass(value):
-        return {f.metadata.get("name", f.name): encode(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: encode(inner) for key, inner in value.items()}
-    return [encode(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def decode(kind: type[T], value: Any, place: str = "") -> T:
-    """JSON as a dataclass.
-
-    Args:
-        kind: a dataclass whose fields are dataclasses, lists, dict[str, …], numbers, strings, booleans, or one of these or None.
-        value: the JSON; keys that no field has are left out.
-        place: where it stands, for messages.
-
-    Raises:
-        Misfit: a field without a default is missing, or something is of another kind.
-    """
-    found: T = _decoded(kind, value, place)
-    return found
-
-
-def _decoded(kind: Any, value: Any, place: str) -> Any:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        if kind == Option or (value is None and type(None) in inner):
-            return value
-        kind = next(one for one in inner if one is not type(None))
-        origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind) or origin is dict:
-        if not isinstance(value, dict):
-            raise Misfit(f"{place or 'it'}{'.' if place and not place.endswith('.') else ''} is no object")
-        place = f"{place.removesuffix('.')}." if place else ""
-        if origin is dict:
-            return {key: _decoded(inner[1], own, f"{place}{key}") for key, own in value.items()}
-        hints, given = typing.get_type_hints(kind), {}
-        for f in fields(kind):
-            name = f.metadata.get("name", f.name)
-            if name in value:
-                given[f.name] = _decoded(hints[f.name], value[name], f"{place}{name}")
-            elif f.default is MISSING and f.default_factory is MISSING:
-                raise Misfit(f"{place}{name} is missing")
-        return kind(**given)
-    if origin is list:
-        if not isinstance(value, list):
-            raise Misfit(f"{place} is no list")
-        return [_decoded(inner[0], one, f"{place}[{n}].") for n, one in enumerate(value)]
-    wanted = (int, float) if kind is float else kind
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise Misfit(f"{place.removesuffix('.')} is {json.dumps(value)[:40]}")
-    return value

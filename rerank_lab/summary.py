@@ -14,10 +14,11 @@ from rerank_lab import stats
 from rerank_lab.candidates import Candidates, oracle
 from rerank_lab.datasets import Dataset, Qrels
 from rerank_lab.endpoint import sent_settings
+from rerank_lab.environment import Environment
 from rerank_lab.journal import RESULTS, file_name
 from rerank_lab.measures import counted, coverage, evaluate, unjudged_share
 from rerank_lab.records import Cost, KernelRecords, Record, RowRecords
-from rerank_lab.results import Agreement, CandidateFacts, Change, ColdSample, Config, DatasetFacts, Environment, Latency, Point, Results, Row, Versus, write
+from rerank_lab.results import Agreement, CandidateFacts, Change, ColdSample, Config, DatasetFacts, Latency, Point, Results, Row, Versus, write
 from rerank_lab.run import Ranked, Run, tie_rate, trec_lines
 from rerank_lab.sweep import Swept
 from rerank_lab.system import System

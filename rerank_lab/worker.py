@@ -16,7 +16,7 @@ from rerank_kernels import use_backend
 from rerank_lab.corpus import Texts
 from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.executor import Setting, about, query_batches, search_block
+from rerank_lab.executor import ModelFacts, about, query_batches, search_block
 from rerank_lab.models.bi_encoder import Detail
 from rerank_lab.models.cache import CHUNK
 from rerank_lab.models.store import PLANS, Store
@@ -41,6 +41,14 @@ class Setup:
     threads: int | None
 
 
+@dataclass(frozen=True)
+class Location:
+    """Where a worker runs: Ray's id of the node, and what machine that is."""
+
+    node: str
+    machine: str
+
+
 class Worker:
     """A process with models, loaded once and for as long as it lives."""
 
@@ -55,11 +63,11 @@ class Worker:
         logging.getLogger("rerank_lab").setLevel(logging.ERROR)
         use_backend(setup.kernels).__enter__()
 
-    def hello(self) -> dict[str, Any]:
-        """Who and where it is."""
+    def hello(self) -> Location:
+        """Where it is."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         machine = describe(device)
-        return {"node": self.node, "pid": os.getpid(), "machine": f"{machine.cpu}, {machine.threads} threads, device {machine.device}"}
+        return Location(self.node, f"{machine.cpu}, {machine.threads} threads, device {machine.device}")
 
     def call(self, work: str, what: bytes, expected: dict[str, str | None] | None, turn: int, *arguments: Any) -> tuple[str, Any]:
         """One of the functions below.
@@ -125,7 +133,7 @@ def _cold(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[QueryPos
     return cold(label, ranks, [query for query, _ in queries], chosen(texts, queries), about, worker.cache)
 
 
-def _about(worker: Worker, ranks: Ranks) -> Setting:
+def _about(worker: Worker, ranks: Ranks) -> ModelFacts:
     return about(reranker_of(ranks))
 
 

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 SOURCES = sorted(p for folder in ("rerank_lab", "kernels", "experiments", "tests") for p in (ROOT / folder).rglob("*.py"))
 LAYERS = [
-    "errors", "cli", "timing", "files", "inputs", "datasets", "remote_datasets", "run", "lexical", "models", "corpus", "methods", "reranker", "endpoint", "fleet", "steps", "candidates", "measures",
+    "errors", "cli", "timing", "typed", "files", "inputs", "datasets", "remote_datasets", "run", "lexical", "models", "corpus", "methods", "reranker", "endpoint", "fleet", "steps", "candidates", "measures",
     "stats", "answers", "environment", "system", "results", "records", "journal", "options", "rows", "kernel_check", "executor", "worker", "quiet", "on_ray", "sweep", "summary", "table", "cache", "evaluate", "grid", "eval", "replay", "report", "server",
 ]  # fmt: skip
 

@@ -42,3 +42,14 @@ def test_a_file_comes_back_as_it_was(path: Path) -> None:
     again = json.loads(results.write(results.parse(json.loads(text))))
     assert again["environment"].pop("timed_by") == [] and again.pop("files") == {}, "what this file's release did not say"
     assert again == json.loads(text)
+
+
+def test_a_ceiling_of_another_measure_than_the_first_keeps_its_name() -> None:
+    """As in files of releases that knew none but nDCG@10."""
+    value = json.loads(BASELINE[0].read_text())
+    value["config"]["measures"] = sorted(value["config"]["measures"])
+    found = results.parse(value)
+    change = (found.rows[0].vs_definition or {})["fp32"]
+    assert (found.primary, found.ceiling_measure, change.measure) == ("AP@100", "nDCG@10", "nDCG@10")
+    again = json.loads(results.write(found))
+    assert again["candidates"] == value["candidates"] and again["sweeps"] == value["sweeps"] and again["rows"] == value["rows"]

@@ -17,12 +17,7 @@ METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal,
 # In one table best stands without a cross-encoder; this label is best with it.
 BEST_CROSS = "best+cross"
 
-__all__ = ["BEST_CROSS", "DROPPED", "METHODS", "Method", "Pool", "as_method", "make_method", "runs_cross"]
-
-
-def runs_cross(label: str, method: Method) -> bool:
-    """Whether the row with this label (a spec, or BEST_CROSS with settings) runs the cross-encoder."""
-    return "cross-encoder" in method.roles or label.partition(":")[0] == BEST_CROSS
+__all__ = ["BEST_CROSS", "DROPPED", "METHODS", "Method", "Pool", "as_method", "make_method"]
 
 
 def as_method(given: str | Method) -> Method:

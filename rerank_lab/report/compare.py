@@ -14,8 +14,9 @@ from rerank_lab.report import figures
 from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Section, Strong, Table, Text
 from rerank_lab.report.content import command, number
 from rerank_lab.report.load import Loaded
-from rerank_lab.results import Option, Row, Versus, encode
+from rerank_lab.results import Row, Versus
 from rerank_lab.table import ALPHA, interval, p_text
+from rerank_lab.typed import Option, encode
 
 
 @dataclass(frozen=True)

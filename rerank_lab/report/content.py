@@ -11,9 +11,10 @@ from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Quoted, Sec
 from rerank_lab.report.figures import Difference
 from rerank_lab.report.load import Evaluated, Loaded, anchor
 from rerank_lab.report.verdict import ratio, sentence, verdict
-from rerank_lab.results import Latency, Option, Row
+from rerank_lab.results import Latency, Row
 from rerank_lab.table import changes, head, interval, p_text
 from rerank_lab.timing import PHASES
+from rerank_lab.typed import Option
 
 SEEN = "documents seen before"
 DOUBT = (

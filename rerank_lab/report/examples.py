@@ -17,7 +17,8 @@ from rerank_lab.models.bi_encoder import BiEncoder, Detail
 from rerank_lab.report.blocks import Block, Cell, Details, Quoted, Table, Text
 from rerank_lab.report.load import Loaded
 from rerank_lab.reranker import Reranker
-from rerank_lab.results import Misfit, Row, decode
+from rerank_lab.results import Row
+from rerank_lab.typed import Misfit, decode
 
 LENGTH = 160  # characters quoted of a document
 RELEVANT = 3  # relevant documents shown of a query

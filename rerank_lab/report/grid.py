@@ -16,7 +16,8 @@ from rerank_lab.errors import UserError
 from rerank_lab.files import expanded
 from rerank_lab.report.compare import timed_on
 from rerank_lab.report.load import GRID, Loaded, anchor, load
-from rerank_lab.results import Misfit, Option, Row, Versus, decode
+from rerank_lab.results import Row, Versus
+from rerank_lab.typed import Misfit, Option, decode
 
 SCHEMA = 1
 REMEDY = "restore it, or run the grid again (python -m rerank_lab.eval --grid)"
