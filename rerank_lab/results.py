@@ -161,7 +161,7 @@ class Point:
     measures: dict[str, float]
     ci95: dict[str, Interval | None] = field(default_factory=dict)
     recall: float
-    ceiling: float  # of the best order of these documents, by the measure that Results.ceiling_measure names
+    ceiling: float = named("oracle_")  # of the best order of these documents, by the measure that Results.ceiling_measure names
     latency_ms: Latency | None = None
     flops_per_query: float | None = None
     truncated_share: float
@@ -187,8 +187,8 @@ class CandidateFacts:
     top_k: int
     hash: str
     documents_per_query: float | None = None
-    recall: float
-    ceiling: float
+    recall: float = named("recall@")
+    ceiling: float = named("oracle_")
     measures: dict[str, float]
     notes: list[str]
     details: dict[str, Option] = field(default_factory=dict)
@@ -299,9 +299,9 @@ def write(results: Results) -> str:
     value["config"] = dict(results.config.options)
     first = value["candidates"]
     value["candidates"] = {"source": first.pop("source"), **first.pop("details")} | _renamed(
-        first, {"ceiling": f"oracle_{measure}", "recall": f"recall@{top_k}"}
+        first, {"oracle_": f"oracle_{measure}", "recall@": f"recall@{top_k}"}
     )
-    value["sweeps"] = [_renamed(point, {"ceiling": f"oracle_{measure}"}) for point in value["sweeps"]]
+    value["sweeps"] = [_renamed(point, {"oracle_": f"oracle_{measure}"}) for point in value["sweeps"]]
     for row in value["rows"]:
         row["vs_fp32"] = row["vs_fp32"] and _flat_change(row["vs_fp32"])
         row["vs_definition"] = row["vs_definition"] and {name: _flat_change(change) for name, change in row["vs_definition"].items()}
@@ -332,7 +332,7 @@ def _plain(value: Any) -> Any:
         found["candidates"], ceiling = _ceiling(first, measures)
         found["ceiling_measure"] = ceiling
         recall = next((key for key in first if key.startswith("recall@")), "recall@")
-        found["candidates"] = _renamed(found["candidates"], {recall: "recall"})
+        found["candidates"] = _renamed(found["candidates"], {recall: "recall@"})
     if isinstance(value.get("sweeps"), list):
         found["sweeps"] = [_ceiling(point, measures)[0] if isinstance(point, dict) else point for point in value["sweeps"]]
     if isinstance(value.get("rows"), list):
@@ -346,7 +346,7 @@ def _plain(value: Any) -> Any:
 
 def _ceiling(value: dict[str, Any], measures: list[str]) -> tuple[dict[str, Any], str]:
     key = next((key for key in value if key.startswith("oracle_")), "")
-    return (_renamed(value, {key: "ceiling"}), _measure(key.removeprefix("oracle_"), measures)) if key else (value, "")
+    return (_renamed(value, {key: "oracle_"}), _measure(key.removeprefix("oracle_"), measures)) if key else (value, "")
 
 
 def _plain_row(row: dict[str, Any], measures: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ from rerank_lab.report import figures
 from rerank_lab.report.__main__ import main
 from rerank_lab.report.load import Loaded, load
 from rerank_lab.report.verdict import frontier, sentence, verdict
+from rerank_lab.results import Latency, Versus, read
 from rerank_lab.run import read_trec
-from tests.conftest import write_beir
+from tests.conftest import ROOT, write_beir
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -68,15 +70,16 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def made_up(rows: dict[str, tuple[np.ndarray, float]]) -> Loaded:
     """An evaluation of these values by query and median latencies; the first row is the baseline."""
     base, *_ = rows
+    kept = read(ROOT / "reports" / "baseline" / "numpydoc.json")
     found = []
     for label, (values, latency) in rows.items():
-        change = values - rows[base][0]
-        vs = {"baseline": base, "measure": "nDCG@10", "delta": change.mean(), "ci95": stats.bootstrap_interval(change, 0)}
-        vs["p_holm"] = stats.paired_randomization(values, rows[base][0], 0)
-        own = {"method": label, "queries": len(values), "measures": {"nDCG@10": values.mean()}, "ci95": {"nDCG@10": stats.bootstrap_interval(values, 0)}}
-        found.append(own | {"latency_ms": {"p50": latency}, "vs": None if label == base else vs})
+        test = stats.paired(values, rows[base][0], 0)
+        vs = None if label == base else Versus(baseline=base, measure="nDCG@10", p_holm=test["p_randomization"], **test)
+        mean, ci95 = {"nDCG@10": float(values.mean())}, {"nDCG@10": stats.bootstrap_interval(values, 0)}
+        found.append(replace(kept.rows[0], label=label, queries=len(values), measures=mean, ci95=ci95, latency_ms=Latency(latency, latency), vs=vs))
     frame = pd.concat([pd.DataFrame({"query": [f"q{i}" for i in range(len(v))], "method": label, "nDCG@10": v}) for label, (v, _) in rows.items()])
-    return Loaded(Path("x"), "made up", "made-up", {"config": {"measures": ["nDCG@10"], "baseline": base, "seed": 0}, "rows": found}, frame, None)
+    result = replace(kept, config=replace(kept.config, measures=["nDCG@10"], baseline=base, seed=0), rows=found)
+    return Loaded(Path("x"), "made up", "made-up", result, frame, None)
 
 
 def test_a_report_holds_every_part_and_every_figure(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +164,7 @@ def test_the_frontier_is_what_nothing_dominates() -> None:
     for _ in range(50):
         one = made_up({f"m{i}": (rng.uniform(0, 1, 4).round(1), float(rng.integers(1, 5))) for i in range(6)})
         kept = frontier(one)
-        points = {label: (row["measures"]["nDCG@10"], row["latency_ms"]["p50"]) for label, row in one.rows.items()}
+        points = {label: (row.measures["nDCG@10"], row.latency_ms.p50) for label, row in one.rows.items() if row.latency_ms}
         for label, (quality, latency) in points.items():
             beaten = any(q >= quality and t <= latency and (q, t) != (quality, latency) for q, t in points.values())
             assert (points[label] in [points[k] for k in kept]) == (not beaten)
@@ -191,28 +194,28 @@ def test_the_pareto_plot_shows_what_the_results_say(one: Loaded) -> None:
     axes = figures.pareto(one).axes[0]
     marks = {tuple(np.ravel(line.get_xydata())): line.get_color() for line in axes.lines if len(line.get_xdata()) == 1}  # type: ignore[arg-type]
     for label, row in one.rows.items():
-        colour = marks[row["latency_ms"]["p50"], row["measures"]["nDCG@10"]]
+        assert row.latency_ms is not None
+        colour = marks[row.latency_ms.p50, row.measures["nDCG@10"]]
         assert (colour == figures.DOMINATED) == (label not in frontier(one))
     assert axes.get_xscale() == "log" and {note.get_text() for note in axes.texts} == {*one.rows}
 
 
 def test_other_figures_show_what_the_results_say(one: Loaded) -> None:
-    forest = figures.forest({label: row["vs"] for label, row in one.rows.items() if row["vs"]}, "nDCG@10", "small", "fast", list(one.rows)).axes[0]
+    tested = {label: row.vs for label, row in one.rows.items() if row.vs}
+    forest = figures.forest(tested, "nDCG@10", "small", "fast", one.rows).axes[0]
     drawn = {tuple(np.ravel(line.get_xdata())) for line in forest.lines}
-    changes = {label: (one.measure(label) - one.measure("fast")).to_numpy() for label, row in one.rows.items() if row["vs"]}
-    strips = figures.strips(changes, "nDCG@10", "small", "fast").axes
-    for axes, (label, row) in zip(strips, [item for item in one.rows.items() if item[1]["vs"]], strict=True):
-        assert {(row["vs"]["delta"],), tuple(row["vs"]["ci95"])} <= drawn
+    changes = {label: (one.measure(label) - one.measure("fast")).to_numpy() for label in tested}
+    strips = figures.strips(changes, "nDCG@10", "small", "fast", one.rows).axes
+    for axes, (label, vs) in zip(strips, tested.items(), strict=True):
+        assert {(vs.delta,), tuple(vs.ci95 or ())} <= drawn
         change = np.sort(one.measure(label).to_numpy() - one.measure("fast").to_numpy())[::-1]
         up, down = (patch.get_data().values for patch in axes.patches)  # type: ignore[attr-defined]
         assert np.allclose(up + down, change) and f"{(change > 0).sum()} won" in axes.get_title("right")
     seen = figures.phases(one).axes[0]
-    assert sum(patch.get_width() for patch in seen.patches) == pytest.approx(sum(sum(row["phases_ms"].values()) for row in one.result["rows"]))  # type: ignore[attr-defined]
+    assert sum(patch.get_width() for patch in seen.patches) == pytest.approx(sum(sum((row.phases_ms or {}).values()) for row in one.result.rows))  # type: ignore[attr-defined]
     _, below = figures.swept(one, "stage1_top_k").axes
     line = next(line for line in below.lines if line.get_label() == "best")
-    assert np.asarray(line.get_ydata()).tolist() == [
-        p["measures"]["nDCG@10"] for p in one.result["sweeps"] if p["setting"] == "stage1_top_k" and p["method"] == "best"
-    ]
+    assert np.asarray(line.get_ydata()).tolist() == [p.measures["nDCG@10"] for p in one.result.sweeps if p.setting == "stage1_top_k" and p.label == "best"]
 
 
 def test_examples_are_those_that_gained_and_lost_most_with_their_ranks(made: Path, one: Loaded, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from rerank_lab import stats
 from rerank_lab.eval import main as evaluation
+from rerank_lab.report import figures
 from rerank_lab.report.__main__ import main
 from rerank_lab.report.load import load
 from rerank_lab.results import SCHEMA
@@ -171,6 +173,17 @@ def test_scores_of_another_run_and_times_of_another_machine_are_told(made: Path,
     assert main(["--compare", str(made / "a"), str(copy), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "median latency" not in text and "latencies are of different machines" in text and "| environment: cpu |" in text
+
+
+def test_ceilings_sweeps_and_kernels_speak_of_the_first_measure(made: Path, tmp_path: Path) -> None:
+    arguments = ["--dataset", str(made / "small"), "--methods", "fast,best", "--measures", "P@1,nDCG@10", "--sweep", "top_k=1,3", "--cold-queries", "0"]
+    assert evaluation([*arguments, "--no-cache", "--out", str(tmp_path)]) == 0 and main([str(tmp_path), "--examples", "0"]) == 0
+    text, (one,) = (tmp_path / "report.md").read_text(), load([tmp_path])
+    assert f"best order of these candidates (oracle): P@1 {one.result.candidates.ceiling:.4f}" in text
+    assert "| oracle's P@1, at most |" in text and "| Δ P@1 [95% CI] | largest score difference |" in text
+    above, _ = figures.swept(one, "top_k").axes
+    assert [line.get_label() for line in above.lines] == ["recall of what is ranked, at most", "its best order's P@1"]
+    assert [*np.asarray(above.lines[1].get_ydata())] == [max(p.ceiling for p in one.result.sweeps if p.value == value) for value in (1, 3)]
 
 
 def test_a_new_run_leaves_no_report_of_the_old_one(made: Path, tmp_path: Path) -> None:

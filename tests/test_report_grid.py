@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
@@ -21,7 +22,7 @@ from rerank_lab import stats
 from rerank_lab.eval import main as evaluation
 from rerank_lab.report import figures
 from rerank_lab.report.__main__ import main
-from rerank_lab.report.grid import read
+from rerank_lab.report.grid import CellRow, FinishedCell, JoinedRows, read
 from rerank_lab.report.load import newest
 from rerank_lab.report.verdict import frontier, randomized, ratio, verdict
 from tests.conftest import DOCUMENTS, QUERIES, write_beir
@@ -123,6 +124,14 @@ def measured(made: Path, name: str) -> dict[str, pd.Series]:
         frame = pd.read_csv(made / "grid" / f"{name},{tokens}" / "per_query.csv").set_index("query")
         found |= {f"{method} ({tokens})": frame[frame["method"] == method]["nDCG@10"] for method in METHODS}
     return found
+
+
+def made_up_grid(rows: dict[str, tuple[np.ndarray, float]]) -> JoinedRows:
+    """Rows of cells with these values by query and median latencies; a label is a method and in brackets its values."""
+    one = made_up(rows)
+    cell = FinishedCell("cell", {}, one)
+    own = {label: CellRow(replace(row, label=label.partition(" (")[0]), {}, "", cell) for label, row in one.rows.items()}
+    return JoinedRows(one.name, one.stem, one.primary, one.baseline, one.seed, own, {label: one.measure(label) for label in own})
 
 
 def shown(p: float) -> str:
@@ -324,7 +333,7 @@ def test_in_a_crowd_the_plot_numbers_what_nothing_dominates_and_no_number_hides_
     rng, base = np.random.default_rng(0), np.linspace(0.2, 0.8, 50)
     methods, models, kinds = ("fast", "best", "standard", "best+cross"), ("all-MiniLM-L6-v2", "b"), ("fp32", "bf16", "int8")
     names = [f"{method} ({model}, {kind})" for method, model, kind in product(methods, models, kinds)]
-    one = made_up({label: (base + 0.01 * i + rng.normal(0, 0.01, 50), 2.0 + i % 5 + i) for i, label in enumerate(names)})
+    one = made_up_grid({label: (base + 0.01 * i + rng.normal(0, 0.01, 50), 2.0 + i % 5 + i) for i, label in enumerate(names)})
     figure, kept = figures.pareto(one), frontier(one)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
@@ -336,12 +345,12 @@ def test_in_a_crowd_the_plot_numbers_what_nothing_dominates_and_no_number_hides_
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert all(0 <= end <= limit for end, limit in zip(figure.legends[0].get_window_extent(renderer).max, figure.bbox.max))
     assert {line.get_color() for line in axes.lines if len(line.get_xdata()) == 1} >= {figures.DOMINATED}  # type: ignore[arg-type]
-    assert all(figures.looks(names)[name] == figures.looks([])[name.split()[0]] for name in names), "a method looks the same under all values"
+    assert all(figures.looks(one.rows)[name] == figures.looks({})[name.split()[0]] for name in names), "a method looks the same under all values"
 
 
 def test_a_server_is_not_weighed_against_what_ran_here_under_any_values() -> None:
     base, server = np.linspace(0.2, 0.6, 50), "endpoint:http://127.0.0.1:8000:best (b)"
-    one = made_up({"fast (b)": (base, 1.0), "best (b)": (base + 0.1, 2.0), server: (base + 0.3, 0.5)})
+    one = made_up_grid({"fast (b)": (base, 1.0), "best (b)": (base + 0.1, 2.0), server: (base + 0.3, 0.5)})
     assert (verdict(one).use, frontier(one), ratio(one, server, "fast (b)")) == ("best (b)", ["fast (b)", "best (b)"], None)
     hollow = [line for line in figures.pareto(one).axes[0].lines if line.get_markerfacecolor() == "white"]
     assert [tuple(np.ravel(line.get_xydata())) for line in hollow] == [(0.5, (base + 0.3).mean())]

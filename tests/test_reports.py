@@ -88,7 +88,7 @@ def test_the_picture_is_of_its_collection(collection: str, tmp_path: Path) -> No
     kept = pixels(BASELINE / "figures" / f"pareto-{collection}.png")
     gaps = {}
     for name, result in RESULTS.items():
-        drawn = pixels(io.BytesIO(figures.saved(figures.pareto(Loaded(tmp_path, name, name, result, pd.DataFrame(), None)), "png")))
+        drawn = pixels(io.BytesIO(figures.saved(figures.pareto(Loaded(tmp_path, name, name, results.parse(result), pd.DataFrame(), None)), "png")))
         gaps[name] = float(np.abs(drawn - kept).mean()) if drawn.shape == kept.shape else 1.0
     assert gaps[collection] < 0.004 and min(gaps, key=lambda name: gaps[name]) == collection, gaps
 

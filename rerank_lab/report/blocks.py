@@ -68,7 +68,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Row:
+class Plots:
     """Plots side by side where there is room."""
 
     plots: Sequence[Plot]
@@ -92,12 +92,12 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
 
-Block = Text | Code | Table | Row | Details | Section
+Block = Text | Code | Table | Plots | Details | Section
 
 
 def plots(block: Block) -> list[Plot]:
     """All figures in a block, in order."""
-    if isinstance(block, Row):
+    if isinstance(block, Plots):
         return list(block.plots)
     inside = block.blocks if isinstance(block, (Section, Details)) else ()
     return [plot for part in inside for plot in plots(part)]

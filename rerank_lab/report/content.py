@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from rerank_lab.kernel_check import DTYPES
 from rerank_lab.report import figures
-from rerank_lab.report.blocks import Block, Cell, Code, Plot, Quoted, Row, Section, Table, Text
-from rerank_lab.report.load import Loaded, anchor
+from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Quoted, Section, Table, Text
+from rerank_lab.report.figures import Difference
+from rerank_lab.report.load import Evaluated, Loaded, anchor
 from rerank_lab.report.verdict import ratio, sentence, verdict
-from rerank_lab.results import changes, head, interval, is_remote, p_text
+from rerank_lab.results import Latency, Row
+from rerank_lab.table import changes, head, interval, p_text
 from rerank_lab.timing import PHASES
+from rerank_lab.typed import Option
 
 SEEN = "documents seen before"
-LIMITS = "Kernels and the machine's limits"
 DOUBT = (
     "How to read it: an interval is the 95% bootstrap interval of a mean over queries; Δ is paired by query, its p from a randomisation test, "
     "Holm-corrected over the methods (intervals are not corrected). The method in bold is the cheapest of those that cannot be told from the highest "
@@ -29,16 +30,16 @@ def overview(every: Sequence[Loaded], made_by: str) -> list[Block]:
     """The first screen: a sentence a collection, the table, the Pareto plots; what made it."""
     blocks: list[Block] = [Text(sentence(one), item=len(every) > 1) for one in every]
     blocks.append(main_table(every[0]) if len(every) == 1 else _across(every))
-    blocks.append(Row([Plot(f"pareto-{one.stem}", figures.pareto(one), figures.described(one)) for one in every if _timed(one)]))
+    blocks.append(Plots([Plot(f"pareto-{one.stem}", figures.pareto(one), figures.described(one)) for one in every if _timed(one)]))
     return [*blocks, *footing(every, made_by)]
 
 
 def footing(every: Sequence[Loaded], made_by: str) -> list[Block]:
     """How to read the first screen, and what made it."""
-    servers = any(is_remote(label) for one in every for label in one.rows)
+    servers = any(row.system.remote for one in every for row in one.result.rows)
     doubt = DOUBT + (" Hollow marks are servers, timed over HTTP; they are not weighed against methods that ran here." if servers else "")
-    environments = (one.result["environment"] for one in every)
-    where = dict.fromkeys(f"commit {env['commit'] or 'unknown'} on {env['cpu']}, {env['cpus']} CPUs, device {env['device']}" for env in environments)
+    environments = (one.result.environment for one in every)
+    where = dict.fromkeys(f"commit {env.commit or 'unknown'} on {env.cpu}, {env.cpus} CPUs, device {env.device}" for env in environments)
     return [Text([doubt]), Text([f"Made by {made_by}; evaluated at {' and at '.join(where)}."])]
 
 
@@ -48,18 +49,29 @@ def main_table(one: Loaded) -> Table:
     columns = ["method", f"{primary} [95% CI]", "Δ [95% CI]", "Holm p", "p50 ms", "× latency", "new documents, ms", "docs/s", "peak MB", "MFLOP"]
     rows = []
     for label, row in one.rows.items():
-        vs, seen, new = row["vs"], row["latency_ms"], row["cold_latency_ms"]
-        delta = (
-            [Cell("baseline", 0.0), Cell("-")]
-            if vs is None
-            else [Cell(interval(vs["delta"], vs["ci95"], "+.4f", "+.3f"), vs["delta"]), Cell(p_text(vs["p_holm"]), vs["p_holm"])]
-        )
         rows.append([
-            Cell(label), Cell(interval(row["measures"][primary], row["ci95"][primary]), row["measures"][primary]), *delta,
-            number(seen and seen["p50"], ",.1f"), number(ratio(one, label, one.baseline), ".1f"), number(new and new["p50"], ",.1f"), number(row["docs_per_s"], ",.0f"),
-            number(row["peak_rss_mb"], ",.0f"), number(row["flops_per_query"] and row["flops_per_query"] / 1e6, ",.0f"),
+            Cell(label), mean(row, primary), *against(row.vs),
+            number(p50(row.latency_ms), ",.1f"), number(ratio(one, label, one.baseline), ".1f"), number(p50(row.cold_latency_ms), ",.1f"), number(row.docs_per_s, ",.0f"),
+            number(row.peak_rss_mb, ",.0f"), number(row.flops_per_query and row.flops_per_query / 1e6, ",.0f"),
         ])  # fmt: skip
     return Table(columns, rows)
+
+
+def p50(latency: Latency | None) -> float | None:
+    """Median milliseconds, where there are any."""
+    return None if latency is None else latency.p50
+
+
+def mean(row: Row, measure: str) -> Cell:
+    """A row's mean with its interval."""
+    return Cell(interval(row.measures[measure], row.ci95[measure]), row.measures[measure])
+
+
+def against(vs: Difference | None) -> list[Cell]:
+    """A row's difference from another, and its p; None: it is the baseline."""
+    if vs is None:
+        return [Cell("baseline", 0.0), Cell("-")]
+    return [Cell(interval(vs.delta, vs.ci95, "+.4f", "+.3f"), vs.delta), Cell(p_text(vs.p_holm), vs.p_holm)]
 
 
 def number(value: float | None, form: str) -> Cell:
@@ -76,7 +88,7 @@ def _across(every: Sequence[Loaded]) -> Table:
         cells: list[Cell] = [Cell(label)]
         for one in every:
             row = one.rows.get(label)
-            cells.append(Cell("-") if row is None else Cell(interval(row["measures"][one.primary], row["ci95"][one.primary]), row["measures"][one.primary]))
+            cells.append(Cell("-") if row is None else mean(row, one.primary))
         for one in every:
             cells.append(number(ratio(one, label, one.baseline) if label in one.rows else None, ".1f"))
         rows.append(cells)
@@ -88,11 +100,11 @@ def sections(one: Loaded, level: int, errors: Sequence[Block], limits: Block | N
     if level > 2:
         yield Section("The table", level, [main_table(one)])
     yield Section("Quality", level, [_measures(one), *(Text([line], item=True) for line in head(one.result))])
-    if any(row["vs"] for row in one.result["rows"]):
+    if any(row.vs for row in one.result.rows):
         yield Section("Differences", level, _differences(one))
     yield Section("Cost", level, [*_cost(one), *([limits] if limits else [])])
     yield Section("Depth and length", level, _swept(one))
-    if any(row["vs_definition"] for row in one.result["rows"]):
+    if any(row.vs_definition for row in one.result.rows):
         yield Section("Kernels and their definition", level, _kernels(one))
     yield Section("Queries that gained and lost", level, list(errors))
     yield Section("Trust", level, _trust(one))
@@ -100,26 +112,28 @@ def sections(one: Loaded, level: int, errors: Sequence[Block], limits: Block | N
 
 
 def _measures(one: Loaded) -> Table:
-    names = one.result["config"]["measures"]
-    rows = [[Cell(label), *(Cell(interval(row["measures"][n], row["ci95"][n]), row["measures"][n]) for n in names)] for label, row in one.rows.items()]
+    names = one.result.config.measures
+    rows = [[Cell(label), *(mean(row, name) for name in names)] for label, row in one.rows.items()]
     return Table(["method", *(f"{n} [95% CI]" for n in names)], rows)
 
 
 def _differences(one: Loaded) -> list[Block]:
-    tested = {label: row["vs"] for label, row in one.rows.items() if row["vs"]}
-    said = "; ".join(f"{label} {interval(vs['delta'], vs['ci95'], '+.4f', '+.3f')}, Holm p {p_text(vs['p_holm'])}" for label, vs in tested.items())
-    counted = "; ".join(f"{label} {vs['wins']} won, {vs['ties']} tied, {vs['losses']} lost" for label, vs in tested.items())
+    tested = {label: row.vs for label, row in one.rows.items() if row.vs}
+    said = "; ".join(f"{label} {interval(vs.delta, vs.ci95, '+.4f', '+.3f')}, Holm p {p_text(vs.p_holm)}" for label, vs in tested.items())
+    counted = "; ".join(f"{label} {vs.wins} won, {vs.ties} tied, {vs.losses} lost" for label, vs in tested.items())
     own = {label: (one.measure(label) - one.measure(one.baseline)).to_numpy() for label in tested}
     plots = [
+        Plot(f"differences-{one.stem}", figures.forest(tested, one.primary, one.name, one.baseline, one.rows), f"differences from {one.baseline}: {said}"),
         Plot(
-            f"differences-{one.stem}", figures.forest(tested, one.primary, one.name, one.baseline, list(one.rows)), f"differences from {one.baseline}: {said}"
+            f"queries-{one.stem}",
+            figures.strips(own, one.primary, one.name, one.baseline, one.rows),
+            f"sorted differences by query from {one.baseline}: {counted}",
         ),
-        Plot(f"queries-{one.stem}", figures.strips(own, one.primary, one.name, one.baseline), f"sorted differences by query from {one.baseline}: {counted}"),
     ]
     rows = [
         [
-            Cell(label), Cell(interval(vs["delta"], vs["ci95"], "+.4f", "+.4f"), vs["delta"]), number(vs["p_t"], ".3g"), number(vs["p_randomization"], ".3g"),
-            Cell(p_text(vs["p_holm"]), vs["p_holm"]), *(number(vs[key], ",d") for key in ("wins", "ties", "losses")),
+            Cell(label), Cell(interval(vs.delta, vs.ci95, "+.4f", "+.4f"), vs.delta), number(vs.p_t, ".3g"), number(vs.p_randomization, ".3g"),
+            Cell(p_text(vs.p_holm), vs.p_holm), *(number(count, ",d") for count in (vs.wins, vs.ties, vs.losses)),
         ]
         for label, vs in tested.items()
     ]  # fmt: skip
@@ -127,120 +141,106 @@ def _differences(one: Loaded) -> list[Block]:
     found = verdict(one)
     highest = Table(
         ["method", f"below {found.highest} [95% CI]", "Holm p"],
-        [[Cell(label), Cell(interval(vs.delta, vs.ci95, "+.4f", "+.4f"), vs.delta), Cell(p_text(vs.p), vs.p)] for label, vs in found.below.items()],
+        [[Cell(label), Cell(interval(vs.delta, vs.ci95, "+.4f", "+.4f"), vs.delta), Cell(p_text(vs.p_holm), vs.p_holm)] for label, vs in found.below.items()],
         f"Against {found.highest}, the highest mean (p corrected over all pairs of methods)",
     )
-    return [Row(plots), table, highest] if found.below else [Row(plots), table]
+    return [Plots(plots), table, highest] if found.below else [Plots(plots), table]
 
 
 def _cost(one: Loaded) -> list[Block]:
-    env, blocks = one.result["environment"], list[Block]()
-    if any(row["phases_ms"] for row in one.result["rows"]):
-        alt = "; ".join(f"{label}: " + ", ".join(f"{p} {row['phases_ms'][p]:.1f} ms" for p in PHASES) for label, row in one.rows.items() if row["phases_ms"])
-        blocks.append(Row([Plot(f"cost-{one.stem}", figures.phases(one), f"time by phase on {one.name}, {SEEN}. {alt}")]))
+    blocks = list[Block]()
+    if any(row.phases_ms for row in one.result.rows):
+        alt = "; ".join(f"{row.label}: " + ", ".join(f"{p} {row.phases_ms[p]:.1f} ms" for p in PHASES) for row in one.result.rows if row.phases_ms)
+        blocks.append(Plots([Plot(f"cost-{one.stem}", figures.phases(one), f"time by phase on {one.name}, {SEEN}. {alt}")]))
     columns = ["method", "documents", "queries timed", "p50 ms", "p95 ms", *(f"{p} ms" for p in PHASES), "docs/s", "peak MB", "MFLOP"]
-    rows = [_cost_row(row, state, prefix) for row in one.result["rows"] for state, prefix in (("seen", ""), ("new", "cold_")) if row[f"{prefix}latency_ms"]]
-    blocks.append(Table(columns, rows))
-    text = f"Seen: the documents' vectors are cached ({env['vector_cache']}) and the query is new. New: every document is encoded too. Phases are medians. "
+    blocks.append(Table(columns, [cells for row in one.result.rows for cells in _cost_rows(row)]))
+    text = f"Seen: the documents' vectors are cached ({one.result.environment.vector_cache}) and the query is new. New: every document is encoded too. Phases are medians. "
     text += "FLOPs are matrix products by formula, a query of these candidates. Peak memory is the process's, with what it maps of the cache."
-    if any(map(is_remote, one.rows)):
+    if any(row.system.remote for row in one.result.rows):
         text += " A server is timed over HTTP, waiting after 429 and 503 included; what it had seen before is not known."
     return [*blocks, Text([text])]
 
 
-def _cost_row(row: dict[str, Any], state: str, prefix: str) -> list[Cell]:
-    latency, phases, flops = row[f"{prefix}latency_ms"], row[f"{prefix}phases_ms"], row[f"{prefix}flops_per_query"]
-    timed = row["cold_sample"]["queries"] if prefix else row["timed_queries"]
-    times = [latency["p50"], latency["p95"], *(phases[p] if phases else None for p in PHASES)]
-    sizes = [(row[f"{prefix}docs_per_s"], ",.0f"), (row[f"{prefix}peak_rss_mb"], ",.0f"), (flops and flops / 1e6, ",.0f")]
-    state = "-" if is_remote(row["method"]) else state
-    return [Cell(row["method"]), Cell(state), number(timed, ",d"), *(number(t, ",.1f") for t in times), *(number(*size) for size in sizes)]
+def _cost_rows(row: Row) -> Iterator[list[Cell]]:
+    """What was timed of it: documents seen before, and every document new."""
+    seen = (row.timed_queries, row.latency_ms, row.phases_ms, row.docs_per_s, row.peak_rss_mb, row.flops_per_query)
+    new = (row.cold_sample.queries, row.cold_latency_ms, row.cold_phases_ms, row.cold_docs_per_s, row.cold_peak_rss_mb, row.cold_flops_per_query)
+    for state, (queries, latency, phases, rate, memory, flops) in (("seen", seen), ("new", new)):
+        if latency:
+            times = [latency.p50, latency.p95, *(phases[p] if phases else None for p in PHASES)]
+            sizes = [rate, memory, flops and flops / 1e6]
+            shown = Cell("-" if row.system.remote else state)
+            yield [Cell(row.label), shown, number(queries, ",d"), *(number(ms, ",.1f") for ms in times), *(number(size, ",.0f") for size in sizes)]
 
 
 def _swept(one: Loaded) -> list[Block]:
-    points = one.result["sweeps"]
-    settings = list(dict.fromkeys(point["setting"] for point in points))
+    points, ceiling = one.result.sweeps, one.result.ceiling_measure
+    settings = list(dict.fromkeys(point.setting for point in points))
     if not settings:
         return [Text(["Not measured. The evaluation's --sweep does: "]), Code("--sweep stage1_top_k=10,20,50,100,200 --sweep max_tokens_per_doc=64,128,256")]
     blocks: list[Block] = [
-        Row([Plot(f"{anchor(setting)}-{one.stem}", figures.swept(one, setting), f"{one.primary} by {setting}, as in the table below") for setting in settings])
+        Plots(
+            [Plot(f"{anchor(setting)}-{one.stem}", figures.swept(one, setting), f"{one.primary} by {setting}, as in the table below") for setting in settings]
+        )
     ]
     for setting in settings:
-        own = [point for point in points if point["setting"] == setting]
-        labels = list(dict.fromkeys(point["method"] for point in own))
+        own = [point for point in points if point.setting == setting]
+        labels = list(dict.fromkeys(point.label for point in own))
         rows = []
-        for value in sorted({point["value"] for point in own}):
-            at = {point["method"]: point for point in own if point["value"] == value}
-            cells = [number(at[label]["measures"][one.primary] if label in at else None, ".4f") for label in labels]
-            limits = [number(max(point[key] for point in at.values()), ".4f") for key in ("recall", "oracle_ndcg@10")]
-            cut = number(100 * max(point["truncated_share"] for point in at.values()), ".1f")
+        for value in sorted({point.value for point in own}):
+            at = {point.label: point for point in own if point.value == value}
+            cells = [number(at[label].measures[one.primary] if label in at else None, ".4f") for label in labels]
+            limits = [number(max(point.recall for point in at.values()), ".4f"), number(max(point.ceiling for point in at.values()), ".4f")]
+            cut = number(100 * max(point.truncated_share for point in at.values()), ".1f")
             rows.append([Cell(f"{value:,g}", value), *cells, *limits, cut])
-        columns = [setting, *labels, "recall of what is ranked, at most", "oracle's nDCG@10, at most", "documents cut, %, at most"]
+        columns = [setting, *labels, "recall of what is ranked, at most", f"oracle's {ceiling}, at most", "documents cut, %, at most"]
         blocks.append(Table(columns, rows, f"{one.primary} by {setting}"))
     return blocks
 
 
 def _kernels(one: Loaded) -> list[Block]:
+    found = [(row.label, name, row.vs_definition[name]) for row in one.result.rows if row.vs_definition for name in DTYPES if name in row.vs_definition]
     rows = []
-    for label, row in one.rows.items():
-        for name in DTYPES:
-            if (row["vs_definition"] or {}).get(name) is None:
-                continue
-            change = row["vs_definition"][name]
-            rows.append([
-                Cell(label), Cell(name), Cell(interval(change["delta_ndcg@10"], change["ci95"], "+.4f", "+.4f"), change["delta_ndcg@10"]),
-                number(change.get("max_score_diff"), ".1e"), number(change.get("kendall_tau"), ".4f"), number(change.get("overlap@10"), ".4f"),
-            ])  # fmt: skip
-    text = f"The kernels that ran ({one.result['environment']['kernels']}) read the documents' vectors in each type of number; the definition, plain torch in fp32, "
+    for label, name, change in found:
+        agreed = change.agreement
+        values = (None, None, None) if agreed is None else (agreed.max_score_diff, agreed.kendall_tau, agreed.overlap_at_10)
+        delta = Cell(interval(change.delta, change.ci95, "+.4f", "+.4f"), change.delta)
+        rows.append([Cell(label), Cell(name), delta, *(number(value, form) for value, form in zip(values, (".1e", ".4f", ".4f")))])
+    text = f"The kernels that ran ({one.result.environment.kernels}) read the documents' vectors in each type of number; the definition, plain torch in fp32, "
     text += "reads the same vectors. Scores are compared as they are shown. Rows that run a cross-encoder are left out."
-    return [Table(["method", "type", "Δ nDCG@10 [95% CI]", "largest score difference", "Kendall's τ", "overlap at 10"], rows), Text([text])]
-
-
-def roofline(bench: dict[str, Any], name: str, level: int) -> Section:
-    """What share of the machine's rates the operators reach, by rerank_kernels.bench."""
-    rows = []
-    for task in bench["tasks"]:
-        gpu = "bandwidth_gbs" in task
-        for row in task["rows"]:
-            if row["status"] == "ok":
-                shares = [row["of_roofline"], None, None] if gpu else [None, row["of_gemm"], row["of_read"]]
-                rows.append([Cell(task["task"]), Cell(row["name"]), number(row["slower"], ".2f"), *(number(share, ".2f") for share in shares)])
-    columns = ["work", "by", "time over ours", "of roofline", "of GEMM rate", "of reading rate"]
-    where = bench.get("gpu") or f"{bench['machine']}, {bench['implementation']}, {bench['threads']} threads"
-    text = f"From {name}: {bench['command']}, on {where}. Ours is the first of each work. GEMM and reading rates are those of torch on the same machine in the same run."
-    return Section(LIMITS, level, [Table(columns, rows), Text([text])])
+    measures = dict.fromkeys(change.measure for *_, change in found)
+    return [Table(["method", "type", f"Δ {', '.join(measures)} [95% CI]", "largest score difference", "Kendall's τ", "overlap at 10"], rows), Text([text])]
 
 
 def _trust(one: Loaded) -> list[Block]:
-    keys = ("coverage", "unjudged_share", "truncated_share", "tie_rate")
     rows = [
         [
-            Cell(label), Cell(", ".join(f"{k}={v:g}" for k, v in row["settings"].items()) or "none"),
-            *(Cell("-") if row[k] is None else Cell(f"{row[k]:.1%}", row[k]) for k in keys), number(row["token_limit"], "d"),
+            Cell(label), Cell(", ".join(f"{name}={value:g}" for name, value in row.settings.items()) or "none"),
+            *(number(share, ".1%") for share in (row.coverage, row.unjudged_share, row.truncated_share, row.tie_rate)), number(row.token_limit, "d"),
         ]
         for label, row in one.rows.items()
     ]  # fmt: skip
     columns = ["method", "settings", "queries covered", "unjudged in the top 10", "documents truncated", "tied neighbours", "token limit"]
-    notes = [*one.result["dataset"]["notes"], *one.result["candidates"]["notes"]]
+    notes = [*one.result.dataset.notes, *one.result.candidates.notes]
     return [Table(columns, rows), *(Text([Quoted(note)], item=True) for note in [*notes, *changes(one.result)] or ["No notes on the collection."])]
 
 
 def _made(one: Loaded) -> list[Block]:
-    env, data, first = one.result["environment"], one.result["dataset"], one.result["candidates"]
-    versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items())
-    machine = f"{env['cpu']}, {env['cpus']} CPUs, {env['threads']} threads, device {env['device']}, kernels {env['kernels']}"
-    if cluster := env.get("executor"):
-        machine += f", Ray {cluster['version']} with {cluster['workers']} workers"
-    made = f"at commit {env['commit'] or 'unknown'} on {machine}, Python {env['python']}, {versions}. "
-    return [Code(command(one.result["config"])), Text([f"{made}Collection {data['hash'][:16]}, candidates {first['hash'][:16]}."])]
+    env, data, first = one.result.environment, one.result.dataset, one.result.candidates
+    versions = ", ".join(f"{name} {version}" for name, version in env.packages.items())
+    machine = f"{env.cpu}, {env.cpus} CPUs, {env.threads} threads, device {env.device}, kernels {env.kernels}"
+    if cluster := env.executor:
+        machine += f", Ray {cluster.version} with {cluster.workers} workers"
+    made = f"at commit {env.commit or 'unknown'} on {machine}, Python {env.python}, {versions}. "
+    return [Code(command(one.result.config.options)), Text([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
 
 
-def command(config: dict[str, Any]) -> str:
+def command(options: Mapping[str, Option]) -> str:
     """What makes these results again."""
     words = ["python -m rerank_lab.eval"]
-    for key, value in config.items():
+    for key, value in options.items():
         flag = f"--{key.replace('_', '-')}"
-        if key == "sweep":
+        if isinstance(value, Mapping):  # of --sweep: setting → values
             words += [f"{flag} {name}={','.join(map(str, values))}" for name, values in value.items()]
         elif value is True:
             words.append(flag)
@@ -249,11 +249,11 @@ def command(config: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def title(every: Sequence[Loaded]) -> str:
+def title(every: Sequence[Evaluated]) -> str:
     """The report's heading."""
     names = [one.name for one in every]
     return "Reranking on " + (names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}")
 
 
 def _timed(one: Loaded) -> bool:
-    return any(row["latency_ms"] for row in one.result["rows"])
+    return any(row.latency_ms for row in one.result.rows)

@@ -11,13 +11,14 @@ import torch
 
 from rerank_lab.datasets import Dataset
 from rerank_lab.errors import UserError
-from rerank_lab.methods import BEST_CROSS, Pool, make_method
+from rerank_lab.methods import Pool
 from rerank_lab.methods.best import Best
 from rerank_lab.models.base import Detail, Encoder
 from rerank_lab.report.blocks import Block, Cell, Details, Quoted, Table, Text
 from rerank_lab.report.load import Loaded
 from rerank_lab.reranker import Reranker
-from rerank_lab.results import is_remote
+from rerank_lab.results import Row
+from rerank_lab.typed import Misfit, decode
 
 LENGTH = 160  # characters quoted of a document
 RELEVANT = 3  # relevant documents shown of a query
@@ -40,21 +41,37 @@ class Source:
     count: int
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the configuration says of the bi-encoder."""
+
+    model: str
+    max_tokens_per_doc: int
+    subspace: str | None
+    runtime: str
+    precision: str
+    device: str
+
+
 def loaded_model(one: Loaded, cache: str | None) -> Reranker:
     """The bi-encoder that ranked, as the results name it.
 
     Raises:
         UserError: it is not to be had here, or another one answers to its name.
     """
-    config, models = one.result["config"], one.result["models"]
-    if models["model"] is None:
+    models = one.result.models
+    if models.get("model") is None:
         raise UserError("no bi-encoder ran")
+    try:
+        given = decode(ModelOptions, one.result.config.options, "config")
+    except Misfit as problem:
+        raise UserError(f"the model is not to be loaded: {problem}") from None
     reranker = Reranker(
-        config["model"], "best", max_tokens_per_doc=config["max_tokens_per_doc"], subspace=config["subspace"], cache_dir=cache,
-        runtime=config["runtime"], precision=config["precision"], device=config["device"],
+        given.model, "best", max_tokens_per_doc=given.max_tokens_per_doc, subspace=given.subspace, cache_dir=cache,
+        runtime=given.runtime, precision=given.precision, device=given.device,
     )  # fmt: skip
-    if reranker.fingerprints()["model_vectors"] != models["model_vectors"]:
-        raise UserError(f"the {config['model']} of today gives other vectors than the one that ranked")
+    if reranker.fingerprints()["model_vectors"] != models.get("model_vectors"):
+        raise UserError(f"the {given.model} of today gives other vectors than the one that ranked")
     return reranker
 
 
@@ -71,7 +88,7 @@ def examples(one: Loaded, source: Source, shown: str, progress: Callable[[Sequen
         return [Text([f"Which documents moved is not known: {one.folder.name} has no scores.parquet that can be read."])]
     if len(one.rows) == 1:
         return [Text(["One method ran; there is nothing to compare it with."])]
-    return [_method(one, source, label, progress, label == shown) for label, row in one.rows.items() if row["vs"]]
+    return [_method(one, source, label, progress, label == shown) for label, row in one.rows.items() if row.vs]
 
 
 def _method(one: Loaded, source: Source, label: str, progress: Callable[[Sequence[str], str], Sequence[str]], shown: bool) -> Block:
@@ -81,7 +98,7 @@ def _method(one: Loaded, source: Source, label: str, progress: Callable[[Sequenc
     assert one.scores is not None
     ranks = {name: _ranks(one.scores, name, [*gained, *lost]) for name in (one.baseline, label)}
     blocks: list[Block] = []
-    shows = source.quote and source.dataset is not None and source.reranker is not None and aligned(label)
+    shows = source.quote and source.dataset is not None and source.reranker is not None and aligned(one.rows[label])
     for title, queries in (("gained", gained), ("lost", lost)):
         if queries:
             blocks.append(_table(one, source, label, queries, ranks, f"The {len(queries)} that {title} most"))
@@ -136,15 +153,15 @@ def _cut(text: str) -> str:
     return text if len(text) <= LENGTH else text[: LENGTH - 1].rsplit(" ", 1)[0] + " …"
 
 
-def aligned(label: str) -> bool:
+def aligned(row: Row) -> bool:
     """Whether a row ranks by what the query's tokens find, here."""
-    return not is_remote(label) and label.partition(":")[0] in (Best.name, BEST_CROSS)
+    return not row.system.remote and row.system.base == Best.name
 
 
 def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str, pd.DataFrame], what: str) -> Block:
     """Query token by query token: its weight, and what it found in the document that moved up and in the baseline's first."""
     assert source.dataset is not None and source.reranker is not None and source.reranker.encoder is not None
-    method = make_method(Best.name + label[len(label.partition(":")[0]) :])
+    method = one.rows[label].system.method
     assert isinstance(method, Best)
     assert one.scores is not None
     seen = one.scores[one.scores["query"] == q].drop_duplicates("document").sort_values("first_stage", ascending=False, kind="stable")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Protocol, TypedDict
 
 import matplotlib
 import numpy as np
@@ -20,9 +21,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from rerank_lab.methods import labels as known_labels
-from rerank_lab.report.load import Loaded, method
+from rerank_lab.report.load import Evaluated, Loaded
 from rerank_lab.report.verdict import compared, frontier
-from rerank_lab.results import interval, is_remote, p_text
+from rerank_lab.results import Interval, Row
+from rerank_lab.table import interval, p_text
 from rerank_lab.timing import PHASES
 
 STYLE = Path(__file__).with_name("style.mplstyle")
@@ -32,6 +34,30 @@ PHASE_LOOKS = [("#d9d9d9", ""), ("#56B4E9", "////"), ("#0072B2", ""), ("#333333"
 CORNERS = [(dx, dy, side) for dy in (5, -12, 18, -25, 31, -38, 44, -51) for dx, side in ((6, "left"), (-6, "right"), (26, "left"), (-26, "right"))]
 CROWD = 10  # rows that a Pareto plot names all, where their names are short
 P = ParamSpec("P")
+
+
+class Look(TypedDict):
+    """How a row is drawn, as matplotlib names it."""
+
+    color: str
+    marker: str
+
+
+class Mark(Look, total=False):
+    """A look in a legend."""
+
+    markerfacecolor: str
+
+
+class Difference(Protocol):
+    """A difference of means with its 95% interval (None for a single query) and its corrected p."""
+
+    @property
+    def delta(self) -> float: ...
+    @property
+    def ci95(self) -> Interval | None: ...
+    @property
+    def p_holm(self) -> float: ...
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -52,29 +78,32 @@ def saved(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Label → colour and mark of its method: the known ones' come first in the style's cycle, in the registry's order, then the others'."""
+def looks(rows: Mapping[str, Row]) -> dict[str, Look]:
+    """Label → colour and mark, of the known methods and of the rows: the known ones' come first in the style's cycle, in the registry's order, then the others'."""
     known, styles = list(known_labels()), matplotlib.rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"]
-    own = dict(zip(dict.fromkeys([*known, *map(method, labels)]), cycle(styles)))
-    return {label: dict(own[method(label)]) for label in [*known, *labels]}
+    own = dict(zip(dict.fromkeys([*known, *(row.label for row in rows.values())]), cycle(styles)))
+    names = [*zip(known, known), *((label, row.label) for label, row in rows.items())]
+    return {label: Look(color=own[name]["color"], marker=own[name]["marker"]) for label, name in names}
 
 
 @styled
-def pareto(one: Loaded) -> Figure:
+def pareto(one: Evaluated) -> Figure:
     """Quality with its 95% interval against median latency; what is dominated stands grey. In a crowd the others are numbered, and named below."""
-    best, weighed, look = frontier(one), {row["method"] for row in compared(one)}, looks(list(one.rows))
-    timed = {label: row for label, row in one.rows.items() if row["latency_ms"]}
-    names = {label: short(label) for label in timed}
+    best, weighed, look = frontier(one), {*compared(one)}, looks(one.rows)
+    timed = {label: row for label, row in one.rows.items() if row.latency_ms}
+    at = {label: (latency.p50, row.measures[one.primary]) for label, row in one.rows.items() if (latency := row.latency_ms)}
+    names = {label: short(label, row.label) for label, row in timed.items()}
     crowd = len(timed) > CROWD or any("\n" in name for name in names.values())
     figure = Figure(figsize=(4.8, 3.4 + 0.18 * len(best))) if crowd else Figure()
     if crowd:
         names = {label: str(n) for n, label in enumerate(best, 1)}
         marks = {f"{names[label]}  {label}": look[label] for label in best}
-        for name, label in {method(label): label for label in timed if method(label) not in map(method, best)}.items():
-            marks[name] = look[label] | ({"markerfacecolor": "white"} if is_remote(name) else {"color": DOMINATED})
+        shown = {one.rows[label].label for label in best}
+        for name, label in {row.label: label for label, row in timed.items() if row.label not in shown}.items():
+            mark = look[label]["marker"]
+            marks[name] = Mark(**look[label], markerfacecolor="white") if timed[label].system.remote else Mark(color=DOMINATED, marker=mark)
         figure.legend([Line2D([], [], ls="", **mark) for mark in marks.values()], [*marks], loc="outside lower left", handletextpad=0.2)
     axes = figure.subplots()
-    at = {label: (row["latency_ms"]["p50"], row["measures"][one.primary]) for label, row in timed.items()}
     axes.set_xscale("log")
     axes.grid(True)
     x, y = zip(*(at[label] for label in best))
@@ -82,8 +111,8 @@ def pareto(one: Loaded) -> Figure:
     axes.step(*steps, where="post", color=INK, lw=1, ls=(0, (4, 2)), marker="", zorder=1)
     for label, row in timed.items():
         colour = look[label]["color"] if label in best or label not in weighed else DOMINATED
-        face = "white" if is_remote(method(label)) else colour
-        ci, value = row["ci95"][one.primary], row["measures"][one.primary]
+        face = "white" if row.system.remote else colour
+        ci, value = row.ci95[one.primary], row.measures[one.primary]
         error = None if ci is None or label not in names else np.array([[max(0, value - ci[0])], [max(0, ci[1] - value)]])
         axes.errorbar(
             at[label][0],
@@ -98,11 +127,11 @@ def pareto(one: Loaded) -> Figure:
             zorder=3,
         )
     _log_ticks(axes, [p[0] for p in at.values()])
-    remote = "\n(servers, hollow: over HTTP, what they had seen is not known)" if any(is_remote(method(label)) for label in timed) else ""
+    remote = "\n(servers, hollow: over HTTP, what they had seen is not known)" if any(row.system.remote for row in timed.values()) else ""
     axes.set_xlabel(f"median latency of a query, ms, documents seen before{remote}")
     axes.set_ylabel(f"{one.primary}, 95% interval")
     axes.set_title(one.name)
-    bars = {label: row["ci95"][one.primary] or [at[label][1]] * 2 for label, row in timed.items() if label in names}
+    bars = {label: row.ci95[one.primary] or [at[label][1]] * 2 for label, row in timed.items() if label in names}
     level = [*zip(steps[0], steps[0][1:], steps[1])]
     _name_points(figure, axes, at, bars, level, names, {label: INK if label in best else "#6b6b6b" for label in names})
     return figure
@@ -130,10 +159,10 @@ def _name_points(
     lines += [Bbox([place((a, y)), place((b, y))]) for a, b, y in level]
     frame, taken = axes.get_window_extent(renderer), list[Any]()
     for label, point in sorted(((label, at[label]) for label in names), key=lambda item: item[1]):
-        look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": colours[label], "zorder": 5}
+        annotate = partial(axes.annotate, names[label], point, textcoords="offset points", fontsize=8.5, color=colours[label], zorder=5)
         tried: list[tuple[float, Any, tuple[int, int, str]]] = []
         for far, (dx, dy, side) in enumerate(CORNERS):
-            note = axes.annotate(names[label], point, (dx, dy), ha=side, **look)
+            note = annotate((dx, dy), ha=side)
             box = note.get_window_extent(renderer)
             note.remove()
             hidden = 0.1 * far + sum(box.overlaps(line) for line in lines) + 3 * sum(box.overlaps(mark) for mark in marks)
@@ -142,33 +171,33 @@ def _name_points(
         _, box, (dx, dy, side) = min(tried, key=lambda one: one[0])
         taken.append(box.padded(1))
         leader = {"arrowstyle": "-", "lw": 0.7, "color": colours[label], "shrinkA": 0, "shrinkB": 4} if abs(dx) > 6 or not -12 <= dy <= 5 else None
-        axes.annotate(names[label], point, (dx, dy), ha=side, arrowprops=leader, bbox={"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6}, **look)
+        annotate((dx, dy), ha=side, arrowprops=leader, bbox={"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6})
 
 
 @styled
-def forest(deltas: Mapping[str, Mapping[str, Any]], measure: str, title: str, against: str, labels: Sequence[str]) -> Figure:
+def forest(deltas: Mapping[str, Difference], measure: str, title: str, against: str, rows: Mapping[str, Row]) -> Figure:
     """Differences with their 95% intervals; the corrected p beside each.
 
     Args:
-        deltas: label → {"delta", "ci95", "p_holm"}.
+        deltas: label → its difference.
         measure, title: what is compared, and where.
         against: what each is compared with.
-        labels: all methods of the report, whose looks are the same in every figure.
+        rows: all of the report, by label, whose looks are the same in every figure.
     """
     figure = Figure(figsize=(4.8, 1.1 + 0.34 * len(deltas)))
     axes = figure.subplots()
-    look, names = looks(labels), list(deltas)[::-1]
+    look, names = looks(rows), list(deltas)[::-1]
     axes.axvline(0, color=INK, lw=1)
     axes.grid(True, axis="x")
     for place, label in enumerate(names):
         vs = deltas[label]
-        ci = vs["ci95"] or [vs["delta"]] * 2
+        ci = vs.ci95 or [vs.delta] * 2
         axes.plot(ci, [place] * 2, color=look[label]["color"], lw=2, marker="|", markersize=7)
-        axes.plot(vs["delta"], place, color=look[label]["color"], marker=look[label]["marker"], markersize=8)
-    axes.set_yticks(range(len(names)), [*map(short, names)])
+        axes.plot(vs.delta, place, color=look[label]["color"], marker=look[label]["marker"], markersize=8)
+    axes.set_yticks(range(len(names)), [short(label, rows[label].label) for label in names])
     axes.set_ylim(-0.6, len(names) - 0.4)
     right = axes.secondary_yaxis("right")
-    right.set_yticks(range(len(names)), [p_text(deltas[name]["p_holm"]) for name in names])
+    right.set_yticks(range(len(names)), [p_text(deltas[name].p_holm) for name in names])
     right.tick_params(length=0)
     right.spines["right"].set_visible(False)
     axes.annotate("Holm p", (1, 1), (4, 2), xycoords="axes fraction", textcoords="offset points", fontsize=8.5, color=INK)
@@ -178,12 +207,12 @@ def forest(deltas: Mapping[str, Mapping[str, Any]], measure: str, title: str, ag
 
 
 @styled
-def strips(changes: Mapping[str, np.ndarray], measure: str, title: str, against: str) -> Figure:
+def strips(changes: Mapping[str, np.ndarray], measure: str, title: str, against: str, rows: Mapping[str, Row]) -> Figure:
     """Each query's difference, sorted, a strip a method, with wins, ties and losses.
 
     Args:
         changes: label → one difference a query.
-        measure, title, against: as `forest` takes them.
+        measure, title, against, rows: as `forest` takes them.
     """
     figure = Figure(figsize=(4.8, 0.9 + 0.75 * len(changes)))
     panels = np.atleast_1d(figure.subplots(len(changes), sharex=True, sharey=True))
@@ -193,7 +222,7 @@ def strips(changes: Mapping[str, np.ndarray], measure: str, title: str, against:
         axes.stairs(np.clip(change, 0, None), edges, fill=True, color="#0072B2", lw=0)
         axes.stairs(np.clip(change, None, 0), edges, fill=True, color="#D55E00", lw=0, hatch="////", edgecolor="#7a2f00")
         axes.axhline(0, color=INK, lw=0.8)
-        axes.set_title(short(label), fontweight="normal", fontsize=8.5, pad=2)
+        axes.set_title(short(label, rows[label].label), fontweight="normal", fontsize=8.5, pad=2)
         axes.set_title(
             f"{(change > 0).sum()} won, {(change == 0).sum()} tied, {(change < 0).sum()} lost", loc="right", fontweight="normal", fontsize=8.5, pad=2
         )
@@ -206,21 +235,22 @@ def strips(changes: Mapping[str, np.ndarray], measure: str, title: str, against:
 @styled
 def phases(one: Loaded) -> Figure:
     """Where a query's time goes: bars of the phases' medians, documents seen before and every document new."""
-    states = [("documents seen before", "phases_ms"), ("every document new", "cold_phases_ms")]
-    shown = [(title, [row for row in one.result["rows"] if row[key]], key) for title, key in states]
-    shown = [(title, rows, key) for title, rows, key in shown if rows]
-    count = sum(len(rows) for _, rows, _ in shown)
+    rows = one.result.rows[::-1]  # the first stands on top
+    seen = {row.label: row.phases_ms for row in rows if row.phases_ms}
+    new = {row.label: row.cold_phases_ms for row in rows if row.cold_phases_ms}
+    shown = [(title, medians) for title, medians in (("documents seen before", seen), ("every document new", new)) if medians]
+    count = sum(len(medians) for _, medians in shown)
     figure = Figure(figsize=(4.8, 0.9 + 0.55 * len(shown) + 0.26 * count))
-    panels = np.atleast_1d(figure.subplots(len(shown), height_ratios=[len(rows) + 0.8 for _, rows, _ in shown]))
-    for axes, (title, rows, key) in zip(panels, shown):
-        names, start = [row["method"] for row in rows][::-1], np.zeros(len(rows))
+    panels = np.atleast_1d(figure.subplots(len(shown), height_ratios=[len(medians) + 0.8 for _, medians in shown]))
+    for axes, (title, medians) in zip(panels, shown):
+        names, start = list(medians), np.zeros(len(medians))
         for phase, (colour, hatch) in zip(PHASES, PHASE_LOOKS):
-            width = np.array([row[key][phase] for row in rows][::-1])
+            width = np.array([ms[phase] for ms in medians.values()])
             axes.barh(range(len(names)), width, left=start, height=0.66, color=colour, hatch=hatch, edgecolor="white" if hatch else colour, lw=0, label=phase)
             start += width
         for place, total in enumerate(start):
             axes.annotate(f"{total:,.1f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
-        axes.set_yticks(range(len(names)), [*map(short, names)])
+        axes.set_yticks(range(len(names)), [short(name) for name in names])
         axes.set_xlim(0, start.max() * 1.16)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_title(f"{one.name}, {title}")
@@ -233,25 +263,25 @@ def phases(one: Loaded) -> Figure:
 @styled
 def swept(one: Loaded, setting: str) -> Figure:
     """Quality over one setting; above, what the candidates allow: their recall and the oracle's ceiling."""
-    points = [point for point in one.result["sweeps"] if point["setting"] == setting]
-    values, labels = sorted({point["value"] for point in points}), list(dict.fromkeys(point["method"] for point in points))
-    look = looks(list(one.rows))
+    points = [point for point in one.result.sweeps if point.setting == setting]
+    values, labels = sorted({point.value for point in points}), list(dict.fromkeys(point.label for point in points))
+    look = looks(one.rows)
     figure = Figure(figsize=(4.8, 4.4))
     above, axes = figure.subplots(2, sharex=True, height_ratios=[1, 2.2])
-    for key, name, dashes in (("recall", "recall of what is ranked, at most", "-"), ("oracle_ndcg@10", "its best order's nDCG@10", (0, (4, 2)))):
-        top = [max(p[key] for p in points if p["value"] == value) for value in values]
-        above.plot(values, top, color=INK, ls=dashes, lw=1.2, marker="", label=name)
+    at = [[point for point in points if point.value == value] for value in values]
+    recall, ceiling = [max(p.recall for p in own) for own in at], [max(p.ceiling for p in own) for own in at]
+    above.plot(values, recall, color=INK, ls="-", lw=1.2, marker="", label="recall of what is ranked, at most")
+    above.plot(values, ceiling, color=INK, ls=(0, (4, 2)), lw=1.2, marker="", label=f"its best order's {one.result.ceiling_measure}")
     low, high = above.get_ylim()
     above.set_ylim(min(low, high - 0.05), high)  # where nothing changes, the line is level
     above.legend(loc="lower right")
     for label in labels:
-        own = sorted((p["value"], p["measures"][one.primary]) for p in points if p["method"] == label)
+        own = sorted((p.value, p.measures[one.primary]) for p in points if p.label == label)
         axes.plot(*zip(*own), **look[label], label=label)
     for label, row in one.rows.items():
-        if label not in labels and not is_remote(label):
-            axes.axhline(
-                row["measures"][one.primary], color=look[label]["color"], ls=(0, (1, 1.5)), lw=1.3, label=f"{label}, top {one.result['candidates']['top_k']}"
-            )
+        if label not in labels and not row.system.remote:
+            level, top_k = row.measures[one.primary], one.result.candidates.top_k
+            axes.axhline(level, color=look[label]["color"], ls=(0, (1, 1.5)), lw=1.3, label=f"{label}, top {top_k}")
     if min(values) > 0 and max(values) / min(values) >= 4:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -267,22 +297,28 @@ def swept(one: Loaded, setting: str) -> Figure:
     return figure
 
 
-def short(label: str) -> str:
-    """A label that fits beside an axis, values in brackets below where they must; what tells long ones apart stands at both ends."""
+def short(label: str, name: str | None = None) -> str:
+    """A label that fits beside an axis; what tells long ones apart stands at both ends.
+
+    Args:
+        label: of the row on the page.
+        name: the row's own label. What follows it stands below it where it must. None: nothing follows.
+    """
     if len(label) <= 26:
         return label
-    name, values = method(label), label[len(method(label)) :].strip()
+    name = label if name is None else name
+    values = label.removeprefix(name).strip()
     return "\n".join(part if len(part) <= room else f"{part[:11]}…{part[-14:]}" for part, room in ((name, 26), (values, 30)) if part)
 
 
 UNITS = {"stage1_top_k": ", documents that stage 1 keeps", "max_tokens_per_doc": ", tokens kept of a document", "top_k": ", candidates a query"}
 
 
-def described(one: Loaded) -> str:
+def described(one: Evaluated) -> str:
     """The Pareto plot in words."""
     points = [
-        f"{label} {interval(row['measures'][one.primary], row['ci95'][one.primary])} at {row['latency_ms']['p50']:,.1f} ms"
+        f"{label} {interval(row.measures[one.primary], row.ci95[one.primary])} at {row.latency_ms.p50:,.1f} ms"
         for label, row in one.rows.items()
-        if row["latency_ms"]
+        if row.latency_ms
     ]
     return f"{one.primary} against median latency on {one.name}: {'; '.join(points)}; not dominated: {', '.join(frontier(one))}"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.places import default_place
-from rerank_lab.report import content, grid, render
+from rerank_lab.report import bench, content, grid, grid_page, render
 from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
 from rerank_lab.report.compare import comparison
 from rerank_lab.report.examples import Source, aligned, examples, loaded_model
@@ -34,26 +32,26 @@ def make(options: argparse.Namespace) -> str:
         return _grid(grids[0], options)
     given = {name: path for name, _, path in (text.partition("=") for text in options.dataset)}
     every = load(folders)
-    names = [one.result["dataset"]["name"] for one in every]
+    names = [one.result.dataset.name for one in every]
     if wrong := [text for text in options.dataset if "=" not in text or text.partition("=")[0] not in names]:
         raise UserError(f"--dataset {wrong[0]!r}: write NAME=PATH, NAME one of {', '.join(names)}")
     if len(every) > 1 and options.out is None:
         raise UserError(f"{len(every)} results need --out DIR for the report of them all")
-    bench = None if options.bench is None else _bench(options.bench)
+    speeds = None if options.bench is None else bench.read(options.bench)
     quoted = {*names} if options.quote == "all" else {*options.quote.split(",")} - {"none"}
     if unknown := quoted - {*names}:
         raise UserError(f"--quote {', '.join(sorted(unknown))}: not among the collections {', '.join(names)}")
     out = options.out or every[0].folder
     report = Section(content.title(every), 1, content.overview(every, options.command))
     for one in every:
-        errors = _examples(one, options, given, one.result["dataset"]["name"] in quoted)
+        errors = _examples(one, options, given, one.result.dataset.name in quoted)
         if len(every) == 1:
-            report.blocks += content.sections(one, 2, errors, None if bench is None else content.roofline(bench, options.bench.name, 3))
+            report.blocks += content.sections(one, 2, errors, None if speeds is None else bench.roofline(speeds, options.bench.name, 3))
         else:
-            pointer = None if bench is None else Text([f"What the kernels reach of the machine's limits: under “{content.LIMITS}”, at the end."])
+            pointer = None if speeds is None else Text([f"What the kernels reach of the machine's limits: under “{bench.LIMITS}”, at the end."])
             report.blocks.append(Section(one.name, 2, list(content.sections(one, 3, errors, pointer))))
-    if bench is not None and len(every) > 1:
-        report.blocks.append(content.roofline(bench, options.bench.name, 2))
+    if speeds is not None and len(every) > 1:
+        report.blocks.append(bench.roofline(speeds, options.bench.name, 2))
     extra = {}
     if options.latex:
         tables = [render.latex(content.main_table(one), f"{one.primary} on {one.name}.", f"tab:{one.stem}") for one in every]
@@ -69,10 +67,10 @@ def _grid(folder: Path, options: argparse.Namespace) -> str:
         raise UserError(f"{folder} is a grid, which takes --out, --command and --latex alone beside it, not {', '.join(beside)}; its cells take them")
     found = grid.read(folder)
     if found.unfinished:
-        print(f"rerank_lab: {grid.unfinished(found)}", file=sys.stderr)
-    report = grid.page(found, options.command)
-    extra = {"report.tex": render.latex(grid.across(found), "Every row of the grid.", "tab:grid")} if options.latex else {}
-    said = ["".join(grid.finding(one)) for one in found.collections]
+        print(f"rerank_lab: {grid_page.unfinished(found)}", file=sys.stderr)
+    report = grid_page.page(found, options.command)
+    extra = {"report.tex": render.latex(grid_page.across(found), "Every row of the grid.", "tab:grid")} if options.latex else {}
+    said = ["".join(grid_page.finding(one)) for one in found.collections]
     return "\n".join([*map(wrapped, said), _write(options.out or folder, "report", report, extra)])
 
 
@@ -98,23 +96,14 @@ def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], q
     dataset = reranker = None
     try:
         dataset = collection(one, given)
-        if quote and any(map(aligned, one.rows)):
+        if quote and any(map(aligned, one.result.rows)):
             reranker = loaded_model(one, options.cache or default_place())
     except (UserError, ModelError) as error:
-        if dataset is None and one.result["dataset"]["name"] in given:
+        if dataset is None and one.result.dataset.name in given:
             raise
         said.append(Text([f"Left out: {error}."]))
         print(f"rerank_lab: {one.name}: {'no texts' if dataset is None else 'no token alignments'}: {error}", file=sys.stderr)
     return said + examples(one, Source(dataset, reranker, quote, options.examples), verdict(one).use, lambda items, name: tqdm(items, desc=name, disable=None))
-
-
-def _bench(path: Path) -> dict[str, Any]:
-    try:
-        bench = json.loads(path.read_text(encoding="utf-8"))
-        content.roofline(bench, path.name, 2)
-        return dict(bench)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--bench {path}: not what python -m rerank_kernels.bench --json prints ({type(error).__name__}: {error})") from None
 
 
 def _write(out: Path, name: str, report: Section, extra: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from rerank_lab.report.blocks import Block, Code, Details, Plot, Quoted, Row, Section, Strong, Table, Text
+from rerank_lab.report.blocks import Block, Code, Details, Plot, Plots, Quoted, Section, Strong, Table, Text
 from rerank_lab.report.figures import saved
 from rerank_lab.report.load import anchor
 
@@ -37,7 +37,7 @@ def html(report: Section) -> str:
     return page.get_template("page.html").render(report=report)
 
 
-KINDS = {"text": Text, "code": Code, "table": Table, "plots": Row, "details": Details, "section": Section, "strong": Strong}
+KINDS = {"text": Text, "code": Code, "table": Table, "plots": Plots, "details": Details, "section": Section, "strong": Strong}
 
 
 def latex(table: Table, caption: str, label: str) -> str:
@@ -71,7 +71,7 @@ def _lines(block: Block) -> Iterator[str]:
             yield from ("", *(f"    {line}" for line in block.text.splitlines()), "")
         case Table():
             yield from _table(block)
-        case Row():
+        case Plots():
             yield from (line for plot in block.plots for line in (_image(plot), ""))
         case Details():
             yield from ("<details" + (" open" if block.open else "") + f"><summary>{escape(' '.join(block.summary.split()), quote=False)}</summary>", "")
