@@ -11,9 +11,9 @@ from functools import cached_property
 
 from rerank_lab.endpoint import ADDRESS, address_wanted, check_address, is_secret
 from rerank_lab.errors import UserError
-from rerank_lab.methods import METHODS, Method, make_method
+from rerank_lab.methods import CROSSED, METHODS, Method, labels, make_method
 
-SERVER, CROSSED = "endpoint", "+cross"
+SERVER = "endpoint"
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,5 @@ class System:
 
 
 def names(cross: bool = True) -> list[str]:
-    """Names of all systems without settings, those that run a cross-encoder with cross=True alone: the methods, then those that it may join."""
-    own = [name for name, kind in METHODS.items() if cross or "cross-encoder" not in kind.roles]
-    return own + [name + CROSSED for name, kind in METHODS.items() if kind.optional_cross] * cross
+    """Names of all systems without settings; with cross=False, of those that run no cross-encoder."""
+    return [name for name in labels() if cross or not System(name, name).crossed]

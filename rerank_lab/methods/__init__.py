@@ -12,10 +12,9 @@ from rerank_lab.methods.standard import Standard
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal, Best)}
 CROSSED = "+cross"  # behind the name of a method in the label of its row with the cross-encoder, where it does without elsewhere
-BEST_CROSS = Best.name + CROSSED
 
 __all__ = [
-    "BEST_CROSS", "CROSSED", "DROPPED", "METHODS", "Method", "Pool", "Setting", "as_method", "labels", "make_method", "setting", "settings_of",
+    "CROSSED", "DROPPED", "METHODS", "Method", "Pool", "Setting", "as_method", "labels", "make_method", "setting", "settings_of",
 ]  # fmt: skip
 
 
