@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from rerank_lab.datasets import Dataset
+from rerank_lab.files import Json
 from rerank_lab.first_stage import Context, find
 from rerank_lab.first_stage.base import Progress, TopK
 from rerank_lab.run import Ranked, Run, order
@@ -21,20 +21,37 @@ class Candidates:
 
     Attributes:
         run: at most top_k documents a query, best first, with the first stage's scores; queries without any are absent.
-        about: the source and its parameters, the hash (SHA-256 over query ids and document ids in order) and counts.
+        source: the first stage's name.
+        top_k: candidates a query at most.
+        hash: SHA-256 over query ids and document ids in order.
+        documents_per_query: their mean number.
+        details: what else results say of them: parameters, files, counts.
         notes: what a reader should know.
     """
 
     run: Run
-    about: dict[str, Any]
+    source: str
+    top_k: int
+    hash: str
+    documents_per_query: float
+    details: dict[str, Json]
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: Run, source: str, top_k: int, details: dict[str, Json], notes: list[str]) -> Candidates:
+        """Counts and hashes a run."""
+        digest = hashlib.sha256()
+        for q, r in run.items():
+            digest.update(" ".join([q, *r.documents]).encode() + b"\n")  # no id holds either
+        mean = float(np.mean([len(r.documents) for r in run.values()])) if run else 0.0
+        return cls(run, source, top_k, digest.hexdigest(), mean, details, notes)
 
     def cut(self, top_k: int) -> Candidates:
         """The best top_k a query, as the same first stage would have given them."""
-        if top_k >= self.about["top_k"]:
+        if top_k >= self.top_k:
             return self
         run = {q: Ranked(r.documents[:top_k], r.scores[:top_k]) for q, r in self.run.items()}
-        return Candidates(run, self.about | _facts(run, top_k), self.notes)
+        return Candidates.of(run, self.source, top_k, self.details, self.notes)
 
 
 def make_candidates(
@@ -63,25 +80,14 @@ def make_candidates(
     stage = declared.make(Context(dataset, search, progress), argument)
     queries = {q: text for q, text in dataset.queries.items() if text.strip()}
     run = stage.search(queries, top_k + 1 if drop_identical else top_k)
-    about, notes = {"source": declared.name} | stage.about(), list(stage.notes)
+    details, notes = stage.about(), list(stage.notes)
     if drop_identical:
         run = {q: _without(r, q, top_k) for q, r in run.items()}
     run = {q: r for q, r in run.items() if r.documents}
     without = len(dataset.qrels) - len(run)
     if without:
         notes.append(f"{without} of {len(dataset.qrels)} judged queries have no candidates: they score 0 and count")
-    return Candidates(run, about | {"drop_identical_ids": drop_identical, "queries_without": without} | _facts(run, top_k), notes)
-
-
-def _facts(run: Run, top_k: int) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for q, r in run.items():
-        digest.update(" ".join([q, *r.documents]).encode() + b"\n")  # no id holds either
-    return {
-        "top_k": top_k,
-        "hash": digest.hexdigest(),
-        "documents_per_query": float(np.mean([len(r.documents) for r in run.values()])) if run else 0.0,
-    }
+    return Candidates.of(run, declared.name, top_k, details | {"drop_identical_ids": drop_identical, "queries_without": without}, notes)
 
 
 def oracle(run: Run, dataset: Dataset) -> Run:

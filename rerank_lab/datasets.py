@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
-from rerank_lab.files import expanded, hidden, unpacked
+from rerank_lab.files import Json, expanded, hidden, unpacked
 
 BUNDLED = Path(__file__).parent / "data"
 MISSING_SHOWN = 3
@@ -49,7 +49,7 @@ class Dataset:
     qrels: Qrels
     hash: str
     notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Json] = field(default_factory=dict)
     place: Callable[[str, str], str] = field(default="judgement of query {} and document {}".format, compare=False, repr=False)
 
 
@@ -285,7 +285,7 @@ def _collect(records: Iterable[tuple[str, str, str]], kind: str, digest: Any, fo
 
 def _check(
     split: str, corpus: Mapping[str, str], queries: dict[str, str], qrels: Qrels, others: dict[str, Callable[[], Judgements]]
-) -> tuple[list[str], dict[str, Any]]:
+) -> tuple[list[str], dict[str, Json]]:
     notes: list[str] = []
     unknown = [f"{q}/{d}" for q, judged in qrels.items() for d in judged if d not in corpus]
     if unknown:
@@ -300,7 +300,7 @@ def _check(
         notes.append(f"{len(blank)} judged queries are blank ({', '.join(blank[:MISSING_SHOWN])} …): they get no candidates and score 0")
     same = sorted(q for q in qrels if q in corpus and q in queries)
     relevant = {d for judged in qrels.values() for d, grade in judged.items() if grade > 0}
-    overlap: dict[str, Any] = {}
+    overlap: dict[str, Json] = {}
     for other, load in others.items():
         try:
             known = _qrels(load())
@@ -315,7 +315,7 @@ def _check(
                 f"{len(shared)} of {len(relevant)} documents relevant in {split} are relevant in {other} too, "
                 f"and {len(texts)} query texts stand in both: mind it with a model trained on {other}"
             )
-    facts = {
+    facts: dict[str, Json] = {
         "documents": len(corpus), "queries": sum(q in queries for q in qrels), "judgements": sum(map(len, qrels.values())),
         "unknown_judged_documents": len(unknown), "judged_queries_without_text": len(silent), "ids_both_query_and_document": len(same), "overlap": overlap,
     }  # fmt: skip

@@ -23,7 +23,7 @@ from rerank_lab.datasets import Dataset, load_dataset
 from rerank_lab.endpoint import Endpoint, key_from
 from rerank_lab.errors import UserError
 from rerank_lab.executor import Executor, Work
-from rerank_lab.files import expanded, file_hash
+from rerank_lab.files import Json, expanded, file_hash
 from rerank_lab.first_stage import file_of
 from rerank_lab.first_stage.base import TopK
 from rerank_lab.journal import Journal
@@ -39,7 +39,6 @@ from rerank_lab.settings import Settings, effective
 from rerank_lab.summary import Evaluation, summarize
 from rerank_lab.system import System, names
 from rerank_lab.table import table
-from rerank_lab.typed import Option
 from rerank_lab.v3 import KEY
 
 log = logging.getLogger("rerank_lab")
@@ -108,9 +107,7 @@ def checked(options: Settings) -> tuple[dict[str, System], str]:
     return systems, baseline
 
 
-def _evaluate(
-    options: Settings, systems: dict[str, System], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Option], executor: Executor
-) -> str:
+def _evaluate(options: Settings, systems: dict[str, System], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Json], executor: Executor) -> str:
     dataset = load_dataset(options.dataset, options.split, executor.corpus())
     if options.limit_queries:
         dataset = _limited(dataset, options.limit_queries)
@@ -135,7 +132,7 @@ def _evaluate(
     for note in work.candidates.notes:
         log.warning("%s", note)
 
-    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.about["hash"], "models": about.models})
+    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.hash, "models": about.models})
     collected: dict[str, RowRecords] = {}
     for label in systems:
         ranks = rankers[label]

@@ -137,7 +137,7 @@ class Work:
 
     def cold(self, label: str, ranks: Ranks, count: int) -> Cold:
         """Cost of the first `count` queries with every document new."""
-        about = {"dataset": self.dataset.hash, "candidates": self.candidates.about["hash"]}
+        about = {"dataset": self.dataset.hash, "candidates": self.candidates.hash}
         executor = Local() if isinstance(ranks, Endpoint) else self.executor
         return executor.cold(label, ranks, queries_of(self.dataset, self.candidates)[:count], self.dataset.corpus, about)
 

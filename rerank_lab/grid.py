@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from rerank_lab.errors import ModelError, UserError
+from rerank_lab.files import Json
 from rerank_lab.journal import RESULTS
 from rerank_lab.models import backbone_of
 from rerank_lab.models.base import Detail
@@ -49,7 +50,7 @@ class Cell:
     """
 
     name: str
-    values: dict[str, Any]
+    values: dict[str, Json]
     options: Settings
 
 

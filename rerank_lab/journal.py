@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
+from rerank_lab.files import Json, Misfit
 from rerank_lab.records import Record
 from rerank_lab.results import AGAIN, SCHEMA, Results, parse
 from rerank_lab.run import write_atomically
-from rerank_lab.typed import Misfit, Option
 
 RESULTS = "results.json"
 REPORTS = ("report.md", "report.html", "report.tex")
@@ -63,7 +63,7 @@ class Journal:
             state = "holds results" if done else "holds an interrupted run"
             raise UserError(f"{out} {state}: --resume to go on, --overwrite to replace, or another --out")
 
-    def results(self, config: Mapping[str, Option]) -> Results:
+    def results(self, config: Mapping[str, Json]) -> Results:
         """The finished results, if this configuration made them.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -353,7 +353,7 @@ class Kept:
         self.most, self.turns = most, threading.Lock()
         self.rerankers: OrderedDict[tuple[Any, ...], Reranker] = OrderedDict()
 
-    def get(self, options: dict[str, Any]) -> Reranker:
+    def get(self, options: Mapping[str, object]) -> Reranker:
         """The one with these options; loaded anew where something was saved at its files since."""
         files = inputs.state(*(options.get(name) for name in ("model", "model_cross", "subspace")))
         # 1, 1.0 and True are equal, and not the same setting.
@@ -361,8 +361,8 @@ class Kept:
         try:
             found = self.rerankers.pop(key, None)
         except TypeError:  # of no type that an option has: Reranker says so
-            return Reranker(**options)
-        self.rerankers[key] = found or Reranker(**options)
+            return Reranker(**options)  # type: ignore[arg-type]
+        self.rerankers[key] = found or Reranker(**options)  # type: ignore[arg-type]
         while len(self.rerankers) > self.most:
             self.rerankers.popitem(last=False)
         return self.rerankers[key]

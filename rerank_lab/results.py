@@ -15,9 +15,9 @@ from typing import Any
 
 from rerank_lab.environment import Environment
 from rerank_lab.errors import UserError
+from rerank_lab.files import Json, Misfit, decode, encode, named
 from rerank_lab.system import System
 from rerank_lab.timing import PHASES
-from rerank_lab.typed import Misfit, Option, decode, encode, named
 
 SCHEMA = 2
 AGAIN = "run the evaluation again with --overwrite"
@@ -191,7 +191,7 @@ class CandidateFacts:
     ceiling: float = named("oracle_")
     measures: dict[str, float]
     notes: list[str]
-    details: dict[str, Option] = field(default_factory=dict)
+    details: dict[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,10 +211,10 @@ class Config:
     model: str = ""
     model_cross: str = ""
     max_tokens_per_doc: int = 0
-    options: dict[str, Option]
+    options: dict[str, Json]
 
     @classmethod
-    def of(cls, options: Mapping[str, Option]) -> Config:
+    def of(cls, options: Mapping[str, Json]) -> Config:
         """The configuration that these options make."""
         return decode(cls, {**options, "options": options})
 
@@ -228,7 +228,7 @@ class DatasetFacts:
     hash: str
     notes: list[str]
     documents: int
-    details: dict[str, Option] = field(default_factory=dict)
+    details: dict[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def summarize(evaluation: Evaluation, collected: Mapping[str, RowRecords], point
         environment=evaluation.environment,
         config=config,
         dataset=DatasetFacts(
-            name=dataset.name, split=dataset.split, hash=dataset.hash, notes=dataset.notes, documents=dataset.facts["documents"],
+            name=dataset.name, split=dataset.split, hash=dataset.hash, notes=dataset.notes, documents=len(dataset.corpus),
             details={name: value for name, value in dataset.facts.items() if name != "documents"},
         ),
         models=evaluation.models,
@@ -111,12 +111,11 @@ def run_of(records: Sequence[Record]) -> Run:
 def _candidates(evaluation: Evaluation) -> CandidateFacts:
     """What the first stage gave, by the measures."""
     candidates, names, qrels = evaluation.candidates, evaluation.config.measures, evaluation.dataset.qrels
-    facts = dict(candidates.about)
-    source, top_k, digest, mean = (facts.pop(name) for name in ("source", "top_k", "hash", "documents_per_query"))
+    top_k = candidates.top_k
     first = evaluate(candidates.run, qrels, [*dict.fromkeys([*names, f"R@{top_k}"])]).mean()
     return CandidateFacts(
-        source=source, top_k=top_k, hash=digest, documents_per_query=mean, recall=float(first[f"R@{top_k}"]), ceiling=evaluation.ceiling(candidates.run),
-        measures={name: float(first[name]) for name in names}, notes=candidates.notes, details=facts,
+        source=candidates.source, top_k=top_k, hash=candidates.hash, documents_per_query=candidates.documents_per_query, recall=float(first[f"R@{top_k}"]), ceiling=evaluation.ceiling(candidates.run),
+        measures={name: float(first[name]) for name in names}, notes=candidates.notes, details=candidates.details,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def run(
     for name, values in sweeps.items():
         for value in values:
             pool, encoded = work.candidates, False
-            if name == "top_k" or (name == "stage1_top_k" and value > pool.about["top_k"]):
+            if name == "top_k" or (name == "stage1_top_k" and value > pool.top_k):
                 pool = deep.cut(int(value))
             for system in _having(name, systems):
                 label, method, row = system.label, system.method, rows[system.label]
@@ -77,7 +77,7 @@ def run(
                     row = row.reading(int(value))
                 elif name != "top_k":
                     row = row.using(replace(method, **{name: value}), cross=system.crossed)
-                if row.token_limits == rows[label].token_limits and row.method == method and pool.about["hash"] == work.candidates.about["hash"]:
+                if row.token_limits == rows[label].token_limits and row.method == method and pool.hash == work.candidates.hash:
                     yield Swept(name, value, label, done[label])
                     continue
                 if name == "max_tokens_per_doc" and not encoded:

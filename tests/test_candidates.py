@@ -99,7 +99,7 @@ def test_bm25_candidates_match_a_term_and_tie_in_corpus_order(beir: Beir) -> Non
     assert {q: r.documents for q, r in found.run.items()} == {"q1": ["d3", "d4", "d2"]}
     scores = found.run["q1"].scores
     assert scores[0] == scores[1] > scores[2] > 0 and scores.dtype == np.float32
-    assert found.about["parameters"] == PARAMETERS and found.about["queries_without"] == 3
+    assert found.details["parameters"] == PARAMETERS and found.details["queries_without"] == 3
     assert found.notes == ["3 of 4 judged queries have no candidates: they score 0 and count"]
 
 
@@ -113,7 +113,7 @@ def test_dense_is_brute_force(beir: Beir, encoder: BiEncoder, blocks: int) -> No
         cosine = vectors @ encoder.encode([text], kind="query", detail=Detail.POOLED).pooled[0].double().numpy()
         assert found.run[q].documents == [ids[i] for i in np.argsort(-cosine)]
         assert found.run[q].scores == pytest.approx(np.sort(cosine)[::-1], abs=1e-6)
-    assert found.about["documents_per_query"] == 6
+    assert found.documents_per_query == 6
 
 
 @pytest.mark.parametrize("top_k", [1, 7, 40, 60])
@@ -133,7 +133,7 @@ def test_a_run_is_ordered_by_score_and_ties_as_the_file_has_them(beir: Beir) -> 
     found = find(folder, run_file(folder, *lines))
     assert {q: r.documents for q, r in found.run.items()} == {"q1": ["d4", "d2", "d1", "d3"], "q3": ["d1", "d5"]}
     assert found.run["q1"].scores.tolist() == [10, 9.5, 0.5, 0.5]
-    assert found.about["file"] == "first.trec" and found.about["queries_without"] == 2
+    assert found.details["file"] == "first.trec" and found.details["queries_without"] == 2
 
 
 def test_unknown_queries_and_documents_of_a_run_are_counted_and_left_out(beir: Beir) -> None:
@@ -195,7 +195,7 @@ def test_the_hash_is_of_ids_in_order(beir: Beir) -> None:
     folder = beir()
 
     def digest(*lines: str, top_k: int = 10) -> str:
-        value: str = find(folder, run_file(folder, *lines), top_k).about["hash"]
+        value: str = find(folder, run_file(folder, *lines), top_k).hash
         return value
 
     plain = digest("q1 Q0 d1 1 2 x", "q1 Q0 d2 2 1 x", "q2 Q0 d1 1 1 x")
@@ -231,7 +231,7 @@ def test_a_parquet_file_is_read_as_the_trec_run_is(beir: Callable[..., Path], tm
     frame = pd.DataFrame(rows, columns=["query", "document", "score"])
     frame.to_parquet(tmp_path / "first.parquet")
     parquet = find(folder, f"run:{tmp_path / 'first.parquet'}")
-    assert parquet.about["hash"] == trec.about["hash"]
+    assert parquet.hash == trec.hash
     assert {q: r.documents for q, r in parquet.run.items()} == {"q1": ["d1", "d2", "d4"], "q2": ["d3"]}
     assert parquet.run["q1"].scores.tolist() == [1.5, 0.5, 0.5]
 
@@ -276,7 +276,7 @@ def test_a_run_is_told_by_its_content_packed_or_not(beir: Beir, tmp_path: Path, 
         path.write_bytes(gzip.compress(path.read_bytes()))
     made = find(folder, f"run:{path}")
     assert {q: r.documents for q, r in made.run.items()} == {"q1": ["d4", "d1", "d2"], "q2": ["d3"]}
-    assert made.run["q1"].scores.tolist() == [3, 1.5, 0.5] and made.about["hash"] == find(folder, run_file(folder, *lines)).about["hash"]
+    assert made.run["q1"].scores.tolist() == [3, 1.5, 0.5] and made.hash == find(folder, run_file(folder, *lines)).hash
     assert len([note for note in made.notes if "1 queries have no judgement in this split (nobody" in note]) == 1
     if packed:
         path.write_bytes(path.read_bytes()[:-12])

@@ -313,7 +313,7 @@ def test_another_splits_fault_is_a_note(beir: Beir, packed: bool) -> None:
     (folder / "qrels" / "valid.tsv").write_text("q1\td1\t999999999\n")
     spec = str(zipped(folder) if packed else folder)
     data = load_dataset(spec)
-    assert data.hash == plain.hash and list(data.facts["overlap"]) == ["dev"]
+    assert data.hash == plain.hash and list(data.facts["overlap"]) == ["dev"]  # type: ignore[arg-type]
     assert len(data.notes) == 3
     assert [n for n in data.notes if re.match(r"split train cannot be compared with test: .*train\.tsv:3: needs query-id", n)]
     assert [n for n in data.notes if re.match(r"split valid cannot be compared with test: .*valid\.tsv:1: the score '999999999' is too large", n)]

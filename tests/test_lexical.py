@@ -98,6 +98,6 @@ def test_results_name_the_tokenizers_that_ran(beir: Callable[..., Path]) -> None
     made = find(beir(documents=texts, queries=queries, qrels=qrels), "bm25")
     assert {q: r.documents[0] for q, r in made.run.items()} == {"q1": "d1", "q2": "d4", "q3": "d3", "q5": "d4"}
     said = "words of two letters and more; single letters and words with marks for 1 of 5 queries; character bigrams and words for 2 of 5 queries"
-    assert made.about["parameters"] == PARAMETERS | {"tokenizer": said}
+    assert made.details["parameters"] == PARAMETERS | {"tokenizer": said}
     ordinary = find(beir("other", documents=texts, queries={"q3": "rust"}, qrels={"q3": {"d0": 1}}), "bm25")
-    assert ordinary.about["parameters"] == PARAMETERS and PARAMETERS["tokenizer"] == TOKENIZERS["words"]
+    assert ordinary.details["parameters"] == PARAMETERS and PARAMETERS["tokenizer"] == TOKENIZERS["words"]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rerank_lab.files import Json
+
 if TYPE_CHECKING:
     from typing import TypeAlias
 
@@ -55,5 +57,5 @@ class FirstStage(Protocol):
             documents with the scores that they were ranked by; a query without any may be absent.
         """
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Json]:
         """What results say of it beside its name, as JSON has it: parameters, files, hashes. Asked after `search`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from rerank_lab.files import Json
 from rerank_lab.first_stage.base import Context
 from rerank_lab.lexical import BM25, PARAMETERS, TOKENIZERS, WORDS
 from rerank_lab.run import Ranked, Run, order
@@ -30,7 +30,7 @@ class BM25Stage:
             run[query] = Ranked([ids[i] for i in best], scores[best])
         return run
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Json]:
         """As FirstStage.about."""
         others = [f"{said} for {self.tokenized[name]} of {self.count} queries" for name, said in TOKENIZERS.items() if name != WORDS and self.tokenized[name]]
         return {"parameters": PARAMETERS | {"tokenizer": "; ".join([TOKENIZERS[WORDS], *others])}}

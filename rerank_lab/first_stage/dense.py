@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
 from rerank_lab.corpus import digests
+from rerank_lab.files import Json
 from rerank_lab.first_stage.base import QUERY_BATCH, Context, TopK
 from rerank_lab.run import Ranked, Run
 
@@ -34,7 +34,7 @@ class DenseStage:
                 run[query] = Ranked([ids[i] for _, i in ranked], np.array([-score for score, _ in ranked], dtype=np.float32))
         return run
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Json]:
         """As FirstStage.about."""
         return {}  # the models stand elsewhere in the results
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rerank_lab.errors import UserError
-from rerank_lab.files import file_hash
+from rerank_lab.files import Json, file_hash
 from rerank_lab.first_stage.base import Context
 from rerank_lab.run import Ranked, Run, read_run
 
@@ -53,6 +52,6 @@ class RunStage:
             raise UserError(f"{self.path}: none of its queries and documents belong to {self.dataset.name} ({self.dataset.split})")
         return run
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Json]:
         """As FirstStage.about."""
         return {"file": self.path.name, "file_sha256": self.digest}

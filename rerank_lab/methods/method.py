@@ -39,8 +39,8 @@ class Setting:
         Raises:
             UserError: it is neither; the message gives it this name.
         """
-        bounds: dict[str, Any] = {key: bound for key, bound in (("least", self.least), ("most", self.most)) if bound is not None}
-        return inputs.whole(name, value, **bounds) if self.kind is int else inputs.weight(name, value, **bounds)
+        bounds: dict[str, float] = {key: bound for key, bound in (("least", self.least), ("most", self.most)) if bound is not None}
+        return inputs.whole(name, value, **{key: int(bound) for key, bound in bounds.items()}) if self.kind is int else inputs.weight(name, value, **bounds)
 
 
 def setting(default: Number, about: str, *, least: Number | None = None, most: Number | None = None) -> Number:
@@ -90,7 +90,7 @@ class Method:
         """The scores as they are shown: a strictly rising map, 0 to 1 unless the method says otherwise (fp64)."""
         return torch.sigmoid(scores.double())
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, float]:
         """The effective settings by name."""
         return {name: getattr(self, name) for name in settings_of(type(self))}
 

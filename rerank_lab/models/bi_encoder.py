@@ -60,7 +60,7 @@ class BiEncoder:
         self.specials: int = tokenizer.num_special_tokens_to_add(False)
         self.limit: int = limit_of(found, model, tokenizer, self.specials) - self.specials
         self.runtime, self.precision = choose(runtime, precision), precision
-        self.network = network(model, runtime=self.runtime, precision=precision, **padding(model, tokenizer))
+        self.network = network(model, runtime=self.runtime, precision=precision, **padding(model, tokenizer)._asdict())
         self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         self.after = nn.Sequential(*(Normalize() if kind == "Normalize" else _dense(place, name) for kind, place in found.after)).to(self.device)
         self.fingerprint, self.weights = fingerprint(folder), fingerprint(found.root, weights_of(found.root))

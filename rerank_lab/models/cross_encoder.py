@@ -63,7 +63,7 @@ class CrossEncoder:
                 f"model {name!r} names no padding token, by which it finds the end of a text; set pad_token in {found.root / 'tokenizer_config.json'}"
             )
         self.runtime, self.precision = choose(runtime, precision), precision
-        self.network = network(model, runtime=self.runtime, precision=precision, head=True, **padding(model, tokenizer))
+        self.network = network(model, runtime=self.runtime, precision=precision, head=True, **padding(model, tokenizer)._asdict())
         self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         # One of two minds: truncation is a tokenizer's state, and threads share it.
         self.pairing = Tokenizer.from_str(self.tokenizer.to_str())

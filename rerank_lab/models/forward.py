@@ -120,10 +120,17 @@ def backend(tokenizer: Any, *, lower: bool) -> Tokenizer:
     return found
 
 
-def padding(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What Padded needs to know of a model and its tokenizer; the model's own padding token counts where both name one."""
+class Padding(NamedTuple):
+    """What Padded needs to know of a model: its padding token, and whether it takes token_type_ids."""
+
+    pad_id: int
+    token_types: bool
+
+
+def padding(model: Any, tokenizer: Any) -> Padding:
+    """Of a model and its tokenizer; the model's own padding token counts where both name one."""
     own = next((n for n in (getattr(model.config, "pad_token_id", None), tokenizer.pad_token_id) if n is not None), 0)
-    return {"pad_id": own, "token_types": "token_type_ids" in tokenizer.model_input_names}
+    return Padding(own, "token_type_ids" in tokenizer.model_input_names)
 
 
 def limit_of(found: Checkpoint, model: Any, tokenizer: Any, specials: int) -> int:

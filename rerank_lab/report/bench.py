@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rerank_lab.errors import UserError
+from rerank_lab.files import decode
 from rerank_lab.report.blocks import Cell, Section, Table, Text
 from rerank_lab.report.content import number
-from rerank_lab.typed import decode
 
 LIMITS = "Kernels and the machine's limits"
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from rerank_lab import stats
 from rerank_lab.errors import UserError
+from rerank_lab.files import Json, encode
 from rerank_lab.report import figures
 from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Section, Strong, Table, Text
 from rerank_lab.report.content import command, number
 from rerank_lab.report.load import Loaded
 from rerank_lab.results import Row, Versus
 from rerank_lab.table import ALPHA, interval, p_text
-from rerank_lab.typed import Option, encode
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def environment(one: Loaded) -> dict[str, str]:
     return flat({key: value for key, value in encode(found).items() if key not in without})
 
 
-def flat(value: Mapping[str, Option], prefix: str = "") -> dict[str, str]:
+def flat(value: Mapping[str, Json], prefix: str = "") -> dict[str, str]:
     """Names with dots → values as text, of what is nested."""
     found: dict[str, str] = {}
     for key, inner in value.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
+from rerank_lab.files import Json
 from rerank_lab.kernel_check import DTYPES
 from rerank_lab.report import figures
 from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Quoted, Section, Table, Text
@@ -14,7 +15,6 @@ from rerank_lab.report.verdict import ratio, sentence, verdict
 from rerank_lab.results import Latency, Row
 from rerank_lab.table import changes, head, interval, p_text
 from rerank_lab.timing import PHASES
-from rerank_lab.typed import Option
 
 SEEN = "documents seen before"
 DOUBT = (
@@ -235,7 +235,7 @@ def _made(one: Loaded) -> list[Block]:
     return [Code(command(one.result.config.options)), Text([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
 
 
-def command(options: Mapping[str, Option]) -> str:
+def command(options: Mapping[str, Json]) -> str:
     """What makes these results again."""
     words = ["python -m rerank_lab.eval"]
     for key, value in options.items():

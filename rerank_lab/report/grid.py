@@ -13,11 +13,10 @@ import pandas as pd
 
 from rerank_lab import stats
 from rerank_lab.errors import UserError
-from rerank_lab.files import expanded
+from rerank_lab.files import Json, Misfit, decode, expanded
 from rerank_lab.report.compare import timed_on
 from rerank_lab.report.load import GRID, Loaded, anchor, load
 from rerank_lab.results import Row, Versus
-from rerank_lab.typed import Misfit, Option, decode
 
 SCHEMA = 1
 REMEDY = "restore it, or run the grid again (python -m rerank_lab.eval --grid)"
@@ -28,14 +27,14 @@ class ListedCell:
     """A cell: its name, its values by axis."""
 
     name: str
-    values: dict[str, Option]
+    values: dict[str, Json]
 
 
 @dataclass(frozen=True)
 class GridFile:
     """What grid.json says: the values of each axis, and all cells."""
 
-    axes: dict[str, list[Option]]
+    axes: dict[str, list[Json]]
     cells: list[ListedCell]
 
 
@@ -206,7 +205,7 @@ def _check(folder: Path, cell: FinishedCell) -> None:
             raise UserError(f"{folder / cell.name} is not the cell that {GRID} describes: its {axis} is {own!r}, not {value!r}; run it again with --overwrite")
 
 
-def _named(axis: str, values: Sequence[Option]) -> dict[str, str]:
+def _named(axis: str, values: Sequence[Json]) -> dict[str, str]:
     """An axis' values, as JSON → as few words as tell them apart."""
     full = [(f"{axis}" if value else f"no {axis}") if isinstance(value, bool) else value if isinstance(value, str) else json.dumps(value) for value in values]
     last = [text.rstrip("/").rpartition("/")[2] for text in full]
