@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rerank_kernels.names import BACKENDS
-from rerank_lab.arithmetic import PRECISIONS, RUNTIMES
 from rerank_lab.errors import UserError
 from rerank_lab.files import expanded
+from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 
 # What a terminal shows whose encoding lacks a character of ours; a minus must not become a question mark.
 PLAIN = {
@@ -26,7 +26,7 @@ PLAIN = {
 ERRORS = "rerank_lab"  # the name of the handler
 BROKEN_PIPE = 141  # as a shell says it of a tool that nobody reads any more: 128 and the number of SIGPIPE
 INTERRUPTED = 130  # the same of SIGINT
-SUBSPACE = "token projection V for --model (experiments/fit_subspace.py); default: the shipped one, or none"
+SUBSPACE = "token projection V for --model (experiments/training/fit_subspace.py); default: the shipped one, or none"
 
 
 class Unwritable(Exception):

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from rerank_lab.models import DEFAULT_MODEL, load_bi_encoder, load_cross_encoder
+from rerank_lab.cache.vectors import DISK_BYTES, Progress, VectorCache, ensure, text_key
 from rerank_lab.models.base import Detail, Encoder, Scorer
-from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure, text_key
+from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
+from rerank_lab.models.registry import DEFAULT_MODEL
 
 Caches = Mapping[int, VectorCache]  # by id() of the encoder that makes their vectors
 
@@ -78,9 +79,9 @@ class Engine:
             raise TypeError("a Reranker of models that were loaded elsewhere cannot travel: name them instead")
         return self.spec.load, ()
 
-    def elsewhere(self, **changes: Any) -> Engine:
+    def elsewhere(self, **changes: str | int | None) -> Engine:
         """The same here, described as it is loaded in other processes: with another device, say."""
-        return Engine(self.encoder, self.cross, self.caches, None if self.spec is None else replace(self.spec, **changes))
+        return Engine(self.encoder, self.cross, self.caches, None if self.spec is None else replace(self.spec, **changes))  # type: ignore[arg-type]
 
     def fresh(self) -> Engine:
         """The same models with empty caches in memory."""
@@ -161,7 +162,7 @@ class Engines:
         return self.loaded[spec]
 
 
-def packed(value: Any, **changes: Any) -> bytes:
+def packed(value: Any, **changes: str | int | None) -> bytes:
     """What ranks as bytes for another process; of its engines only what they are loaded from.
 
     Args:
@@ -186,7 +187,7 @@ def unpacked(content: bytes, engines: Engines) -> Any:
 
 
 class _Packing(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, changes: Mapping[str, Any]):
+    def __init__(self, file: io.BytesIO, changes: Mapping[str, str | int | None]):
         super().__init__(file)
         self.changes = changes
 
@@ -195,7 +196,7 @@ class _Packing(pickle.Pickler):
             return None
         value.__reduce__()  # or it cannot travel
         assert value.spec is not None
-        return replace(value.spec, **self.changes)
+        return replace(value.spec, **self.changes)  # type: ignore[arg-type]
 
 
 class _Unpacking(pickle.Unpickler):

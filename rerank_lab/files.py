@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import types
 import typing
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -157,3 +159,24 @@ def _decoded(kind: Any, value: Any, place: str) -> Any:
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise Misfit(f"{place.removesuffix('.')} is {json.dumps(value)[:40]}")
     return value
+
+
+def valid_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; half of a surrogate pair, which JSON can smuggle in, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes under a temporary name of its own and renames it, so that the file is whole or not there; text as UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

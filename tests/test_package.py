@@ -17,10 +17,6 @@ from packaging.requirements import Requirement
 from tests.conftest import ROOT
 
 SOURCES = sorted(p for folder in ("rerank_lab", "kernels", "experiments", "tests") for p in (ROOT / folder).rglob("*.py"))
-LAYERS = [
-    "errors", "arithmetic", "v3", "places", "files", "cli", "timing", "typed", "inputs", "datasets", "remote_datasets", "run", "lexical", "models", "corpus", "first_stage", "methods", "engine", "reranker", "endpoint", "fleet", "steps", "candidates", "measures",
-    "stats", "answers", "environment", "system", "results", "records", "journal", "settings", "rows", "kernel_check", "executor", "worker", "quiet", "on_ray", "sweep", "summary", "table", "cache", "evaluate", "grid", "eval", "recorded", "replay", "report", "server",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +64,6 @@ def test_constraints_pin_every_dependency_to_what_is_tested() -> None:
         assert requirement.specifier.contains(version(name)), f"{name} {version(name)} is outside of pyproject's range"
         if pins[name].marker is None or pins[name].marker.evaluate():  # type: ignore[union-attr]
             assert pins[name].specifier.contains(version(name)), f"{name} {version(name)} is not the pinned one"
-
-
-def test_imports_point_one_way() -> None:
-    lazy = {("datasets.py", "remote_datasets")}  # on first use, since the libraries behind it are slow to import
-    for path in (ROOT / "rerank_lab").rglob("*.py"):
-        module = path.relative_to(ROOT / "rerank_lab").parts[0].removesuffix(".py")
-        if module == "__init__":
-            continue
-        for name in re.findall(r"^\s*from rerank_lab(?:\.| import )(\w+)", path.read_text(), re.MULTILINE):
-            assert (path.name, name) in lazy or LAYERS.index(name) <= LAYERS.index(module), f"{path.name} imports {name}, which stands above it"
-    for path in (ROOT / "kernels").rglob("*.py"):
-        assert "rerank_lab" not in "".join(re.findall(r"^(?:from|import) .*", path.read_text(), re.MULTILINE))
 
 
 def test_no_file_is_over_400_lines() -> None:

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from rerank_lab import results, table
 from rerank_lab.datasets import load_dataset
+from rerank_lab.eval import results, table
 from rerank_lab.report import figures
 from rerank_lab.report.load import Loaded
 from tests.conftest import ROOT

@@ -15,8 +15,8 @@ from rerank_lab import Reranker, rerank
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import Detail
 from rerank_lab.models.bi_encoder import BiEncoder
-from tests.checkpoints import bi_encoder
 from tests.conftest import DOCUMENTS
+from tests.models.checkpoints import bi_encoder
 
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
 QUERY = "zeros of a polynomial"

@@ -15,12 +15,12 @@ import torch
 
 from rerank_kernels import similarity_topk
 from rerank_lab import Reranker
-from rerank_lab.candidates import oracle
 from rerank_lab.datasets import load_dataset
+from rerank_lab.datasets.runs import Ranked, order, read_trec, tie_rate, trec_lines
 from rerank_lab.errors import UserError
-from rerank_lab.eval import main
-from rerank_lab.measures import coverage, evaluate, parse_measures, unjudged_share
-from rerank_lab.run import Ranked, order, read_trec, tie_rate, trec_lines
+from rerank_lab.eval.__main__ import main
+from rerank_lab.first_stage.candidates import oracle
+from rerank_lab.measures.quality import coverage, evaluate, parse_measures, unjudged_share
 from rerank_lab.timing import Clock
 from tests.conftest import DOCUMENTS, QRELS, QUERIES
 

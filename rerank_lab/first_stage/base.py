@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from rerank_lab.datasets import Dataset
-    from rerank_lab.run import Run
+    from rerank_lab.datasets.dataset import Dataset
+    from rerank_lab.datasets.runs import Run
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 TopK: TypeAlias = "tuple[Tensor, Tensor]"  # of B queries: the K highest values, B × K, never rising, and the places of their documents

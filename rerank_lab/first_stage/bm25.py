@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rerank_lab.datasets.runs import Ranked, Run, order
 from rerank_lab.files import Json
 from rerank_lab.first_stage.base import Context
-from rerank_lab.lexical import BM25, PARAMETERS, TOKENIZERS, WORDS
-from rerank_lab.run import Ranked, Run, order
+from rerank_lab.first_stage.lexical import BM25, PARAMETERS, TOKENIZERS, WORDS
 
 
 class BM25Stage:

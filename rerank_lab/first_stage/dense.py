@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from rerank_lab.corpus import digests
+from rerank_lab.datasets.corpus import digests
+from rerank_lab.datasets.runs import Ranked, Run
 from rerank_lab.files import Json
 from rerank_lab.first_stage.base import QUERY_BATCH, Context, TopK
-from rerank_lab.run import Ranked, Run
 
 
 class DenseStage:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from rerank_lab.datasets.runs import Ranked, Run, read_run
 from rerank_lab.errors import UserError
 from rerank_lab.files import Json, file_hash
 from rerank_lab.first_stage.base import Context
-from rerank_lab.run import Ranked, Run, read_run
 
 
 class RunStage:

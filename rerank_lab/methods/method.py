@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from rerank_lab import inputs
+from rerank_lab.methods import inputs
 from rerank_lab.methods.pool import Pool
 
 Number = TypeVar("Number", int, float)

@@ -17,7 +17,7 @@ from rerank_lab.models.base import Detail
 class Optimal(Method):
     """Over the stage1_top_k documents of largest cosine: score_k = z(logit_k) + cosine_weight · z(cos_k), shown as its sigmoid.
 
-    Held-out train queries of three collections chose a cosine_weight of 0 for minilm-cross (experiments/cross_encoder): the
+    Held-out train queries of three collections chose a cosine_weight of 0 for minilm-cross (experiments/training/cross_encoder): the
     cosine keeps the candidates and the cross-encoder, which holds a cosine itself, orders them. Another may want more.
     """
 

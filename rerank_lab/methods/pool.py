@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import similarity_topk, subspace_attention
-from rerank_lab.lexical import BM25
+from rerank_lab.cache.vectors import VectorCache, ensure
+from rerank_lab.first_stage.lexical import BM25
 from rerank_lab.models.base import Detail, Encoder, Inputs, Read, Scorer, Vectors, Work
-from rerank_lab.models.cache import VectorCache, ensure
 from rerank_lab.timing import Clock
 
 DROPPED = -torch.inf

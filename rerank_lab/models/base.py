@@ -1,6 +1,6 @@
 """What a model must offer: an Encoder makes vectors of texts, a Scorer makes logits of pairs. Whoever runs them knows these two alone.
 
-A new kind of model is a file beside this one and a line in models/__init__.py.
+A new kind of model is a file beside this one and a line in models/kinds.py.
 """
 
 from __future__ import annotations

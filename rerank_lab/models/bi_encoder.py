@@ -20,10 +20,10 @@ from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import Detail, Read, Tokens, Vectors
 from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
+from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import BI, WEIGHTS, read_json, weights_of
 from rerank_lab.models.forward import backend, encoder_flops, encodings, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.registry import Place, locate, pick_device
-from rerank_lab.models.runtimes import choose, network
 
 
 class BiEncoder:
@@ -252,7 +252,7 @@ def fingerprint(folder: Path, names: Sequence[str] = DECIDING) -> str:
 
 
 def shipped_subspace(model_fingerprint: str) -> Tensor | None:
-    """The projection that the package carries for a model with this fingerprint (experiments/fit_subspace.py)."""
+    """The projection that the package carries for a model with this fingerprint (experiments/training/fit_subspace.py)."""
     from safetensors import safe_open
 
     for path in sorted((Path(__file__).parent.parent / "data" / "subspaces").glob("*.safetensors")):
@@ -300,7 +300,7 @@ def _read_subspace(path: str | None) -> Tensor | None:
         V = load_file(path)["V"].float()
         fits = V.ndim == 2 and 1 <= V.shape[1] <= V.shape[0] and torch.allclose(V.T @ V, torch.eye(V.shape[1], dtype=torch.float32, device="cpu"), atol=1e-2)
     except Exception as error:
-        raise UserError(f"{path}: no safetensors file with a tensor V (experiments/fit_subspace.py writes one)") from error
+        raise UserError(f"{path}: no safetensors file with a tensor V (experiments/training/fit_subspace.py writes one)") from error
     if not fits:
-        raise UserError(f"{path}: V of shape {tuple(V.shape)} has no orthonormal columns (experiments/fit_subspace.py writes one that has)")
+        raise UserError(f"{path}: V of shape {tuple(V.shape)} has no orthonormal columns (experiments/training/fit_subspace.py writes one that has)")
     return V

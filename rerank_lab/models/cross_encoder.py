@@ -16,11 +16,12 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import Encoder, Inputs, Needs, Tokens, Work
 from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import read_checkpoint
+from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import CROSS
 from rerank_lab.models.forward import TokenBatch, backend, batches, encoder_flops, encodings, limit_of, load_checkpoint, padding
+from rerank_lab.models.packed import Packed
+from rerank_lab.models.padded import Padded
 from rerank_lab.models.registry import Place, locate, pick_device
-from rerank_lab.models.runtimes import choose, network
-from rerank_lab.models.transformer import Packed, Padded
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from torch import Tensor
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import Tokens
 from rerank_lab.models.checkpoint import Checkpoint
-from rerank_lab.models.transformer import Packed, Padded, States
+from rerank_lab.models.packed import Packed
+from rerank_lab.models.padded import Padded, States
 
 T = TypeVar("T")
 # Buffers and unused poolers that old checkpoints carry; transformers computes, or leaves out, the same without them.

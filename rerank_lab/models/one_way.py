@@ -217,7 +217,7 @@ class OneWayCrossEncoder:
 
     Args:
         encoder: the bi-encoder that the adapter belongs to.
-        adapter: a safetensors file, as experiments/train_cross_encoder.py writes it; its low-rank updates are merged here.
+        adapter: a safetensors file, as experiments/training/train_cross_encoder.py writes it; its low-rank updates are merged here.
         name: what messages and results call it.
 
     Raises:

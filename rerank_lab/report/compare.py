@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rerank_lab import stats
 from rerank_lab.errors import UserError
+from rerank_lab.eval.results import Row, Versus
+from rerank_lab.eval.table import ALPHA, interval, p_text
 from rerank_lab.files import Json, encode
+from rerank_lab.measures import stats
 from rerank_lab.report import figures
 from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Section, Strong, Table, Text
 from rerank_lab.report.content import command, number
 from rerank_lab.report.load import Loaded
-from rerank_lab.results import Row, Versus
-from rerank_lab.table import ALPHA, interval, p_text
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
+from rerank_lab.eval.kernel_check import DTYPES
+from rerank_lab.eval.results import Latency, Row
+from rerank_lab.eval.table import changes, head, interval, p_text
 from rerank_lab.files import Json
-from rerank_lab.kernel_check import DTYPES
 from rerank_lab.report import figures
 from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Quoted, Section, Table, Text
 from rerank_lab.report.figures import Difference
 from rerank_lab.report.load import Evaluated, Loaded, anchor
 from rerank_lab.report.verdict import ratio, sentence, verdict
-from rerank_lab.results import Latency, Row
-from rerank_lab.table import changes, head, interval, p_text
 from rerank_lab.timing import PHASES
 
 SEEN = "documents seen before"

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rerank_lab.datasets import Dataset
+from rerank_lab.datasets.dataset import Dataset
 from rerank_lab.errors import UserError
+from rerank_lab.eval.results import Row
 from rerank_lab.files import Misfit, decode
 from rerank_lab.methods import Pool
 from rerank_lab.methods.best import Best
@@ -18,7 +19,6 @@ from rerank_lab.models.base import Detail, Encoder
 from rerank_lab.report.blocks import Block, Cell, Details, Quoted, Table, Text
 from rerank_lab.report.load import Loaded
 from rerank_lab.reranker import Reranker
-from rerank_lab.results import Row
 
 LENGTH = 160  # characters quoted of a document
 RELEVANT = 3  # relevant documents shown of a query

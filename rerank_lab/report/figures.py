@@ -20,11 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from rerank_lab.eval.results import Interval, Row
+from rerank_lab.eval.table import interval, p_text
 from rerank_lab.methods import labels as known_labels
 from rerank_lab.report.load import Evaluated, Loaded
 from rerank_lab.report.verdict import compared, frontier
-from rerank_lab.results import Interval, Row
-from rerank_lab.table import interval, p_text
 from rerank_lab.timing import PHASES
 
 STYLE = Path(__file__).with_name("style.mplstyle")

@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from rerank_lab import stats
 from rerank_lab.errors import UserError
+from rerank_lab.eval.results import Row, Versus
 from rerank_lab.files import Json, Misfit, decode, expanded
+from rerank_lab.measures import stats
 from rerank_lab.report.compare import timed_on
 from rerank_lab.report.load import GRID, Loaded, anchor, load
-from rerank_lab.results import Row, Versus
 
 SCHEMA = 1
 REMEDY = "restore it, or run the grid again (python -m rerank_lab.eval --grid)"

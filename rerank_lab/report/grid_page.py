@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from rerank_lab import stats
+from rerank_lab.eval.table import ALPHA, head, interval, p_text
+from rerank_lab.measures import stats
 from rerank_lab.report import content, figures
 from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Plots, Quoted, Section, Strong, Table, Text
 from rerank_lab.report.compare import environment
 from rerank_lab.report.content import against, mean, number, p50
 from rerank_lab.report.grid import CellRow, CollectionCells, FinishedCell, Grid, JoinedRows
 from rerank_lab.report.verdict import frontier, randomized, ratio, sentence, verdict
-from rerank_lab.table import ALPHA, head, interval, p_text
 
 
 def page(grid: Grid, made_by: str) -> Section:

@@ -13,10 +13,11 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from rerank_lab.datasets import Dataset, load_dataset
+from rerank_lab.datasets.dataset import Dataset
+from rerank_lab.datasets.load import load_dataset
 from rerank_lab.errors import UserError
-from rerank_lab.journal import RESULTS
-from rerank_lab.results import Results, Row, read
+from rerank_lab.eval.journal import RESULTS
+from rerank_lab.eval.results import Results, Row, read
 
 GRID = "grid.json"  # in the folder of a grid of evaluations
 SAME = 1e-9  # means of measures over queries, summed in another order

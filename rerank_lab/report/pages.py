@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rerank_lab.cache.places import default_place
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.places import default_place
+from rerank_lab.files import write_atomically
 from rerank_lab.report import bench, content, grid, grid_page, render
 from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
 from rerank_lab.report.compare import comparison
@@ -18,7 +19,6 @@ from rerank_lab.report.examples import Source, aligned, examples, loaded_model
 from rerank_lab.report.figures import saved
 from rerank_lab.report.load import Loaded, collection, is_grid, load, newest
 from rerank_lab.report.verdict import sentence, verdict
-from rerank_lab.run import write_atomically
 
 
 def make(options: argparse.Namespace) -> str:

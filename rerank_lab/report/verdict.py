@@ -9,11 +9,11 @@ from itertools import combinations
 
 import numpy as np
 
-from rerank_lab import stats
+from rerank_lab.eval.results import Interval
+from rerank_lab.eval.table import ALPHA, interval, p_text
+from rerank_lab.measures import stats
 from rerank_lab.report.blocks import Strong
 from rerank_lab.report.load import Evaluated
-from rerank_lab.results import Interval
-from rerank_lab.table import ALPHA, interval, p_text
 
 SWAPS = 500  # a test of a family: a corrected p near .05 is known to about .01
 

@@ -26,7 +26,7 @@ from rerank_lab.cli import SUBSPACE, count, machine_options, named_place, path_o
 from rerank_lab.errors import UserError
 
 if TYPE_CHECKING:
-    from rerank_lab.fleet import Fleet
+    from rerank_lab.server.fleet import Fleet
 
 log = logging.getLogger("rerank_lab")
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?/?")
@@ -138,8 +138,8 @@ def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str |
     import uvicorn
 
     from rerank_lab.environment import kernels
-    from rerank_lab.fleet import Fleet
     from rerank_lab.server.app import create_app
+    from rerank_lab.server.fleet import Fleet
     from rerank_lab.server.protocol import guarded
     from rerank_lab.server.service import Service, Settings, check_aliases
 
@@ -242,7 +242,7 @@ def known_roles(models: Sequence[str], crosses: Sequence[str]) -> dict[str, str]
     Raises:
         UserError: one name in two roles.
     """
-    from rerank_lab.models import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
+    from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
 
     roles = dict.fromkeys(models, "bi-encoder")
     for name in crosses:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from rerank_lab.reranker import Ranking
 from rerank_lab.server.contract import Refusal
 from rerank_lab.server.metrics import Metrics
-from rerank_lab.steps import Steps, Unit
+from rerank_lab.server.steps import Steps, Unit
 
 SHARE = 4  # the oldest ranking's part of a batch is one of so many
 LONG = 1 << 16  # characters; longer requests are tokenised on threads of their own, so that they keep nobody waiting

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rerank_lab.errors import ModelError
-from rerank_lab.fleet import Fleet
 from rerank_lab.methods import METHODS
 from rerank_lab.models.forward import token_budget
 from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.server.contract import Call, Refusal, invalid
+from rerank_lab.server.fleet import Fleet
 from rerank_lab.server.metrics import Metrics
 from rerank_lab.server.scheduler import Job, Scheduler
-from rerank_lab.steps import Steps
+from rerank_lab.server.steps import Steps
 
 log = logging.getLogger(__name__)
 REQUEST: ContextVar[str] = ContextVar("request_id", default="-")

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerank_lab.models import Place, ScorerKind
 from rerank_lab.models.base import Encoder, Inputs, Needs, Work
+from rerank_lab.models.kinds import ScorerKind
+from rerank_lab.models.registry import Place
 
 
 @dataclass(frozen=True, eq=False)

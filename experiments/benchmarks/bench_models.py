@@ -1,0 +1,348 @@
+"""python experiments/benchmarks/bench_models.py --dataset SCIFACT: models beside the libraries in use
+
+encode   the bi-encoder over --documents texts, beside SentenceTransformer.encode
+pairs    a classifier on the same backbone over --pairs pairs, beside
+         CrossEncoder.predict; its head is untrained, since speed is the subject
+         (both rows: ours in fp32, and as --also says)
+seen     fast and best over 100 candidates: documents new, then seen before, beside
+         one forward of the query
+one-way  standard under minilm-cross, documents new and seen, beside predict
+tokens   ranking 100 candidates whose token vectors are given, for 50 queries one
+         after the other, beside pylate's rerank and the scorer of rerankers'
+         ColBERT (MaxSim, fp32; all of them sort)
+
+The same texts, threads and weights, the peer with its defaults. Medians of --rounds
+after one of warm-up, the contenders in turn within a round; MB is the peak of a process
+that does one of them alone. Times of one run on a shared machine: read the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
+
+from rerank_kernels import subspace_attention
+from rerank_lab.cli import count
+from rerank_lab.datasets import load_dataset
+from rerank_lab.environment import describe
+from rerank_lab.errors import UserError
+from rerank_lab.first_stage.lexical import BM25
+from rerank_lab.models.base import Detail, Inputs
+from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.cross_encoder import CrossEncoder
+from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
+from rerank_lab.models.registry import locate
+from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
+from rerank_lab.reranker import Reranker
+from rerank_lab.timing import peak_memory_mb
+
+MODEL = "all-MiniLM-L6-v2"
+QUERIES, CANDIDATES, QUERY_TOKENS, TOKENS, R = 50, 100, 32, 180, 128  # of the row `tokens`
+FEW = 2  # pools of the rows in which documents are new each time
+Work = Callable[[], Any]
+
+
+def classifier(folder: Path, limit: int) -> Path:
+    """A sequence classifier with one label on the default bi-encoder's weights, its head untrained: speed is the subject."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    source = locate(MODEL, "bi-encoder")
+    AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.model_max_length = limit
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Setting:
+    """What the contenders work on; each part is made when one asks for it."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.options, self.folder = options, folder
+        dataset = load_dataset(options.dataset)
+        self.name, self.texts, self.queries = dataset.name, list(dataset.corpus.values())[: options.documents], list(dataset.queries.values())
+
+    @cached_property
+    def pools(self) -> list[tuple[str, list[str]]]:
+        """Queries with up to 100 documents each, --pairs pairs together; BM25 draws them, so that no contender holds a model of ours."""
+        size = min(CANDIDATES, len(self.texts), self.options.pairs)
+        chosen = [self.queries[n % len(self.queries)] for n in range(max(1, self.options.pairs // size))]
+        index = BM25(self.texts)
+        return [(query, [self.texts[i] for i in np.argsort(-index.scores(query), kind="stable")[:size]]) for query in chosen]
+
+    @cached_property
+    def checkpoint(self) -> str:
+        return str(self.folder) if (self.folder / "config.json").is_file() else str(classifier(self.folder, self.options.tokens))
+
+    @cached_property
+    def given(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit token vectors of all queries and of all their candidates, packed, and the candidates' offsets; lengths are uneven."""
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(TOKENS // 2, TOKENS + 1, (QUERIES * CANDIDATES,), generator=generator)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        q, d = (torch.randn(rows, R, generator=generator) for rows in (QUERIES * QUERY_TOKENS, int(offsets[-1])))
+        return q.div_(q.norm(dim=1, keepdim=True)), d.div_(d.norm(dim=1, keepdim=True)), offsets
+
+    @property
+    def lists(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The same as the peers take them: a tensor a query, and one a candidate; views."""
+        q, d, offsets = self.given
+        flat = [d[a:b] for a, b in pairwise(offsets.tolist())]
+        return list(q.view(QUERIES, QUERY_TOKENS, R)), [flat[n : n + CANDIDATES] for n in range(0, len(flat), CANDIDATES)]
+
+
+def asked(way: str) -> dict[str, Any]:
+    """Runtime and precision of what stands as [RUNTIME:]PRECISION."""
+    runtime, _, precision = way.rpartition(":")
+    return {"runtime": runtime or "auto", "precision": precision}
+
+
+def encode_peer(s: Setting) -> Work:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(locate(MODEL, "bi-encoder")), device="cpu")
+    model.max_seq_length = s.options.tokens
+    return lambda: model.encode(s.texts, show_progress_bar=False, convert_to_tensor=True)
+
+
+def encode_ours(s: Setting, way: str) -> Work:
+    model = load_bi_encoder(MODEL, device="cpu", **asked(way))
+    assert isinstance(model, BiEncoder)
+    return lambda: model.encode(s.texts, max_tokens=s.options.tokens - model.specials, detail=Detail.POOLED).pooled
+
+
+def pairs_peer(s: Setting, pools: int | None = None) -> Work:
+    from sentence_transformers import CrossEncoder as Peer
+
+    model, pairs = Peer(s.checkpoint, device="cpu"), [(query, text) for query, pool in s.pools[:pools] for text in pool]
+    return lambda: model.predict(pairs, show_progress_bar=False, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
+
+
+def pairs_ours(s: Setting, way: str) -> Work:
+    model = load_cross_encoder(s.checkpoint, device="cpu", **asked(way))
+    assert isinstance(model, CrossEncoder)
+    return lambda: torch.cat([model.score(query, pool)[0] for query, pool in s.pools])
+
+
+def pools_ours(s: Setting, method: str, *, new: bool) -> Work:
+    cross = "minilm-cross" if method == "standard" else None
+    ready = Reranker(MODEL, method, cross, device="cpu")
+    for query, pool in s.pools[:FEW]:
+        ready.score(query, pool)
+
+    def work() -> None:
+        for query, pool in s.pools[:FEW]:
+            (ready.without_cache() if new else ready).score(query, pool)
+
+    return work
+
+
+def tokens_pylate(s: Setting) -> Work:
+    from pylate.rank import rerank
+
+    queries, documents = s.lists
+    ids: list[list[int | str]] = [list(range(CANDIDATES)) for _ in queries]
+    one_by_one = [([own], [q], [d]) for own, q, d in zip(ids, queries, documents)]
+    return lambda: torch.tensor([[row["score"] for row in rerank(*given)[0]] for given in one_by_one])
+
+
+def tokens_rerankers(s: Setting) -> Work:
+    from rerankers.models.colbert_ranker import _colbert_score
+
+    queries, documents = s.lists
+    padded = [torch.stack([pad(d, (0, 0, 0, TOKENS - len(d))) for d in row]) for row in documents]
+    masks = [torch.stack([torch.arange(TOKENS) < len(d) for d in row]).long() for row in documents]
+    own = torch.ones(1, QUERY_TOKENS, dtype=torch.int64)
+    return lambda: torch.cat([_colbert_score(q[None], d, own, m).sort(descending=True).values for q, d, m in zip(queries, padded, masks)]) * QUERY_TOKENS
+
+
+def tokens_ours(s: Setting) -> Work:
+    q, d, offsets = s.given
+    pairs = torch.stack([torch.zeros(CANDIDATES, dtype=torch.int64), torch.arange(CANDIDATES)], 1)
+    q_offsets, one_by_one = torch.tensor([0, QUERY_TOKENS]), []
+    for n in range(QUERIES):
+        own = offsets[n * CANDIDATES : (n + 1) * CANDIDATES + 1]
+        one_by_one.append((q[n * QUERY_TOKENS : (n + 1) * QUERY_TOKENS], q_offsets, d[own[0] : own[-1]], own - own[0], pairs))
+    return lambda: torch.stack([subspace_attention(*given, 0.0).view(CANDIDATES, QUERY_TOKENS).sum(1).sort(descending=True).values for given in one_by_one])
+
+
+def contenders(also: Sequence[str]) -> dict[str, dict[str, Callable[[Setting], Work]]]:
+    """Row → contender → what builds it; the first of a row is what the others are measured against."""
+    ways = ("fp32", *also)
+    return {
+        "encode": {"SentenceTransformer.encode": encode_peer, **{f"ours, {way}": partial(encode_ours, way=way) for way in ways}},
+        "pairs": {"CrossEncoder.predict": pairs_peer, **{f"ours, {way}": partial(pairs_ours, way=way) for way in ways}},
+        "seen": {
+            "fast, documents new": lambda s: pools_ours(s, "fast", new=True),
+            "fast, seen": lambda s: pools_ours(s, "fast", new=False),
+            "best, documents new": lambda s: pools_ours(s, "best", new=True),
+            "best, seen": lambda s: pools_ours(s, "best", new=False),
+        },
+        "one-way": {
+            "CrossEncoder.predict": lambda s: pairs_peer(s, FEW),
+            "minilm-cross, documents new": lambda s: pools_ours(s, "standard", new=True),
+            "minilm-cross, seen": lambda s: pools_ours(s, "standard", new=False),
+        },
+        "tokens": {"pylate.rank.rerank": tokens_pylate, "rerankers' ColBERT scorer": tokens_rerankers, "ours, MaxSim": tokens_ours},
+    }
+
+
+def gemm_rate() -> float:
+    """GFLOP/s of fp32 matrix products of the forward's shape."""
+    a, b, taken = torch.randn(1024, 384), torch.randn(384, 1536), []
+    for _ in range(40):
+        start = time.perf_counter()
+        a @ b
+        taken.append(time.perf_counter() - start)
+    return 2 * 1024 * 384 * 1536 / median(taken[10:]) / 1e9
+
+
+def flops(s: Setting, row: str) -> float:
+    """Of the row's work in fp32, by the models' own formulas; NaN where the row is not one forward."""
+    if row == "encode":
+        model = load_bi_encoder(MODEL, device="cpu")
+        texts = model.tokenize(s.texts, "document", s.options.tokens - model.specials)
+        return float(model.flops(torch.tensor([len(t) - model.specials for t in texts]), Detail.POOLED))
+    if row == "pairs":
+        cross = load_cross_encoder(s.checkpoint, device="cpu")
+        assert isinstance(cross, CrossEncoder)
+        return float(sum(cross.flops(cross.work(Inputs(query, pool, 512))) for query, pool in s.pools))
+    return float("nan")
+
+
+def apart(row: str, found: Any, wanted: Any) -> str:
+    """The largest difference of the results: of cosines to 1 for vectors, of scores else."""
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
+        return "-"
+    gap = 1 - (found.float() * wanted.float()).sum(1) if row == "encode" else found.float() - wanted.float()
+    return f"{float(gap.abs().max()):.0e}"
+
+
+def measure(s: Setting, row: str, bar: tqdm[Any]) -> list[str]:
+    """One row's lines."""
+    works: dict[str, Work] = {}
+    lines = []
+    for name, build in contenders(s.options.also)[row].items():
+        try:
+            works[name] = build(s)
+        except ImportError as error:
+            lines.append(f"{name}: left out, not installed: pip install {error.name}")
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    results, rates = {}, []
+    for turn in range(s.options.rounds + 1):
+        rates.append(gemm_rate())
+        for name, work in works.items():
+            start = time.perf_counter()
+            results[name] = work()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+            bar.update()
+    peer, work_flops, rate = next(iter(works)), flops(s, row), median(rates)
+    for name, times in taken.items():
+        seconds, ours = median(times), name.startswith("ours")
+        share = "-" if np.isnan(work_flops) or not ours else f"{work_flops / seconds / 1e9 / rate:.2f}"
+        ratio = median(taken[peer]) / seconds
+        lines.append(f"{row:<8}{name:<29}{ratio:>8.2f}{apart(row, results[name], results[peer]):>9}{share:>8}{peak(s.options, row, name):>8}")
+    return lines + (forwards(s) if row == "seen" else [])
+
+
+def forwards(s: Setting) -> list[str]:
+    """p95 of a request beside one forward of the query."""
+    model, lines = load_bi_encoder(MODEL, device="cpu"), []
+    for method in ("fast", "best"):
+        ready, both = Reranker(model, method, device="cpu"), []
+        pools = [(s.queries[n % len(s.queries)], s.pools[n % len(s.pools)][1]) for n in range(3 * QUERIES)]
+        for turn, (query, pool) in enumerate([*s.pools, *pools]):
+            start = time.perf_counter()
+            ready.score(query, pool)
+            middle = time.perf_counter()
+            model.read(model.tokenize([query], "query", model.limit), detail=Detail.TOKENS if method == "best" else Detail.POOLED)
+            if turn >= len(s.pools):
+                both.append((middle - start, time.perf_counter() - middle))
+        whole, forward = np.array(both).T
+        ratios = [np.percentile(whole, p) / np.median(forward) for p in (50, 95)]
+        lines.append(
+            f"        {method}, seen: p50 {ratios[0]:.2f}, p95 {ratios[1]:.2f} x the median forward of its query (whose own p95 is {np.percentile(forward, 95) / np.median(forward):.2f})"
+        )
+    return lines
+
+
+def peak(options: argparse.Namespace, row: str, name: str) -> str:
+    """MB of a process that does this contender's work once, and nothing else."""
+    flags = {flag: getattr(options, flag) for flag in ("dataset", "documents", "pairs", "tokens")} | {"threads": torch.get_num_threads()}
+    given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    done = subprocess.run([sys.executable, __file__, *given, "--also", *options.also, "--peak", row, name], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "-"
+
+
+def run(options: argparse.Namespace) -> str:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        s = Setting(options, Path(folder) / "classifier")
+        if options.peak:
+            row, name = options.peak
+            contenders(options.also)[row][name](s)()
+            return f"{peak_memory_mb():.0f}"
+        machine, rows = describe(torch.device("cpu")), options.only or list(contenders(options.also))
+        lines = [
+            f"{len(s.texts)} documents of {s.name}, {sum(len(pool) for _, pool in s.pools)} pairs, {options.tokens} tokens at most; medians of {options.rounds};",
+            f"{machine.threads} threads of {machine.cpu}, torch {machine.packages['torch']}",
+            "",
+            f"{'row':<8}{'':<29}{'x first':>8}{'apart':>9}{'GEMM':>8}{'MB':>8}",
+        ]
+        total = sum(len(contenders(options.also)[row]) for row in rows) * (options.rounds + 1)
+        with tqdm(total=total, desc="rounds", disable=None) as bar:
+            for row in rows:
+                lines += measure(s, row, bar)
+    return "\n".join([*lines, "", "GEMM: FLOPs a second over those of fp32 matrix products in the same run."])
+
+
+def _way(value: str) -> str:
+    runtime, _, precision = value.rpartition(":")
+    if precision not in PRECISIONS or runtime not in ("", *RUNTIMES):
+        raise argparse.ArgumentTypeError(f"{value!r} is no [RUNTIME:]PRECISION of {', '.join(RUNTIMES)} and {', '.join(PRECISIONS)}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python experiments/benchmarks/bench_models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="numpydoc", help="bundled name or BEIR folder (default: numpydoc)")
+    p.add_argument("--documents", type=count, default=512, metavar="N", help="texts, and what pools are drawn from (default: 512)")
+    p.add_argument("--pairs", type=count, default=2000, metavar="N", help="of query and document (default: 2000)")
+    p.add_argument("--tokens", type=count, default=256, metavar="N", help="of a text or a pair at most, special ones counted (default: 256)")
+    p.add_argument("--also", nargs="*", type=_way, default=["bf16"], metavar="WAY", help="[RUNTIME:]PRECISION, as in onnx:int8, beside fp32 (default: bf16)")
+    p.add_argument("--rounds", type=count, default=5, metavar="N", help="(default: 5)")
+    p.add_argument("--only", nargs="+", choices=list(contenders(())), metavar="ROW", help="some of: " + ", ".join(contenders(())))
+    p.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
+    p.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    return p
+
+
+def main() -> int:
+    try:
+        print(run(parser().parse_args()))
+    except UserError as error:
+        print(f"bench_models: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A server that speaks the v3 reranker API, in place of a Reranker."""

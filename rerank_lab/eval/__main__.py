@@ -1,0 +1,138 @@
+"""python -m rerank_lab.eval: which reranking method is best on a collection, by how much, and at what cost."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rerank_lab import cli
+from rerank_lab.client.v3 import KEY
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.eval.settings import MEASURES, Settings, parse
+
+if TYPE_CHECKING:
+    from rerank_lab.eval.executors.base import Executor
+from rerank_lab.cache.store import Store
+from rerank_lab.eval.evaluate import cache_place, checked, collection_hash, evaluate, out_folder
+from rerank_lab.eval.executors.base import Executor
+from rerank_lab.eval.executors.local import Local
+from rerank_lab.measures.quality import known_measures
+from rerank_lab.methods import METHODS
+from rerank_lab.models.registry import REGISTRY
+
+log = logging.getLogger("rerank_lab")
+
+
+class _Beside(logging.Handler):
+    """Lines on stderr that leave progress bars whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    handler = _Beside()
+    handler.setFormatter(logging.Formatter("rerank_lab: %(message)s"))
+    log.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    log.addHandler(handler)
+    try:
+        words = list(sys.argv[1:] if argv is None else argv)
+        settings = parse(words)
+        print(_listing() if settings.list else _run(settings, words))
+        return 0
+    except UserError as error:
+        print(f"rerank_lab: error: {error}", file=sys.stderr)
+        return 2
+    except ModelError as error:
+        print(f"rerank_lab: failed: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise
+        print(f"rerank_lab: failed: {type(error).__name__}: {error}; the same command with --resume goes on from here", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrerank_lab: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        log.removeHandler(handler)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's own for a GPU."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _run(settings: Settings, argv: Sequence[str]) -> str:
+    """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
+    from rerank_lab.eval import grid
+
+    collection_hash.cache_clear()
+    if settings.grid is None:
+        checked(settings)
+    with _ended_as_interrupted(), closing(_executor(settings)) as executor, _ended_as_interrupted():  # Ray sets a handler of its own
+        if settings.grid is None:
+            return evaluate(settings, executor)
+        return grid.run(settings, argv, out_folder(settings, settings.grid.stem), partial(evaluate, executor=executor), checked)
+
+
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, is taken as Ctrl-C is: what runs elsewhere is ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _executor(settings: Settings) -> Executor:
+
+    cache = cache_place(settings)
+    if settings.executor == "local" or cache is None:
+        return Local(None if cache is None else Store(cache))
+    from rerank_lab.eval.executors.ray import OnRay
+
+    resources = settings.resources or {"CPU": 1.0}
+    return OnRay(settings.address or "auto", cache, workers=settings.workers, resources=resources, kernels=settings.kernels, threads=settings.threads)
+
+
+def _listing() -> str:
+    from rerank_lab.datasets.beir import bundled_names
+    from rerank_lab.methods import labels
+
+    def wrapped(title: str, text: str) -> str:
+        return textwrap.fill(text, 80, initial_indent=f"  {title:<18}", subsequent_indent=" " * 20)
+
+    lines = ["models (or any folder or hub name of the right kind)"]
+    lines += [wrapped(m.id, f"{m.role} from {m.source}, {m.token_limit} tokens, {m.dimensions} dimensions, {m.note}") for m in REGISTRY.values()]
+    lines += ["methods and their settings"]
+    for label, about in labels().items():
+        if label in METHODS:
+            settings = ", ".join(f"{k}={v:g}" for k, v in METHODS[label]().settings().items()) or "no settings"
+            about += f"; needs a {' and a '.join(METHODS[label].roles)}; {settings}"
+        lines += [wrapped(label, about)]
+    crossed = ", ".join(label for label in labels() if label not in METHODS)
+    lines += [wrapped("endpoint:URL[:M]", f"the method M (fast without, {crossed} too) as a server runs it that speaks v3; its key from ${KEY}")]
+    lines += ["collections", wrapped("bundled", ", ".join(bundled_names())), wrapped("yours", "a BEIR folder or .zip, hf:NAME, irds:ID")]
+    lines += ["measures", wrapped("default", ", ".join(MEASURES)), wrapped("known", ", ".join(known_measures()) + "; most with @k")]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

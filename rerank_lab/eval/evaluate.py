@@ -1,0 +1,284 @@
+"""One evaluation, from its options to its folder: collection, first stage, rankings, costs, results."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from rerank_kernels import use_backend
+from rerank_lab.cache.places import default_place
+from rerank_lab.cache.store import folder_of, is_url
+from rerank_lab.client.endpoint import Endpoint, key_from
+from rerank_lab.client.v3 import KEY
+from rerank_lab.datasets.dataset import Dataset
+from rerank_lab.datasets.load import load_dataset
+from rerank_lab.errors import UserError
+from rerank_lab.eval import kernel_check, rows, sweep
+from rerank_lab.eval.executors.base import Executor
+from rerank_lab.eval.journal import Journal
+from rerank_lab.eval.records import RowRecords
+from rerank_lab.eval.results import Config, Results
+from rerank_lab.eval.settings import Settings, effective
+from rerank_lab.eval.summary import Evaluation, summarize
+from rerank_lab.eval.system import System, names
+from rerank_lab.eval.table import table
+from rerank_lab.eval.work import Work
+from rerank_lab.files import Json, expanded, file_hash
+from rerank_lab.first_stage import file_of
+from rerank_lab.first_stage.base import TopK
+from rerank_lab.first_stage.candidates import Candidates, make_candidates
+from rerank_lab.measures.quality import check_grades, parse_measures
+from rerank_lab.methods import METHODS
+from rerank_lab.models.base import Detail
+from rerank_lab.reranker import EXACT, Reranker
+
+log = logging.getLogger("rerank_lab")
+
+
+def evaluate(options: Settings, executor: Executor) -> str:
+    """Runs the evaluation that the options describe, writes its folder and returns the table for stdout."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    systems, baseline = checked(options)
+    if options.methods is None and options.model_cross == "none":
+        print(f"{', '.join(name for name in METHODS if name not in systems)} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
+    out = out_folder(options, stem(options.dataset))
+    journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
+    config = effective(options) | {"methods": list(systems), "baseline": baseline}
+    if journal.finished:
+        found = journal.results(config)
+        _check_same(found, options, out)
+        return table(found) + f"\n{out} was finished already; nothing done\n"
+    with ExitStack() as connections:
+        remote = {}
+        for label, system in systems.items():
+            if system.server is not None:
+                remote[label] = connections.enter_context(closing(_endpoint(system.server, system, options)))
+                remote[label].check()
+        with use_backend(options.kernels):
+            return _evaluate(options, systems, remote, journal, config, executor)
+
+
+def _check_same(found: Results, options: Settings, out: Path) -> None:
+    """Whether finished results are still those of the files that the options name.
+
+    Raises:
+        UserError: collection, judgements or the run changed since.
+    """
+    file = file_of(options.candidates)
+    changed = [options.candidates] if file is not None and file_hash(file) != found.candidates.details.get("file_sha256") else []
+    changed += [options.dataset] if collection_hash(options.dataset, options.split) != found.dataset.hash else []
+    if changed:
+        raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
+
+
+@cache  # a grid's finished cells share their collections
+def collection_hash(dataset: str, split: str) -> str:
+    return load_dataset(dataset, split).hash
+
+
+def checked(options: Settings) -> tuple[dict[str, System], str]:
+    """Label → system, and the baseline's label.
+
+    Raises:
+        UserError: everything that is wrong with methods, measures and sweeps.
+    """
+    systems, problems = _systems(options)
+    try:
+        parse_measures(options.measures)
+    except UserError as error:
+        problems.append(str(error))
+    problems += sweep.problems(options.sweep, [system for system in systems.values() if not system.remote])
+    if problems:
+        raise UserError("; ".join(problems))
+    baseline = options.baseline or next(iter(systems))
+    if baseline not in systems:
+        raise UserError(f"--baseline {baseline!r} is not among the methods {', '.join(systems)}")
+    return systems, baseline
+
+
+def _evaluate(options: Settings, systems: dict[str, System], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Json], executor: Executor) -> str:
+    dataset = load_dataset(options.dataset, options.split, executor.corpus())
+    if options.limit_queries:
+        dataset = _limited(dataset, options.limit_queries)
+    check_grades(options.measures, dataset)
+    for note in dataset.notes:
+        log.warning("%s: %s", dataset.name, note)
+    local = [system for system in systems.values() if not system.remote]
+    reranker = _reranker(options, local)
+    log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
+    try:
+        about = executor.about(reranker)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--kernels {options.kernels}: {error}") from None
+    own = {system.label: reranker.using(system.method, cross=system.crossed) for system in local}
+    detail = max((row.detail for row in own.values()), default=None)
+    detail = max((d for d in (detail, options.detail) if d is not None), default=None)
+    rankers: dict[str, Reranker | Endpoint] = {**own, **remote}
+    deep = _candidates(options, dataset, reranker, detail, executor)
+    work = Work(executor, dataset, deep.cut(options.top_k), journal)
+    for note in work.candidates.notes:
+        log.warning("%s", note)
+
+    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.hash, "models": about.models})
+    collected: dict[str, RowRecords] = {}
+    for label in systems:
+        ranks = rankers[label]
+        collected[label] = RowRecords(work.records(label, ranks), ranks.token_limit, work.cold(label, ranks, options.cold_queries))
+    if local and reranker.arithmetic != EXACT:
+        # What a faster runtime or precision loses on the same candidates, beside what it wins.
+        exact = _reranker(options, local, exact=True)
+        _encode_candidates(exact, dataset, work.candidates, detail, "encode candidates in fp32", executor)
+        for system in local:
+            row = exact.using(system.method, cross=system.crossed)
+            collected[system.label].exact = work.records(f"{system.label} in fp32", row)
+    for label, row in own.items() if not options.no_kernel_check else ():
+        if "bi-encoder" in row.method.roles and row.cross is None:  # what a cross-encoder computes no kernel of these has touched
+            collected[label].kernels = kernel_check.check(label, row, about.types, work.records)
+
+    def encode(tokens: int) -> None:
+        _encode_candidates(reranker.reading(tokens), dataset, work.candidates, detail, f"encode {tokens} tokens", executor)
+
+    done = {label: collected[label].records for label in own}
+    points = list(sweep.run(options.sweep, local, own, done, work, deep, encode))
+    who = Counter(record.by for row in collected.values() for record in row.records)
+    if len(who) > 1:
+        said = " and ".join(f"{name} ({times})" for name, times in who.items())
+        dataset.notes.append(f"the run went on elsewhere: rankings were timed by {said}; compare their latencies with care")
+        log.warning("%s", dataset.notes[-1])
+    environment = replace(about.environment, timed_by=sorted(who))
+    if executor.name == "local":
+        environment = replace(environment, vector_cache=reranker.cache_state)
+    evaluation = Evaluation(environment, Config.of(config), about.models, dataset, work.candidates, systems)
+    results, files = summarize(evaluation, collected, points)
+    journal.finish(files)
+    return table(results) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"
+
+
+def _systems(options: Settings) -> tuple[dict[str, System], list[str]]:
+    """Label → system, and what is wrong with every name and setting that is."""
+    cross = options.model_cross != "none"
+    systems: dict[str, System] = {}
+    problems: list[str] = []
+    for label in names(cross) if options.methods is None else options.methods:
+        try:
+            system = System.parse(label, options.top_k)
+            if system.method:
+                systems[label] = system
+            if system.crossed and not cross:
+                raise UserError(f"method {label!r} needs a cross-encoder, and --model-cross is none")
+            if system.remote and options.fuse_first_stage:
+                raise UserError(f"method {label!r}: a server does not know the first stage's scores; leave out --fuse-first-stage or this row")
+        except UserError as error:
+            problems.append(str(error))
+    return systems, problems
+
+
+def stem(dataset: str) -> str:
+    """A collection in a folder's name."""
+    scheme, _, rest = dataset.partition(":")
+    place = Path(rest if scheme in ("hf", "irds") else dataset)
+    return re.sub(r"[^\w.-]", "_", (place.resolve() if place.exists() else place).name.removesuffix(".zip"))
+
+
+def out_folder(options: Settings, stem: str) -> Path:
+    if options.out is not None:
+        return Path(options.out)
+    wanted = Path("results") / f"{datetime.date.today():%Y-%m-%d}-{stem}"
+    if options.resume:
+        ours = [p for p in Path("results").glob("*") if re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{re.escape(stem)}(-\d+)?", p.name)]
+        return max(ours, key=lambda p: ((p / "partial").is_dir(), p.stat().st_mtime), default=wanted)
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 10_000))]
+    return next(path for path in names if options.overwrite or not path.exists())
+
+
+def _endpoint(url: str, system: System, options: Settings) -> Endpoint:
+    return Endpoint(
+        url,
+        system.method,
+        model=options.model,
+        model_cross=options.model_cross if system.crossed else None,
+        max_tokens_per_doc=options.max_tokens_per_doc,
+        key=key_from(KEY),
+    )
+
+
+def _reranker(options: Settings, systems: Sequence[System], *, exact: bool = False) -> Reranker:
+    """The models; `exact`: under torch in fp32, whatever the options say."""
+    needs_cross = any(system.crossed for system in systems)
+    elsewhere = options.executor == "ray"  # what is here then describes models that run on workers, whose device this machine need not have
+    made = Reranker(
+        options.model,
+        systems[0].method if systems else "fast",
+        options.model_cross if needs_cross else None,
+        max_tokens_per_doc=options.max_tokens_per_doc,
+        fuse_first_stage=options.fuse_first_stage,
+        cache_dir=None if elsewhere else cache_place(options),
+        cache_bytes=int(options.cache_gb * 1e9),
+        subspace=options.subspace,
+        device="cpu" if elsewhere else options.device,
+        runtime="torch" if exact else options.runtime,
+        precision="fp32" if exact else options.precision,
+    )
+    return made.elsewhere(device=options.device)
+
+
+def cache_place(options: Settings) -> str | None:
+    """Where vectors are kept: a folder, absolute since workers have folders of their own, or a URL."""
+    if options.no_cache:
+        return None
+    place = expanded(options.cache or default_place())
+    return place if is_url(place) else str(folder_of(place).absolute())
+
+
+def _candidates(options: Settings, dataset: Dataset, reranker: Reranker, detail: Detail | None, executor: Executor) -> Candidates:
+    """First stage, and the vectors of all documents that the methods will look at (detail None: none of them needs any)."""
+    # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
+    whole = detail and len(dataset.qrels) * options.top_k >= len(dataset.corpus)
+
+    def search(ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
+        if whole and detail:
+            executor.encode(reranker, dataset.corpus, ids, detail, "encode corpus")
+        return executor.search(reranker, dataset.corpus, ids, queries, fetch)
+
+    found = make_candidates(
+        options.candidates,
+        dataset,
+        sweep.deepest(options.sweep, options.top_k),
+        search=search,
+        drop_identical=options.drop_identical_ids,
+        progress=rows.bar,
+    )
+    _encode_candidates(reranker, dataset, found, detail, "encode candidates", executor)
+    return found
+
+
+def _encode_candidates(reranker: Reranker, dataset: Dataset, candidates: Candidates, detail: Detail | None, title: str, executor: Executor) -> None:
+    """Puts the vectors of all candidates into the cache (detail None: none are needed)."""
+    if detail is not None:
+        needed = list({d: None for ranked in candidates.run.values() for d in ranked.documents})
+        executor.encode(reranker, dataset.corpus, needed, detail, title)
+
+
+def _limited(dataset: Dataset, count: int) -> Dataset:
+    kept = list(dataset.qrels)[:count]
+    queries = {q: dataset.queries[q] for q in kept if q in dataset.queries}
+    return replace(
+        dataset, queries=queries, qrels={q: dataset.qrels[q] for q in kept},
+        notes=[*dataset.notes, *([f"only the first {count} of {len(dataset.qrels)} judged queries (--limit-queries)"] if count < len(dataset.qrels) else [])],
+        facts=dataset.facts | {"queries": len(queries), "judged_queries_without_text": len(kept) - len(queries), "judgements": sum(len(dataset.qrels[q]) for q in kept)},
+    )  # fmt: skip

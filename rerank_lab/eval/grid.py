@@ -1,0 +1,231 @@
+"""--grid: collections × models × methods × settings as one run, a results folder a cell.
+
+A TOML file holds options as --config does; each key of its table [grid] has a list of values, and every combination is a cell.
+Cells share the cache, and a collection is encoded once for all that read it: in the richest detail that any of them wants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import logging
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rerank_lab.errors import ModelError, UserError
+from rerank_lab.eval.journal import RESULTS
+from rerank_lab.eval.results import read as read_results
+from rerank_lab.eval.settings import CLUSTER, Settings, flags, parse, parser, read_toml
+from rerank_lab.eval.system import System, names
+from rerank_lab.eval.table import interval
+from rerank_lab.files import Json, write_atomically
+from rerank_lab.models.base import Detail
+from rerank_lab.models.one_way import backbone_of
+
+log = logging.getLogger("rerank_lab")
+GRID, SCHEMA = "grid.json", 1
+FIXED = {"grid", "config", "list", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "kernels", "threads", *CLUSTER}  # the same for all cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation of a grid.
+
+    Attributes:
+        name: of its folder, unlike the others'.
+        values: option → value, as the axes have it.
+        options: as the command line would give them.
+    """
+
+    name: str
+    values: dict[str, Json]
+    options: Settings
+
+
+def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any]], list[Cell]]:
+    """The axes of a grid and its cells, collections slowest.
+
+    Args:
+        path: the TOML file.
+        argv: flags of the command line, which win over the file.
+        out: the folder of the grid.
+
+    Raises:
+        UserError: a file that is unreadable, has no table [grid], or unknown keys; an axis that the command line fixes.
+    """
+    table = read_toml(path)
+    given = table.pop("grid", None)
+    axes = {key.replace("-", "_"): values for key, values in given.items()} if isinstance(given, dict) else {}
+    if len(axes) < len(given or ()):
+        raise UserError(f"{path}: a key of [grid] stands there twice, with - and with _")
+    if not axes:
+        raise UserError(f'{path}: no table [grid] with lists of values, as in dataset = ["numpydoc", "path/to/scifact"]')
+    known = {a.dest: a for a in parser()._actions if a.option_strings and a.dest not in FIXED | {"help", "sweep"}}
+    for key, values in axes.items():
+        if key not in known:
+            raise UserError(f"{path}: [grid] {key} cannot be an axis; valid: {', '.join(known)}")
+        if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
+            raise UserError(f"{path}: [grid] {key} must be a list of values, each once, not {values!r}")
+        for value in values:
+            flags({key: value}, path, parser())
+        if any(word.partition("=")[0] in known[key].option_strings for word in argv):
+            raise UserError(f"{known[key].option_strings[0]} is an axis of {path}: change it there, or leave the flag out")
+    order = sorted(axes, key=lambda key: key not in ("dataset", "split"))
+    every = flags(table, path, parser())
+    cells, names = [], set[str]()
+    for values in itertools.product(*(axes[key] for key in order)):
+        own = dict(zip(order, values))
+        stem = _capped(",".join(_short(key, value) for key, value in own.items() if len(axes[key]) > 1 or key == "dataset") or "cell")
+        name = next(n for n in itertools.chain([stem], (f"{stem},{i}" for i in itertools.count(2))) if n not in names)
+        names.add(name)
+        cells.append(Cell(name, own, parse([*every, *flags(own, path, parser()), *argv, f"--out={out / name}"])))
+    return {key: axes[key] for key in order}, cells
+
+
+def run(options: Settings, argv: Sequence[str], out: Path, evaluate: Callable[[Settings], str], check: Callable[[Settings], object]) -> str:
+    """Evaluates every cell that is not finished; what stdout shows.
+
+    Args:
+        options, argv: of the command line.
+        out: the folder of the grid.
+        evaluate: makes one cell's folder.
+        check: raises UserError where a cell's options cannot be run.
+
+    Raises:
+        UserError: wrong input, that shows before anything runs, or of some cells. ModelError: some cells failed. The others are finished.
+    """
+    assert options.grid is not None
+    axes, cells = read(options.grid, _without_grid(argv), out)
+    problems = dict.fromkeys(problem for cell in cells for problem in _problems(cell, check))
+    if problems:
+        raise UserError("; ".join(problems))
+    _begin(out, axes, cells, options)
+    cells = [replace(cell, options=replace(cell.options, detail=detail)) for cell, detail in zip(cells, details(cells))]
+    failed: dict[str, Exception] = {}
+    with tqdm(total=len(cells), desc="grid", unit="cell", disable=None) as bar:
+        for cell in cells:
+            bar.set_postfix_str(cell.name)
+            try:
+                evaluate(cell.options)
+            except (UserError, ModelError, MemoryError, OSError, torch.OutOfMemoryError) as error:
+                failed[cell.name] = error
+                log.warning("%s: failed, going on with the others: %s", cell.name, str(error) or type(error).__name__)
+            bar.update()
+    text = "\n".join([*_table(out, cells), "", f"Written to {out}", f"As a page with plots: python -m rerank_lab.report {out}", ""])
+    if failed:
+        print(text)
+        kind = UserError if all(isinstance(error, UserError) for error in failed.values()) else ModelError
+        raise kind(f"{len(failed)} of {len(cells)} cells: {', '.join(failed)} (why stands above); the same command with --resume does these again")
+    return text
+
+
+def details(cells: Sequence[Cell]) -> Iterator[Detail]:
+    """For each cell the richest detail that any cell wants which reads the same texts by the same model."""
+    shared = ("dataset", "split", "model", "subspace", "device", "runtime", "precision", "max_tokens_per_doc")
+    keys = [tuple(repr(getattr(cell.options, name)) for name in shared) for cell in cells]
+    wanted = [_detail(cell.options) for cell in cells]
+    return (max(d for k, d in zip(keys, wanted) if k == key) for key in keys)
+
+
+def _detail(options: Settings) -> Detail:
+    """What the methods of a cell read of a document."""
+    cross = options.model_cross != "none"
+    one_way = cross and backbone_of(options.model_cross) == options.model
+    found = Detail.POOLED
+    for system in map(System.parse, options.methods or names(cross)):
+        if not system.remote:
+            found = max(found, Detail.STATES if system.crossed and one_way else Detail.TOKENS if system.method.tokens else Detail.POOLED)
+    return found
+
+
+def _without_grid(argv: Sequence[str]) -> list[str]:
+    """The flags that cells take too."""
+    taken, kept = argparse.ArgumentParser(add_help=False, allow_abbrev=False), list(argv)
+    taken.add_argument("--grid"), taken.add_argument("--out")
+    return taken.parse_known_args(kept)[1]
+
+
+def _problems(cell: Cell, check: Callable[[Settings], object]) -> Iterator[str]:
+    try:
+        check(cell.options)
+    except UserError as error:
+        yield str(error)
+
+
+def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[Cell], options: Settings) -> None:
+    """Writes what the grid is, or checks that it is the one that was begun."""
+    about = {"schema": SCHEMA, "axes": axes, "cells": [{"name": cell.name, "values": cell.values} for cell in cells]}
+    path = out / GRID
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file, not a folder")
+    if options.overwrite:
+        _forget(out, path, cells)
+    if path.exists() and not options.overwrite:
+        if not options.resume:
+            raise UserError(f"{out} holds a grid: --resume to go on, --overwrite to replace, or another --out")
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} does not read back ({error}); start again with --overwrite") from None
+        if before != json.loads(json.dumps(about)):
+            raise UserError(f"{path} is of another grid; give it as it was, --overwrite, or another --out")
+    elif out.exists() and not path.exists() and any(out.iterdir()) and not options.overwrite:
+        raise UserError(f"--out {out} holds something else than a grid; another --out, or --overwrite")
+    try:
+        write_atomically(path, json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def _forget(out: Path, path: Path, cells: Sequence[Cell]) -> None:
+    """Makes cells unfinished before any of them is done again, and removes those of an older grid, so that nothing old is taken for new."""
+    with suppress(OSError, ValueError, TypeError, KeyError):  # damaged: then only those that are listed now
+        for name in {cell["name"] for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]} - {cell.name for cell in cells}:
+            if (out / name / RESULTS).is_file() or (out / name / "partial").is_dir():
+                shutil.rmtree(out / name)
+    for cell in cells:
+        (out / cell.name / RESULTS).unlink(missing_ok=True)
+
+
+def _table(out: Path, cells: Sequence[Cell]) -> list[str]:
+    """A line a cell: its best mean and whose it is."""
+    lines = []
+    for cell in cells:
+        try:
+            results = read_results(out / cell.name / RESULTS)
+        except UserError:
+            lines += textwrap.wrap(f"{cell.name}: not finished", 80, subsequent_indent="    ")
+            continue
+        primary = results.primary
+        top = max(results.rows, key=lambda row: row.measures[primary])
+        said = f"{cell.name}: {primary} {interval(top.measures[primary], top.ci95[primary])} by {top.label}"
+        lines += textwrap.wrap(said, 80, subsequent_indent="    ")
+    return lines
+
+
+def _capped(name: str) -> str:
+    """A name that file systems bear, with the report's own files under it."""
+    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _short(key: str, value: Any) -> str:
+    """A value as a part of a folder's name."""
+    if isinstance(value, list):
+        value = "+".join(map(str, value))
+    text = str(value)
+    if key in ("dataset", "model", "model_cross", "subspace"):
+        text = Path(text.partition(":")[2] if text.startswith(("hf:", "irds:")) else text).name.removesuffix(".zip").removesuffix(".safetensors")
+    elif isinstance(value, (bool, int, float)):
+        text = f"{key}={text}"
+    return re.sub(r"[^\w.=+-]+", "-", text).strip("-.")[:60] or "x"

@@ -1,0 +1,90 @@
+"""--sweep: the same methods under several values of one setting, over the same collection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from rerank_lab.eval.records import Record
+from rerank_lab.eval.settings import COMMON
+from rerank_lab.eval.system import System
+from rerank_lab.eval.work import Work
+from rerank_lab.first_stage.candidates import Candidates
+from rerank_lab.reranker import Reranker
+
+Sweeps = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One row under one value of a setting.
+
+    Attributes:
+        setting, value: what was changed.
+        label: of the row.
+        records: one a query.
+    """
+
+    setting: str
+    value: float
+    label: str
+    records: Sequence[Record]
+
+
+def problems(sweeps: Sweeps, systems: Sequence[System]) -> list[str]:
+    """What cannot be swept with these systems, those that run here."""
+    found = []
+    for name, values in sweeps.items():
+        varied = _having(name, systems)
+        if not varied:
+            found.append(f"--sweep {name}: none of the methods that run here has it ({', '.join(system.label for system in systems) or 'none'})")
+        for value in values if name not in COMMON else ():
+            try:
+                for system in varied:
+                    replace(system.method, **{name: value})
+            except ValueError as error:
+                found.append(f"--sweep {name}={value}: {error}")
+    return found
+
+
+def deepest(sweeps: Sweeps, top_k: int) -> int:
+    """Candidates a query that all of it needs."""
+    return int(max([top_k, *sweeps.get("stage1_top_k", []), *sweeps.get("top_k", [])]))
+
+
+def run(
+    sweeps: Sweeps, systems: Sequence[System], rows: Mapping[str, Reranker], done: Mapping[str, Sequence[Record]], work: Work,
+    deep: Candidates, encode: Callable[[int], None],
+) -> Iterator[Swept]:  # fmt: skip
+    """Every value of every setting, for each system whose method has it.
+
+    Args:
+        sweeps: setting → values.
+        systems: those that run here.
+        rows, done: label → what ranks for it, and its records, which serve where nothing changes.
+        work: what the rows ranked, and who ranks.
+        deep: the same first stage as deep as `deepest` says. A stage1_top_k beyond the candidates has as many of them.
+        encode: puts the vectors of all candidates, of so many tokens at most, into the cache.
+    """
+    for name, values in sweeps.items():
+        for value in values:
+            pool, encoded = work.candidates, False
+            if name == "top_k" or (name == "stage1_top_k" and value > pool.top_k):
+                pool = deep.cut(int(value))
+            for system in _having(name, systems):
+                label, method, row = system.label, system.method, rows[system.label]
+                if name == "max_tokens_per_doc":
+                    row = row.reading(int(value))
+                elif name != "top_k":
+                    row = row.using(replace(method, **{name: value}), cross=system.crossed)
+                if row.token_limits == rows[label].token_limits and row.method == method and pool.hash == work.candidates.hash:
+                    yield Swept(name, value, label, done[label])
+                    continue
+                if name == "max_tokens_per_doc" and not encoded:
+                    encode(int(value))
+                    encoded = True
+                yield Swept(name, value, label, replace(work, candidates=pool).records(f"{label} at {name}={value}", row))
+
+
+def _having(name: str, systems: Sequence[System]) -> list[System]:
+    return [system for system in systems if name in COMMON or name in system.method.settings()]

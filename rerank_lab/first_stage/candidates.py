@@ -1,0 +1,105 @@
+"""What the first stage hands over: candidates a query, hashed, with the recall and the ceiling they set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rerank_lab.datasets.dataset import Dataset
+from rerank_lab.datasets.runs import Ranked, Run, order
+from rerank_lab.files import Json
+from rerank_lab.first_stage import Context, find
+from rerank_lab.first_stage.base import Progress, TopK
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """First-stage results.
+
+    Attributes:
+        run: at most top_k documents a query, best first, with the first stage's scores; queries without any are absent.
+        source: the first stage's name.
+        top_k: candidates a query at most.
+        hash: SHA-256 over query ids and document ids in order.
+        documents_per_query: their mean number.
+        details: what else results say of them: parameters, files, counts.
+        notes: what a reader should know.
+    """
+
+    run: Run
+    source: str
+    top_k: int
+    hash: str
+    documents_per_query: float
+    details: dict[str, Json]
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: Run, source: str, top_k: int, details: dict[str, Json], notes: list[str]) -> Candidates:
+        """Counts and hashes a run."""
+        digest = hashlib.sha256()
+        for q, r in run.items():
+            digest.update(" ".join([q, *r.documents]).encode() + b"\n")  # no id holds either
+        mean = float(np.mean([len(r.documents) for r in run.values()])) if run else 0.0
+        return cls(run, source, top_k, digest.hexdigest(), mean, details, notes)
+
+    def cut(self, top_k: int) -> Candidates:
+        """The best top_k a query, as the same first stage would have given them."""
+        if top_k >= self.top_k:
+            return self
+        run = {q: Ranked(r.documents[:top_k], r.scores[:top_k]) for q, r in self.run.items()}
+        return Candidates.of(run, self.source, top_k, self.details, self.notes)
+
+
+def make_candidates(
+    source: str,
+    dataset: Dataset,
+    top_k: int,
+    *,
+    search: Callable[[Sequence[str], Sequence[str], int], list[TopK]],
+    drop_identical: bool,
+    progress: Progress,
+) -> Candidates:
+    """Candidates for every query of a dataset.
+
+    Args:
+        source: a first stage as --candidates names it.
+        dataset: the collection.
+        top_k: candidates a query at most.
+        search: Context.nearest.
+        drop_identical: leave out the document whose id is the query's.
+        progress: Context.progress.
+
+    Raises:
+        UserError: an unknown first stage, or what it says of its argument.
+    """
+    declared, argument = find(source)
+    stage = declared.make(Context(dataset, search, progress), argument)
+    queries = {q: text for q, text in dataset.queries.items() if text.strip()}
+    run = stage.search(queries, top_k + 1 if drop_identical else top_k)
+    details, notes = stage.about(), list(stage.notes)
+    if drop_identical:
+        run = {q: _without(r, q, top_k) for q, r in run.items()}
+    run = {q: r for q, r in run.items() if r.documents}
+    without = len(dataset.qrels) - len(run)
+    if without:
+        notes.append(f"{without} of {len(dataset.qrels)} judged queries have no candidates: they score 0 and count")
+    return Candidates.of(run, declared.name, top_k, details | {"drop_identical_ids": drop_identical, "queries_without": without}, notes)
+
+
+def oracle(run: Run, dataset: Dataset) -> Run:
+    """The same candidates in the best order that judgements allow: the ceiling of any reranker."""
+    best: Run = {}
+    for q, ranked in run.items():
+        grades = np.array([dataset.qrels[q].get(d, 0) for d in ranked.documents], dtype=np.float32)
+        places = order(grades)
+        best[q] = Ranked([ranked.documents[i] for i in places], grades[places])
+    return best
+
+
+def _without(ranked: Ranked, identifier: str, top_k: int) -> Ranked:
+    kept = np.array([i for i, d in enumerate(ranked.documents) if d != identifier][:top_k], dtype=np.int64)
+    return Ranked([ranked.documents[i] for i in kept], ranked.scores[kept])

@@ -1,0 +1,85 @@
+"""Any Hugging Face transformer, run as it is on texts padded to the longest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class States:
+    """What a forward leaves of B texts, T tokens together.
+
+    Attributes:
+        last: T × d, the last layer's; B × d where only the first token of each was asked for.
+        kept: number of a layer → T × d, what goes into it.
+        keys_values: T × 2·d·S, keys and values of the layers asked for, in turn.
+    """
+
+    last: Tensor
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    keys_values: Tensor | None = None
+
+
+class Padded:
+    """Any transformer, run as it is on texts padded to the longest.
+
+    Args:
+        model: in eval mode; a head may stand on it.
+        pad_id: the tokenizer's padding token.
+        token_types: whether it takes token_type_ids.
+        alike: it reads padding, so that texts of one length alone may share a batch (`reads_padding`).
+    """
+
+    def __init__(self, model: Any, pad_id: int, token_types: bool, alike: bool = False):
+        self.model, self.pad_id, self.token_types, self.alike = model, pad_id, token_types, alike
+
+    def inputs(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
+        """B × L of what the model takes, of packed tokens."""
+        mask = torch.arange(max(1, *lengths), dtype=torch.int64, device=ids.device) < torch.tensor(lengths, dtype=torch.int64, device=ids.device)[:, None]
+        padded = {
+            "input_ids": torch.full(mask.shape, self.pad_id, dtype=torch.int64, device=ids.device).masked_scatter_(mask, ids),
+            "attention_mask": mask.long(),
+        }
+        if self.token_types:
+            padded["token_type_ids"] = torch.zeros_like(padded["input_ids"]).masked_scatter_(mask, types)
+        return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
+
+    def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> Tensor:
+        """B × labels, of a model with a head."""
+        logits: Tensor = self.model(**self.inputs(ids, types, lengths)).logits
+        return logits
+
+    def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> States:
+        """As Packed's; `first` there only saves work."""
+        inputs, seen, hooks = self.inputs(ids, types, lengths), [], []
+        for part in [getattr(self.model.encoder.layer[n].attention.self, name) for n in keys_values for name in ("key", "value")]:
+            hooks.append(part.register_forward_hook(lambda _, __, output: seen.append(output)))
+        try:
+            output = self.model(**inputs, output_hidden_states=keep is not None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        inside = inputs["attention_mask"].bool()
+        kept = {} if keep is None else {keep: output.hidden_states[keep][inside].float()}
+        return States(output.last_hidden_state[inside].float(), kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
+
+
+@torch.inference_mode()
+def reads_padding(network: Padded) -> bool:
+    """Whether what a transformer makes of a text depends on the padding behind it, which its mask should hide; convolutions and Fourier transforms do."""
+    vocabulary = int(getattr(network.model.config, "vocab_size", 0) or 0)
+    ids = [n for n in range(vocabulary - 1, 0, -1) if n != network.pad_id][:8]
+
+    def made(*texts: list[int]) -> Tensor:
+        flat = torch.tensor([n for text in texts for n in text], dtype=torch.int64, device="cpu")
+        output = network.model(**network.inputs(flat, torch.zeros_like(flat), [len(text) for text in texts]))
+        found: Tensor = output.logits[0] if hasattr(output, "logits") else output.last_hidden_state[0, :3]
+        return found.float()
+
+    alone, padded = made(ids[:3]), made(ids[:3], ids)
+    return not torch.allclose(alone, padded, rtol=1e-3, atol=1e-3 * float(alone.abs().mean()))

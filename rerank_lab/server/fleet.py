@@ -1,0 +1,89 @@
+"""Several models, each loaded once, and a Reranker for any two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rerank_lab.cache.vectors import MEMORY_BYTES, VectorCache
+from rerank_lab.engine import Engine, encoders
+from rerank_lab.errors import UserError
+from rerank_lab.methods import METHODS, Method
+from rerank_lab.models.base import Encoder, Scorer
+from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
+from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
+from rerank_lab.reranker import Reranker
+
+TEXTS = ["Merge two tables on a key.", "Sort by the values along either axis. " * 40, ""]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Models by the names that they were asked for by, and one cache in memory for each that makes vectors.
+
+    Attributes:
+        encoders, crosses: by name.
+        caches: by id() of the encoder.
+        engines: of any two of them, by their names, as far as they were asked for.
+    """
+
+    encoders: dict[str, Encoder]
+    crosses: dict[str, Scorer]
+    caches: dict[int, VectorCache]
+    engines: dict[tuple[str | None, str | None], Engine] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        models: Sequence[str],
+        crosses: Sequence[str],
+        *,
+        subspace: str | None = None,
+        device: str = "auto",
+        runtime: str = "auto",
+        precision: str = "fp32",
+        cache_bytes: int = MEMORY_BYTES,
+    ) -> Fleet:
+        """Loads bi-encoders and cross-encoders by registry id, folder or hub name; a one-way cross-encoder shares its bi-encoder's weights.
+
+        Args:
+            subspace: of the first bi-encoder.
+            device, runtime, precision: as Reranker takes them.
+            cache_bytes: bound on all caches together.
+
+        Raises:
+            UserError: a model that is not to be found, or has another role.
+        """
+        place = {"device": device, "runtime": runtime, "precision": precision}
+        loaded = {name: load_bi_encoder(name, subspace=subspace if n == 0 else None, **place) for n, name in enumerate(models)}
+        readers = {name: load_cross_encoder(name, encoder=loaded, **place) for name in crosses}
+        making = {id(one): one for cross in (None, *readers.values()) for encoder in (None, *loaded.values()) for one in encoders(encoder, cross)}
+        bound = cache_bytes // max(1, len(making))
+        return cls(dict(loaded), readers, {key: VectorCache(one.key(), memory_bytes=bound) for key, one in making.items()})
+
+    def reranker(self, method: str | Method, model: str | None, cross: str | None, *, max_tokens_per_doc: int = 512) -> Reranker:
+        """Two of the models under a method; a name that the method has no use for may be None."""
+        engine = self.engines.get((model, cross))
+        if engine is None:
+            encoder, reader = None if model is None else self.encoders[model], None if cross is None else self.crosses[cross]
+            caches = {id(one): self.caches[id(one)] for one in encoders(encoder, reader)}
+            engine = self.engines[model, cross] = Engine(encoder, reader, caches)
+        return Reranker.of(engine, method, max_tokens_per_doc=max_tokens_per_doc)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(iter([*self.encoders.values(), *self.crosses.values()])).device
+
+    def warm(self) -> None:
+        """Runs every model once through every method that it serves, so that no request pays for what happens once."""
+        for method, kind in METHODS.items():
+            models: Sequence[str | None] = list(self.encoders) if "bi-encoder" in kind.roles else [None]
+            for model in models:
+                for cross in list(self.crosses) if "cross-encoder" in kind.roles else [None]:
+                    self.reranker(method, model, cross).without_cache().score("dot product", TEXTS)
+
+
+__all__ = ["DEFAULT_CROSS", "DEFAULT_MODEL", "Fleet", "UserError"]

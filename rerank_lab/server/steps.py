@@ -1,0 +1,206 @@
+"""A ranking in steps: the same work as Reranker.score, cut where forwards can be shared with other rankings.
+
+A method is a function of its pool. Here the pool never runs a model: where it lacks something it raises Missing, and the
+method is run again once the units of work that make it have been. Scoring again costs a fraction of any forward, and no
+method knows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rerank_lab.cache.vectors import VectorCache, text_key
+from rerank_lab.methods import Pool
+from rerank_lab.models.base import Detail, Encoder, Read, Scorer, Tokens, Work
+from rerank_lab.reranker import Ranking, Reranker
+
+
+class Missing(Exception):
+    """What a pool lacks.
+
+    Attributes:
+        units: the work that makes it, longest first.
+    """
+
+    def __init__(self, units: Sequence[Unit]):
+        super().__init__(f"{len(units)} units")
+        self.units = units
+
+
+class Steps:
+    """One ranking: run `units`, in any batches and any company, then `advance`, until that gives a ranking.
+
+    Args:
+        reranker: models, method and settings; a cache in memory.
+        query, texts: as for Reranker.score. They are tokenised here, which any thread may do.
+
+    Attributes:
+        units: to be run before the next `advance`.
+
+    Raises:
+        UserError: as Reranker.score.
+    """
+
+    def __init__(self, reranker: Reranker, query: str, texts: Sequence[str]):
+        self.reranker, self.pool = reranker, reranker.pool(StepPool, query, texts)
+        self.units: Sequence[Unit] = self.pool.first(reranker.method.roles)
+
+    def advance(self) -> Ranking | None:
+        """The ranking, or None where it takes more units.
+
+        Raises:
+            ModelError: a NaN score.
+        """
+        try:
+            return self.reranker.finish(self.pool)
+        except Missing as missing:
+            self.units = missing.units
+            return None
+
+
+class StepPool(Pool):
+    """A pool that says what it lacks."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.shared = self.caches
+        # What is borrowed from the shared caches stays for as long as this ranking needs it.
+        self.caches = {key: VectorCache("") for key in self.shared}
+        self.seen = self.new = 0  # distinct documents whose vectors were wanted at first, by where they were
+        self.done: dict[int, tuple[float, Work]] = {}  # position → logit, and the work that made it
+
+    def first(self, roles: Sequence[str]) -> Sequence[Unit]:
+        """Everything that is known to be needed, so that it can share a batch."""
+        encoder = self.encoder if "bi-encoder" in roles else None if self.needs is None else self.needs.encoder
+        if encoder is None:
+            assert self.cross is not None
+            return self._scores(self.cross, torch.unique(self._first))
+        keys, texts = self._texts(encoder, self.documents, self.ahead(encoder))
+        self.new = len(texts)
+        self.seen = len(set(keys)) - self.new
+        return [*texts, self._query(encoder, self.query_detail(encoder, self.detail))]
+
+    def read(self, encoder: Encoder, detail: Detail) -> Read:
+        raise Missing([self._query(encoder, detail)])
+
+    def ensure(self, encoder: Encoder, texts: Sequence[str], detail: Detail) -> list[bytes]:
+        keys, units = self._texts(encoder, texts, detail)
+        if units:
+            raise Missing(units)
+        return keys
+
+    def scored(self, cross: Scorer, positions: Tensor) -> Tensor:
+        own = positions.tolist()
+        lacking = [position not in self.done for position in own]
+        if any(lacking):
+            raise Missing(self._scores(cross, positions[torch.tensor(lacking, device="cpu")]))
+        logits, work = zip(*(self.done[position] for position in own))
+        if cross.needs is None:
+            self.has_paired(positions, work)
+        return torch.tensor(logits, dtype=torch.float32, device="cpu")
+
+    def _scores(self, cross: Scorer, positions: Tensor) -> list[Unit]:
+        work = self.work(cross, positions)
+        self.flops.seen += cross.flops(work)
+        places = positions.tolist()
+        return sorted((Score(self, part.size, cross, part, [places[n] for n in part.positions]) for part in work), key=lambda unit: -unit.size)
+
+    def _query(self, encoder: Encoder, detail: Detail) -> Unit:
+        (tokens,) = encoder.tokenize([self.query], "query", encoder.limit)
+        return Query(self, len(tokens), encoder, tokens, detail)
+
+    def _texts(self, encoder: Encoder, texts: Sequence[str], detail: Detail) -> tuple[list[bytes], list[Unit]]:
+        keys = [text_key(text, min(self.max_tokens, encoder.limit)) for text in texts]
+        shared, own = self.shared[id(encoder)], self.caches[id(encoder)]
+        new = dict.fromkeys(own.borrow(shared, keys, detail))
+        lacking = {key: text for key, text in zip(keys, texts) if key in new} if new else {}
+        tokens = encoder.tokenize(list(lacking.values()), "document", self.max_tokens)
+        units = [Text(self, len(t), encoder, shared, own, key, t, detail) for key, t in zip(lacking, tokens)]
+        return keys, sorted(units, key=lambda unit: -unit.size)
+
+
+@dataclass(eq=False)
+class Unit:
+    """Work that is not divided.
+
+    Attributes:
+        pool: whose it is.
+        size: tokens, for budgets.
+    """
+
+    pool: StepPool
+    size: int
+
+    @property
+    def group(self) -> Hashable:
+        """Units of one group can run together."""
+        return id(self)
+
+    def run(self, units: Sequence[Any]) -> None:
+        """Runs units of this one's group, itself among them, and leaves the results where their pools look."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Query(Unit):
+    """A query for an encoder."""
+
+    encoder: Encoder
+    tokens: Tokens
+    detail: Detail
+
+    @property
+    def group(self) -> Hashable:
+        return "query", id(self.encoder), self.detail
+
+    def run(self, units: Sequence[Query]) -> None:
+        for unit, read in zip(units, self.encoder.read([u.tokens for u in units], detail=self.detail)):
+            unit.pool.has_read(self.encoder, read, self.detail)
+
+
+@dataclass(eq=False)
+class Text(Unit):
+    """A document for an encoder, whose vectors go to the shared cache and to the ranking's own."""
+
+    encoder: Encoder
+    shared: VectorCache
+    own: VectorCache
+    key: bytes
+    tokens: Tokens
+    detail: Detail
+
+    @property
+    def group(self) -> Hashable:
+        return "text", id(self.shared), self.detail
+
+    def run(self, units: Sequence[Text]) -> None:
+        new = {unit.key: unit.tokens for unit in units if unit.own.borrow(self.shared, [unit.key], self.detail)}
+        if new:  # another ranking may have asked for the same text
+            self.shared.add(list(new), self.encoder.encode_tokens(list(new.values()), detail=self.detail), self.detail)
+            for unit in units:
+                unit.own.borrow(self.shared, [unit.key], self.detail)
+            self.shared.trim()
+
+
+@dataclass(eq=False)
+class Score(Unit):
+    """A part of a scorer's work, for the documents at these positions of the pool."""
+
+    cross: Scorer
+    work: Work
+    positions: list[int]
+
+    @property
+    def group(self) -> Hashable:
+        return ("score", id(self.cross)) if self.cross.shares else id(self)
+
+    def run(self, units: Sequence[Score]) -> None:
+        logits = iter(self.cross.logits([unit.work for unit in units]).tolist())
+        for unit in units:
+            for position in unit.positions:
+                unit.pool.done[position] = next(logits), unit.work

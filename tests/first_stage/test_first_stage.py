@@ -1,0 +1,80 @@
+"""A first stage is one file and one line in the registry: this one is here, is known to this test alone, and goes all the way to the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rerank_lab.datasets.runs import Ranked, Run, order
+from rerank_lab.errors import UserError
+from rerank_lab.eval.__main__ import main
+from rerank_lab.first_stage import FIRST_STAGES, Context, Declared, FirstStage, file_of, find
+from tests.conftest import DOCUMENTS, QUERIES, report_of
+from tests.eval.test_eval import failing, load
+
+
+class Longest:
+    """The longest documents that hold a word, whatever the query."""
+
+    def __init__(self, context: Context, argument: str):
+        self.corpus, self.word, self.notes = context.dataset.corpus, argument, list[str]()
+
+    def search(self, queries: Mapping[str, str], k: int) -> Run:
+        ids = [i for i, text in self.corpus.items() if self.word in text]
+        lengths = np.array([len(self.corpus[i]) for i in ids], dtype=np.float32)
+        best = order(lengths)[:k]
+        self.notes.append(f"{len(self.corpus) - len(ids)} documents lack the word {self.word}")
+        return {query: Ranked([ids[i] for i in best], lengths[best]) for query in queries}
+
+    def about(self) -> dict[str, Any]:
+        return {"word": self.word}
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FIRST_STAGES, "longest", Declared("longest", "WORD", "the longest that hold WORD", f"{__name__}:Longest"))
+
+
+def test_a_new_first_stage_is_evaluated_and_reported(registered: None, beir: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--dataset", str(beir()), "--candidates", "longest:a", "--top-k", "4", "--methods", "fast,best", "--out", str(out)]
+    assert main(arguments) == 0
+    texts = {i: f"{title} {text}".strip() for i, (title, text) in DOCUMENTS.items()}
+    wanted = sorted((i for i in texts if "a" in texts[i]), key=lambda i: -len(texts[i]))[:4]
+    result = load(out)
+    found = result["candidates"]
+    assert list(found)[:7] == ["source", "word", "drop_identical_ids", "queries_without", "top_k", "hash", "documents_per_query"]
+    assert (found["source"], found["word"], found["queries_without"]) == ("longest", "a", 0) and "documents lack the word a" in found["notes"][0]
+    for line in (out / "runs" / "best.trec").read_text().splitlines():
+        assert line.split()[2] in wanted
+    assert len((out / "runs" / "fast.trec").read_text().splitlines()) == len(wanted) * len(QUERIES)
+    assert "longest" in report_of(out) and "documents lack the word a" in report_of(out)
+    assert main([*arguments, "--resume"]) == 0, "what is finished is taken as it is"
+
+
+def test_help_and_refusals_follow_from_the_registry(registered: None, beir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "--candidates bm25|dense|run:FILE|longest:WORD" in said and "longest:WORD, the longest that hold WORD" in said
+    for wrong in ("longest", "longest:", "bm42", "dense:x"):
+        message = f"candidates '{wrong}' are not known; valid: bm25, dense, run:FILE, longest:WORD"
+        assert message in failing(capsys, "--dataset", str(beir()), "--candidates", wrong, "--methods", "fast", "--out", str(tmp_path / "out"))
+
+
+def test_each_is_what_it_declares(beir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert file_of("run:~/x.trec") == tmp_path / "x.trec" and file_of("bm25") is None
+    with pytest.raises(UserError, match="candidates 'run' are not known"):
+        file_of("run")
+    (tmp_path / "x.trec").write_text("q1 Q0 d1 1 1 x\n")
+    for name, declared in FIRST_STAGES.items():
+        stage, argument = find("run:~/x.trec" if declared.argument else name)
+        made: FirstStage = stage.make(Context(None, lambda ids, queries, k: [], lambda items, title: items), argument)  # type: ignore[arg-type]
+        assert stage is declared and made.notes == [] and json.dumps(made.about())
