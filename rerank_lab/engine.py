@@ -116,27 +116,31 @@ class Engine:
         for cache in self.caches.values():
             cache.refresh()
 
-    def encode(self, texts: Sequence[str], max_tokens: int, wanted: Mapping[int, Detail], progress: Progress) -> None:
+    def encode(self, texts: Sequence[str], max_tokens: int, detail: Detail, progress: Progress) -> None:
         """Puts documents' vectors into the caches.
 
         Args:
             texts: any strings.
             max_tokens: own tokens kept of each.
-            wanted: in which detail, by id() of the encoder.
-            progress: as models.cache.ensure takes it.
+            detail: the richest that is wanted of a document.
+            progress: as cache.vectors.ensure takes it.
         """
-        for encoder, cache in self._makers():
-            if id(encoder) in wanted:
-                ensure(encoder, cache, texts, max_tokens=max_tokens, detail=wanted[id(encoder)], progress=progress, keep=False)
+        for encoder, own in self._makers(detail):
+            ensure(encoder, self.caches[id(encoder)], texts, max_tokens=max_tokens, detail=own, progress=progress, keep=False)
 
-    def lacks(self, texts: Sequence[str], max_tokens: int, wanted: Mapping[int, Detail]) -> list[bool]:
+    def lacks(self, texts: Sequence[str], max_tokens: int, detail: Detail) -> list[bool]:
         """Which of these documents `encode` would have to read."""
-        makers = [(cache, wanted[id(encoder)], min(max_tokens, encoder.limit)) for encoder, cache in self._makers() if id(encoder) in wanted]
-        return [not all(cache.has(text_key(text, limit), detail) for cache, detail, limit in makers) for text in texts]
+        makers = [(self.caches[id(encoder)], own, min(max_tokens, encoder.limit)) for encoder, own in self._makers(detail)]
+        return [not all(cache.has(text_key(text, limit), own) for cache, own, limit in makers) for text in texts]
 
-    def _makers(self) -> Iterator[tuple[Encoder, VectorCache]]:
-        for encoder in encoders(self.encoder, self.cross):
-            yield encoder, self.caches[id(encoder)]
+    def _makers(self, detail: Detail) -> Iterator[tuple[Encoder, Detail]]:
+        """Who makes vectors, and in which detail: what a scorer needs beyond tokens is made by its own encoder alone."""
+        needs = None if self.cross is None else self.cross.needs
+        other = needs if needs is not None and needs.encoder is not self.encoder else None
+        if self.encoder is not None:
+            yield self.encoder, detail if other is None else min(detail, Detail.TOKENS)
+        if other is not None and detail >= other.detail:
+            yield other.encoder, other.detail
 
 
 class Engines:

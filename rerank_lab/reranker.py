@@ -297,20 +297,11 @@ class Reranker:
 
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
         """Puts documents' vectors into the caches, so that ranking them later costs no forward."""
-        self.engine.encode(texts, self.max_tokens, self._wanted(detail), progress)
+        self.engine.encode(texts, self.max_tokens, detail, progress)
 
     def lacks(self, texts: Sequence[str], *, detail: Detail) -> list[bool]:
         """Which of these documents `encode` would have to read."""
-        return self.engine.lacks(texts, self.max_tokens, self._wanted(detail))
-
-    def _wanted(self, detail: Detail) -> dict[int, Detail]:
-        """In which detail each encoder's vectors are wanted, by its id(): what a scorer needs beyond tokens is its own encoder's alone."""
-        needs = None if self.engine.cross is None else self.engine.cross.needs
-        other = needs is not None and needs.encoder is not self.encoder
-        wanted = {} if self.encoder is None else {id(self.encoder): min(detail, Detail.TOKENS) if other else detail}
-        if needs is not None and other and detail >= needs.detail:
-            wanted[id(needs.encoder)] = needs.detail
-        return wanted
+        return self.engine.lacks(texts, self.max_tokens, detail)
 
     @exactly(tensors=True)
     def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: Progress = lambda done, total: None) -> Tensor:

@@ -247,21 +247,21 @@ def driver(s: Settings) -> Json:
     def records() -> list[Record]:  # as they come from workers
         gathered: list[Record] = []
         for start in range(0, asks, QUERIES):
-            for one in pickle.loads(pickle.dumps([record(q) for q in queries[start : start + QUERIES]])):
-                journal.append("fast", one)
-                gathered.append(one)
+            gathered += pickle.loads(pickle.dumps([record(q) for q in queries[start : start + QUERIES]]))
+        for one in gathered:
+            journal.append("fast", one)
         return gathered
 
     ranked = step("records", asks, records)
     systems = {name: System.parse(name) for name in ("fast", "best")}
     options = {"measures": list(MEASURES), "baseline": "fast", "seed": 0, "dataset": data.name, "split": data.split, "methods": list(systems)}
-    environment = Environment(**vars(describe(torch.device("cpu"))), vector_cache="disk")
+    environment, models = Environment(**vars(describe(torch.device("cpu"))), vector_cache="disk"), {"model": MODEL, "model_cross": None}
 
     def summary(size: int) -> Any:
-        own = {name: RowRecords(ranked[:size], 254, Cold()) for name in systems}
         some = replace(data, qrels=dict(islice(data.qrels.items(), size)))
-        few = replace(candidates, run=dict(islice(candidates.run.items(), size)))
-        return summarize(Evaluation(environment, Config.of(options), {"model": MODEL, "model_cross": None}, some, few, systems), own)
+        few = dict(islice(candidates.run.items(), size))
+        own = {name: RowRecords(ranked[:size], 254, Cold()) for name in systems}
+        return summarize(Evaluation(environment, Config.of(options), models, some, replace(candidates, run=few), systems), own)
 
     summary(20)  # loads what it needs
     step("summary", 2 * asks, lambda: summary(asks))
@@ -272,9 +272,8 @@ def record(query: QueryCandidates) -> Record:
     """What a method leaves behind of a query."""
     size, numbers = len(query.candidates.documents), np.random.default_rng(0).standard_normal(len(query.candidates.documents))
     phases = {"encode": 0.0123456789, "tokenise": 0.0012345678, "score": 0.0123456789, "rank": 0.001234567}
-    documents = [str(d) for d in reversed(query.candidates.documents)]
     cost = Cost(phases, flops=10**9, flops_new=10**12, truncated=40, peak_rss_mb=1234.5678)
-    return Record(query.id, documents, numbers.astype(np.float32).tolist(), numbers.tolist(), size, 0.0123456789, cost, "ray")
+    return Record(query.id, query.candidates.documents[::-1], numbers.astype(np.float32).tolist(), numbers.tolist(), size, 0.0123456789, cost, "ray")
 
 
 def tiny(s: Settings, files: str, each: str) -> Json:
