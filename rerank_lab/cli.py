@@ -1,4 +1,7 @@
-"""What every command does at its edges: options, a terminal of any encoding, streams that are closed, full or no longer read. Imports no torch."""
+"""What all commands share: types of options, exit codes, terminals of any encoding, and streams that are closed, full or no longer read.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,27 @@ from rerank_lab.errors import UserError
 from rerank_lab.files import expanded
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 
-# What a terminal shows whose encoding lacks a character of ours; a minus must not become a question mark.
-PLAIN = {
+# Replacements for characters that a terminal's encoding lacks: a minus must not become a question mark.
+PLAIN_CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "×": "x", "·": "*", "…": "...", "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "≥": ">=", "≤": "<=",
     "±": "+-", "µ": "u", "→": "->", "←": "<-", "∞": "inf", "Σ": "sum", "√": "sqrt", "²": "^2", "³": "^3", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 }  # fmt: skip
-ERRORS = "rerank_lab"  # the name of the handler
-BROKEN_PIPE = 141  # as a shell says it of a tool that nobody reads any more: 128 and the number of SIGPIPE
-INTERRUPTED = 130  # the same of SIGINT
+ERROR_HANDLER = "rerank_lab"  # under which `plain` is registered with codecs
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
+INTERRUPTED = 130  # 128 + SIGINT
 SUBSPACE = "token projection V for --model (experiments/training/fit_subspace.py); default: the shipped one, or none"
 
 
 class Unwritable(Exception):
-    """stdout takes no more. No OSError, so that nothing on the way takes it for one of its own files."""
+    """stdout cannot be written. Not an OSError, so that code which handles errors of its own files does not catch it."""
 
     def __init__(self, reason: OSError):
         super().__init__(reason.strerror or str(reason))
         self.reason = reason
 
 
-class _Out(io.TextIOWrapper):
-    """stdout, whose end is told from other errors."""
+class _Stdout(io.TextIOWrapper):
+    """stdout that raises Unwritable instead of OSError."""
 
     def write(self, text: str) -> int:
         try:
@@ -53,8 +56,8 @@ class _Out(io.TextIOWrapper):
             raise Unwritable(error) from None
 
 
-class _Beside(io.TextIOWrapper):
-    """stderr, which never ends the work: what it does not take is not said."""
+class _Stderr(io.TextIOWrapper):
+    """stderr that never ends the work: what cannot be written to it is dropped."""
 
     def write(self, text: str) -> int:
         try:
@@ -70,15 +73,19 @@ class _Beside(io.TextIOWrapper):
 
 
 def run(main: Callable[[], int | None], name: str = "rerank_lab") -> int:
-    """Runs a command and gives its exit code: its own; 130 after Ctrl-C; 141 where a reader of stdout has gone; 1, with the reason, where stdout cannot be written.
+    """Runs a command and returns its exit code.
 
     Args:
-        main: reads sys.argv, prints, and gives an exit code; it may raise SystemExit, as argparse does.
-        name: what stands before the reason.
+        main: reads sys.argv, prints, and returns an exit code; None is 0. It may raise SystemExit, as argparse does.
+        name: prefix of the messages.
+
+    Returns:
+        the command's own code; 130 after Ctrl-C; 141 if the reader of stdout has gone; 1, with a message, if stdout cannot
+        be written for another reason.
     """
-    codecs.register_error(ERRORS, plain)
-    _occupy()
-    sys.stdout, sys.stderr = _stream(sys.stdout, 1, _Out), _stream(sys.stderr, 2, _Beside)
+    codecs.register_error(ERROR_HANDLER, plain)
+    _reserve_closed_streams()
+    sys.stdout, sys.stderr = _stream(sys.stdout, 1, _Stdout), _stream(sys.stderr, 2, _Stderr)
     try:
         try:
             code = main() or 0
@@ -88,11 +95,11 @@ def run(main: Callable[[], int | None], name: str = "rerank_lab") -> int:
             code = 1 if isinstance(end.code, str) else int(end.code or 0)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:  # most commands say more; this one came while they were being loaded
+    except KeyboardInterrupt:  # while the command was still loading; once it runs it says more itself
         print(f"\n{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Unwritable as error:
-        _to_nowhere(1)
+        _discard_output(1)
         if isinstance(error.reason, BrokenPipeError):
             return BROKEN_PIPE
         print(f"{name}: failed: stdout: {error}", file=sys.stderr)
@@ -100,15 +107,15 @@ def run(main: Callable[[], int | None], name: str = "rerank_lab") -> int:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where models run, and in what arithmetic.
+class ComputeOptions:
+    """Where models run, and in which precision.
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         kernels: one of rerank_kernels.BACKENDS.
         runtime: "auto" or one of RUNTIMES.
         precision: one of PRECISIONS.
-        threads: of the CPU; None: as many as torch takes.
+        threads: CPU threads; None: torch's choice.
     """
 
     device: str = "auto"
@@ -118,30 +125,34 @@ class Machine:
     threads: int | None = None
 
 
-def machine_options(group: argparse._ArgumentGroup) -> None:
-    """The options of Machine, for every command that runs models."""
-    group.add_argument("--device", default=Machine.device, help="auto, cpu, cuda, mps (default: auto)")
+def add_compute_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the options of ComputeOptions, for a command that runs models."""
+    group.add_argument("--device", default=ComputeOptions.device, help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument(
         "--kernels",
         choices=BACKENDS,
-        default=Machine.kernels,
+        default=ComputeOptions.kernels,
         help="which implementation of the operators runs; auto: triton on CUDA, cpu on the CPU (default: auto)",
     )
     group.add_argument(
         "--runtime",
         choices=("auto", *RUNTIMES),
-        default=Machine.runtime,
+        default=ComputeOptions.runtime,
         metavar="NAME",
         help=f"what runs the transformers: {', '.join(RUNTIMES)}, or auto: torch, or what computes in --precision (default: auto)",
     )
     group.add_argument(
-        "--precision", choices=PRECISIONS, default=Machine.precision, help="of the transformers; bf16 where the processor has it (default: fp32)"
+        "--precision", choices=PRECISIONS, default=ComputeOptions.precision, help="of the transformers; bf16 where the processor has it (default: fp32)"
     )
     group.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
 
 
 def place_of(value: str) -> str:
-    """A file, folder or name as an option gives it, with ~ put in full; "--name=~/x" reaches us as it is, and so does a TOML file's."""
+    """An option's file, folder or name with ~ expanded. Shells leave the ~ of "--name=~/x" as it is, and so do TOML files.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such user's home folder.
+    """
     try:
         return expanded(value)
     except UserError as error:
@@ -149,13 +160,13 @@ def place_of(value: str) -> str:
 
 
 def named_place(value: str) -> str:
-    """NAME=PLACE with the place in full."""
+    """NAME=PLACE with ~ expanded in PLACE."""
     name, equals, rest = value.partition("=")
     return f"{name}{equals}{place_of(rest)}"
 
 
 def path_of(value: str) -> Path:
-    """The same as a Path."""
+    """An option's file or folder as a Path, with ~ expanded."""
     return Path(place_of(value))
 
 
@@ -174,7 +185,7 @@ def natural(value: str) -> int:
     return int(value)
 
 
-def weight(value: str) -> float:
+def non_negative(value: str) -> float:
     """A finite number of at least 0."""
     try:
         number = float(value)
@@ -187,23 +198,27 @@ def weight(value: str) -> float:
 
 def positive(value: str) -> float:
     """A number above 0."""
-    if (number := weight(value)) == 0:
+    if (number := non_negative(value)) == 0:
         raise argparse.ArgumentTypeError(f"must be above 0, not {value!r}")
     return number
 
 
 def plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """An error handler: characters that an encoding lacks, in letters that each has; of a file's name the bytes that it was given as."""
+    """An error handler for codecs: replaces characters that the encoding lacks by plain ones. Bytes of a file's name that were no text are written unchanged."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
     if all("\udc80" <= character <= "\udcff" for character in text):
         return bytes(ord(character) - 0xDC00 for character in text), error.end
-    return "".join(PLAIN.get(character, "?") for character in text), error.end
+    return "".join(PLAIN_CHARACTERS.get(character, "?") for character in text), error.end
 
 
-def _occupy() -> None:
-    """Takes the numbers of closed streams, lest a file that is opened later get one, and all that is printed. What writes there hears that it cannot."""
+def _reserve_closed_streams() -> None:
+    """Opens something under the file descriptors 0 to 2 that are closed.
+
+    Otherwise a file opened later would get such a number, and with it everything that is printed. Writing to the
+    placeholder fails.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -214,14 +229,14 @@ def _occupy() -> None:
 def _stream(stream: TextIO | None, number: int, kind: type[io.TextIOWrapper]) -> Any:
     if stream is None:  # closed when Python started
         raw = io.FileIO(number, "w", closefd=False)
-        return kind(io.BufferedWriter(raw), "utf-8", ERRORS, line_buffering=number == 2)
+        return kind(io.BufferedWriter(raw), "utf-8", ERROR_HANDLER, line_buffering=number == 2)
     if not isinstance(stream, io.TextIOWrapper):
         return stream
-    return kind(stream.buffer, stream.encoding, ERRORS, line_buffering=stream.line_buffering, write_through=stream.write_through)
+    return kind(stream.buffer, stream.encoding, ERROR_HANDLER, line_buffering=stream.line_buffering, write_through=stream.write_through)
 
 
-def _to_nowhere(number: int) -> None:
-    """What is still held for a stream goes nowhere, so that the interpreter's end does not fail on it again."""
+def _discard_output(number: int) -> None:
+    """Points a file descriptor at the null device. What is still buffered goes there, so that the interpreter does not fail on it again at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
     os.close(nowhere)

@@ -1,4 +1,4 @@
-"""Loaded models with the caches of what they make, and the description that they are loaded from, here or in another process."""
+"""EngineSpec describes which models to load; an Engine is the loaded models with their vector caches. A spec can be sent to another process and loaded there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rerank_lab.cache.vectors import DISK_BYTES, Progress, VectorCache, ensure, text_key
+from rerank_lab.cache.vectors import DISK_BYTES, ProgressCallback, VectorCache, ensure, text_key
 from rerank_lab.models.base import Detail, Encoder, Scorer
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.registry import DEFAULT_MODEL
@@ -21,16 +21,16 @@ Caches = Mapping[int, VectorCache]  # by id() of the encoder that makes their ve
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is loaded from. Another device or cache is `replace(spec, …)`.
+    """What an engine is loaded from. Use `replace(spec, …)` for another device or cache.
 
     Attributes:
-        model: bi-encoder, by registry id, folder or hub name; None: none.
-        model_cross: cross-encoder, by the same, or the file of an adapter; None: none.
-        subspace: safetensors file with the projection of the bi-encoder's tokens; None: the shipped one, or none.
+        model: bi-encoder, by registry id, folder or hub name; None: no bi-encoder.
+        model_cross: cross-encoder, by registry id, folder, hub name or an adapter's file; None: no cross-encoder.
+        subspace: safetensors file with the projection of the bi-encoder's token vectors; None: the shipped one, or none.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        runtime, precision: of the transformers, as models.runtimes.choose takes them.
-        cache_dir: folder or URL for vectors that outlive the process; None: in memory alone.
-        cache_bytes: bound on what that folder holds of one model.
+        runtime, precision: of the transformers, as models.exported.choose takes them.
+        cache_dir: folder or URL for vectors that outlive the process; None: vectors are kept in memory only.
+        cache_bytes: upper bound on one model's vectors in that folder.
     """
 
     model: str | None = DEFAULT_MODEL
@@ -43,13 +43,13 @@ class EngineSpec:
     cache_bytes: int = DISK_BYTES
 
     def load(self, model: Encoder | None = None, model_cross: Scorer | None = None) -> Engine:
-        """Loads what it names.
+        """Loads the models that the spec names.
 
         Args:
-            model, model_cross: loaded already, in place of those that are named; such an engine cannot travel to another process.
+            model, model_cross: models that are loaded already, used instead of the named ones. Such an engine cannot be pickled.
 
         Raises:
-            UserError: a model that is not to be found or has another role.
+            UserError: a model is not found or has another role.
         """
         place = {"device": self.device, "runtime": self.runtime, "precision": self.precision}
         named = model is None and model_cross is None
@@ -61,26 +61,26 @@ class EngineSpec:
 
 
 class Engine:
-    """Models that are loaded, and a cache for each encoder among them.
+    """Loaded models, with a vector cache for each encoder.
 
     Args:
-        encoder: makes vectors.
-        cross: scores pairs.
-        caches: of the vectors of `encoder`, and of the encoder that `cross` needs.
-        spec: what all of it was loaded from; None: it was put together here and cannot travel.
+        encoder: makes vectors; None: no bi-encoder.
+        cross: scores pairs; None: no cross-encoder.
+        caches: one for `encoder`, and one for the encoder that `cross` needs.
+        spec: what the models were loaded from; None: they were passed in loaded, and the engine cannot be pickled.
     """
 
     def __init__(self, encoder: Encoder | None, cross: Scorer | None, caches: Caches, spec: EngineSpec | None = None):
         self.encoder, self.cross, self.caches, self.spec = encoder, cross, caches, spec
 
     def __reduce__(self) -> tuple[Callable[[], Engine], tuple[()]]:
-        """Travels to other processes as its description, without weights and vectors; it is loaded anew there."""
+        """Pickles the spec without weights and vectors. Unpickling loads the models again."""
         if self.spec is None:
             raise TypeError("a Reranker of models that were loaded elsewhere cannot travel: name them instead")
         return self.spec.load, ()
 
     def elsewhere(self, **changes: str | int | None) -> Engine:
-        """The same here, described as it is loaded in other processes: with another device, say."""
+        """The same engine, with a changed spec: other processes that unpickle it load it with these changes, such as another device."""
         return Engine(self.encoder, self.cross, self.caches, None if self.spec is None else replace(self.spec, **changes))  # type: ignore[arg-type]
 
     def fresh(self) -> Engine:
@@ -102,39 +102,39 @@ class Engine:
 
     @property
     def cache_state(self) -> str:
-        """Where vectors are kept: "disk", "memory", or "none" where no model makes any."""
+        """Where vectors are kept: "disk", "memory", or "none" if no model makes vectors."""
         cache = next(iter(self.caches.values()), None)
         return "none" if cache is None else "memory" if cache.folder is None else "disk"
 
     def trim(self) -> None:
-        """Keeps the caches to their bounds; called when nothing is about to be gathered."""
+        """Shrinks the caches to their bounds. Call it only when no vectors are about to be gathered."""
         for cache in self.caches.values():
             cache.trim()
 
     def refresh(self) -> None:
-        """Sees the vectors that other processes have put into the caches since."""
+        """Picks up vectors that other processes have added to the caches' folders."""
         for cache in self.caches.values():
             cache.refresh()
 
-    def encode(self, texts: Sequence[str], max_tokens: int, detail: Detail, progress: Progress) -> None:
-        """Puts documents' vectors into the caches.
+    def encode(self, texts: Sequence[str], max_tokens: int, detail: Detail, progress: ProgressCallback) -> None:
+        """Encodes the documents whose vectors the caches lack.
 
         Args:
             texts: any strings.
-            max_tokens: own tokens kept of each.
-            detail: the richest that is wanted of a document.
+            max_tokens: tokens kept of each text, special ones not counted.
+            detail: the most detailed vectors that are wanted of a document.
             progress: as cache.vectors.ensure takes it.
         """
         for encoder, own in self._makers(detail):
             ensure(encoder, self.caches[id(encoder)], texts, max_tokens=max_tokens, detail=own, progress=progress, keep=False)
 
     def lacks(self, texts: Sequence[str], max_tokens: int, detail: Detail) -> list[bool]:
-        """Which of these documents `encode` would have to read."""
+        """For each text, whether `encode` would have to encode it."""
         makers = [(self.caches[id(encoder)], own, min(max_tokens, encoder.limit)) for encoder, own in self._makers(detail)]
         return [not all(cache.has(text_key(text, limit), own) for cache, own, limit in makers) for text in texts]
 
     def _makers(self, detail: Detail) -> Iterator[tuple[Encoder, Detail]]:
-        """Who makes vectors, and in which detail: what a scorer needs beyond tokens is made by its own encoder alone."""
+        """Each encoder with the detail it has to make. If the scorer brings its own encoder, only that one makes more than token vectors."""
         needs = None if self.cross is None else self.cross.needs
         other = needs if needs is not None and needs.encoder is not self.encoder else None
         if self.encoder is not None:
@@ -144,10 +144,10 @@ class Engine:
 
 
 class Engines:
-    """Engines by what they are loaded from, the last few of them; they belong to whoever made this.
+    """The engines that were used last, by their specs.
 
     Args:
-        most: how many stay loaded.
+        most: how many engines stay loaded.
     """
 
     def __init__(self, most: int = 2):
@@ -155,7 +155,7 @@ class Engines:
         self.loaded: OrderedDict[EngineSpec, Engine] = OrderedDict()
 
     def get(self, spec: EngineSpec) -> Engine:
-        """The engine, loaded where it is not yet.
+        """The engine of this spec. It is loaded unless it already is.
 
         Raises:
             UserError: as EngineSpec.load.
@@ -166,23 +166,27 @@ class Engines:
         return self.loaded[spec]
 
 
-def packed(value: Any, **changes: str | int | None) -> bytes:
-    """What ranks as bytes for another process; of its engines only what they are loaded from.
+def pickled(value: Any, **changes: str | int | None) -> bytes:
+    """Pickles a value; its engines are replaced by their specs.
 
     Args:
-        value: a Reranker, or what holds one.
-        changes: of the EngineSpecs, as they are loaded there.
+        value: a Reranker, or an object that holds one.
+        changes: fields of the EngineSpecs that are different in the other process.
 
     Raises:
-        TypeError: an engine of models that were not loaded by name.
+        TypeError: an engine's models were not loaded by name.
     """
     buffer = io.BytesIO()
     _Packing(buffer, changes).dump(value)
     return buffer.getvalue()
 
 
-def unpacked(content: bytes, engines: Engines) -> Any:
-    """What was packed, on engines that are loaded here.
+def unpickled(content: bytes, engines: Engines) -> Any:
+    """Restores a value from `pickled`.
+
+    Args:
+        content: the bytes.
+        engines: where the engines come from.
 
     Raises:
         UserError: as EngineSpec.load.
@@ -198,7 +202,7 @@ class _Packing(pickle.Pickler):
     def persistent_id(self, value: Any) -> EngineSpec | None:
         if not isinstance(value, Engine):
             return None
-        value.__reduce__()  # or it cannot travel
+        value.__reduce__()  # raises if it has no spec
         assert value.spec is not None
         return replace(value.spec, **self.changes)  # type: ignore[arg-type]
 
@@ -213,11 +217,17 @@ class _Unpacking(pickle.Unpickler):
 
 
 def encoders(encoder: Encoder | None, cross: Scorer | None) -> list[Encoder]:
-    """Those that make vectors of documents for these models, each once."""
+    """The encoders that encode documents for these models, each once."""
     needed = None if cross is None or cross.needs is None else cross.needs.encoder
     return list({id(one): one for one in (encoder, needed) if one is not None}.values())
 
 
 def new_caches(encoder: Encoder | None, cross: Scorer | None, folder: str | None = None, disk_bytes: int = DISK_BYTES) -> dict[int, VectorCache]:
-    """An empty cache for each encoder of these models, or what a folder or URL holds of its vectors."""
+    """A cache for each encoder of these models, by id() of the encoder.
+
+    Args:
+        encoder, cross: the models.
+        folder: folder or URL of the vectors; None: the caches are in memory and empty.
+        disk_bytes: upper bound on one model's vectors in the folder.
+    """
     return {id(one): VectorCache(one.key(), folder, disk_bytes=disk_bytes, about=one.about()) for one in encoders(encoder, cross)}

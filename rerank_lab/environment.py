@@ -1,4 +1,4 @@
-"""What a result was made on: versions, hardware, threads, commit, and who did the work."""
+"""Describes what a result was computed on: versions, hardware, threads, commit, and the cluster if there was one."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ import torch
 
 from rerank_kernels import backend, cpu
 
-PACKAGES = ("rerank_lab", "torch", "triton", "transformers", "tokenizers", "numpy", "scipy", "ir_measures", "pytrec_eval-terrier", "bm25s", "PyStemmer")
+REPORTED_PACKAGES = (
+    "rerank_lab", "torch", "triton", "transformers", "tokenizers", "numpy", "scipy", "ir_measures", "pytrec_eval-terrier", "bm25s", "PyStemmer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Everything about machine and software that a figure may depend on; names no user, host or path.
+    """Everything about machine and software that a figure may depend on. It names no user, host or path.
 
     Attributes:
-        python, platform: its version, and system with kind of processor.
+        python: Python's version.
         packages: name → version.
-        cpu, cpus: the processor's name, and how many this process may use; None: not known.
-        threads: of torch.
-        memory_gb: of the machine; None: not known.
-        device: where models run: cpu, mps, or a GPU's name.
-        kernels: what answers the operators' calls there, as `kernels` has it.
-        commit: of the checkout, with + where it has changes; None for an installed package.
+        platform: operating system and processor architecture.
+        cpu: the processor's name.
+        cpus: how many processors this process may use; None: unknown.
+        threads: CPU threads that torch uses.
+        memory_gb: memory of the machine; None: unknown.
+        device: where the models run: cpu, mps, or a GPU's name.
+        kernels: the implementation of the operators on that device, as the function `kernels` names it.
+        commit: of the checkout, with a + if tracked files have changed; None for an installed package.
     """
 
     python: str
@@ -45,7 +49,16 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A cluster that did the work."""
+    """The cluster that did the work.
+
+    Attributes:
+        name: of the executor.
+        version: of the cluster's software.
+        workers: how many worker processes had room.
+        resources: name → amount that each worker has.
+        nodes: machines that the cluster had.
+        calls: machine → how many calls it answered.
+    """
 
     name: str
     version: str = ""
@@ -57,12 +70,13 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment(Machine):
-    """Machine and software where models ran, and who timed the rankings.
+    """The machine that the models ran on, and what ran them.
 
     Attributes:
         vector_cache: where vectors were kept: disk, memory or none.
-        peak_memory_per_method: whether a peak is a row's own; otherwise the process's since its start. None: not said.
-        executor: the cluster that did the work; None: the process of the command.
+        peak_memory_per_method: true if each row's peak memory is its own, false if it counts from the start of the process;
+            None: unknown.
+        executor: the cluster that did the work; None: the command's own process.
         timed_by: names of the executors that timed rankings.
     """
 
@@ -73,10 +87,10 @@ class Environment(Machine):
 
 
 def describe(device: torch.device) -> Machine:
-    """The machine with models on this device."""
+    """Describes this machine, with the models on this device."""
     return Machine(
         python=platform.python_version(),
-        packages={name: found for name in PACKAGES if (found := _version(name))},
+        packages={name: found for name in REPORTED_PACKAGES if (found := _version(name))},
         platform=f"{platform.system()} {platform.machine()}",
         cpu=_cpu_name(),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -89,7 +103,7 @@ def describe(device: torch.device) -> Machine:
 
 
 def kernels(device: torch.device) -> str:
-    """What answers the operators' calls on this device now: "reference", "triton", or "cpu" with what it runs there (c-avx512, torch …).
+    """Which implementation of the operators runs on this device: "reference", "triton", or "cpu" with its variant (c-avx512, torch …).
 
     Raises:
         ValueError: the chosen backend cannot run on this device.
@@ -123,7 +137,7 @@ def _memory_gb() -> float | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with + where it has changes; None for an installed package."""
+    """The checkout's commit, with a + if tracked files have changed; None for an installed package."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""What can go wrong for a user, and what the command line makes of it."""
+"""The two errors that a user meets, and the exit code of each."""
 
 from __future__ import annotations
 

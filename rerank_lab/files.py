@@ -1,4 +1,4 @@
-"""Files as people name, pack and leave them: ~, gzip, what lies hidden beside them; and JSON as dataclasses. Imports nothing that is slow to load."""
+"""Reading and writing files: paths with ~, gzip, hidden files, atomic writes, and JSON as dataclasses. Imports nothing that is slow to load."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from typing import Any, TypeVar, cast
 from rerank_lab.errors import UserError
 
 T = TypeVar("T")
-Json = str | int | float | bool | None | list[Any] | Mapping[str, Any]  # any value, as JSON has it
-PACKERS = {
+Json = str | int | float | bool | None | list[Any] | Mapping[str, Any]
+COMPRESSIONS = {
     rb"BZh[1-9]1AY&SY": "bzip2", rb"\xfd7zXZ\x00": "xz", rb"\x28\xb5\x2f\xfd": "zstd", rb"\x04\x22\x4d\x18": "lz4", rb"PK\x03\x04": "zip", rb"7z\xbc\xaf": "7-Zip",
 }  # fmt: skip
 
 
 def expanded(place: str) -> str:
-    """The place with a leading ~ or ~user put in full, behind hf:, irds: and run: too; any other place as it is.
+    """Expands a leading ~ or ~user of a path, also after hf:, irds: and run:. Any other text is returned unchanged.
 
-    Shells do so at the start of a word alone, and neither do TOML files nor the environment.
+    A shell expands ~ only at the start of a word. TOML files and environment variables never have it expanded.
 
     Raises:
-        UserError: no such user, or no home folder.
+        UserError: there is no such user, or no home folder.
     """
     prefix, colon, rest = place.partition(":")
     prefix, rest = (f"{prefix}:", rest) if colon and prefix in ("hf", "irds", "run") else ("", place)
@@ -46,22 +46,30 @@ def expanded(place: str) -> str:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file, by its path inside a collection with /, is one of those that systems and editors leave: .name, .folder/name, __MACOSX/name."""
+    """Whether a file was left behind by an operating system or an editor: .name, .folder/name, __MACOSX/name.
+
+    Args:
+        name: the file's path inside a collection, with / as separator.
+    """
     return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def unpacked(file: BufferedReader, label: str) -> BufferedReader:
-    """What reads the content of an open file: gzip's, which its first bytes tell, is taken off.
+def decompressed(file: BufferedReader, label: str) -> BufferedReader:
+    """A reader of an open file's content. Gzip is recognised by the first bytes and decompressed.
+
+    Args:
+        file: opened in binary mode, at its start.
+        label: names the file in messages.
 
     Raises:
-        UserError: packed by another program.
+        UserError: the file is compressed by another program, or is text in UTF-16.
     """
     start = file.peek(10)[:10]
     if start.startswith(b"\x1f\x8b"):
         return cast(BufferedReader, gzip.GzipFile(fileobj=file))
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{label}: text in UTF-16, as PowerShell's > writes it; save it as UTF-8")
-    for magic, name in PACKERS.items():
+    for magic, name in COMPRESSIONS.items():
         if re.match(magic, start):
             raise UserError(f"{label}: packed with {name}, and of such gzip alone is read: unpack it")
     return file
@@ -69,14 +77,14 @@ def unpacked(file: BufferedReader, label: str) -> BufferedReader:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """A file's content, unpacked where gzip packed it.
+    """Opens a file for reading in binary mode, and decompresses it if it is gzipped.
 
     Raises:
-        UserError: no such file, packed by another program, damaged, or cut off.
+        UserError: the file does not exist, is compressed by another program, damaged, or cut off.
     """
     try:
         with path.open("rb") as file:
-            yield unpacked(file, str(path))
+            yield decompressed(file, str(path))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged or cut off, gzip cannot unpack it ({error})") from None
     except OSError as error:
@@ -84,10 +92,10 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file.
+    """SHA-256 of a file, in hexadecimal.
 
     Raises:
-        UserError: it cannot be read, or not twice: a pipe.
+        UserError: the file cannot be read, or is a pipe, which can be read only once.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path}: no file but a pipe; write the run to a file first, which results then name by its hash")
@@ -97,17 +105,17 @@ def file_hash(path: Path) -> str:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-class Misfit(ValueError):
-    """What a file lacks, or has of another kind: the place and the fault."""
+class DecodeError(ValueError):
+    """JSON that does not fit a dataclass. The message names the place and the fault."""
 
 
-def named(name: str, **options: Any) -> Any:
-    """A field that stands in the file under a name which Python does not allow, or which another word says better."""
+def json_name(name: str, **options: Any) -> Any:
+    """A dataclass field whose key in JSON differs from its name in Python."""
     return field(metadata={"name": name}, **options)
 
 
 def encode(value: Any) -> Any:
-    """A dataclass as JSON has it, under the names of the file."""
+    """A dataclass as values that json.dumps accepts. Fields made by `json_name` get their JSON keys."""
     if is_dataclass(value):
         return {f.metadata.get("name", f.name): encode(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
@@ -116,15 +124,15 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: type[T], value: Any, place: str = "") -> T:
-    """JSON as a dataclass.
+    """Makes a dataclass from parsed JSON.
 
     Args:
-        kind: a dataclass whose fields are dataclasses, lists, dict[str, …], numbers, strings, booleans, or one of these or None.
-        value: the JSON; keys that no field has are left out.
-        place: where it stands, for messages.
+        kind: the dataclass. Its fields are dataclasses, lists, dict[str, …], numbers, strings, booleans, or one of these or None.
+        value: the parsed JSON. Keys without a field are ignored.
+        place: the value's path in its file, for messages.
 
     Raises:
-        Misfit: a field without a default is missing, or something is of another kind.
+        DecodeError: a field without a default is missing, or a value has the wrong type.
     """
     found: T = _decoded(kind, value, place)
     return found
@@ -139,7 +147,7 @@ def _decoded(kind: Any, value: Any, place: str) -> Any:
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind) or origin is dict:
         if not isinstance(value, dict):
-            raise Misfit(f"{place or 'it'}{'.' if place and not place.endswith('.') else ''} is no object")
+            raise DecodeError(f"{place or 'it'}{'.' if place and not place.endswith('.') else ''} is no object")
         place = f"{place.removesuffix('.')}." if place else ""
         if origin is dict:
             return {key: _decoded(inner[1], own, f"{place}{key}") for key, own in value.items()}
@@ -149,20 +157,20 @@ def _decoded(kind: Any, value: Any, place: str) -> Any:
             if name in value:
                 given[f.name] = _decoded(hints[f.name], value[name], f"{place}{name}")
             elif f.default is MISSING and f.default_factory is MISSING:
-                raise Misfit(f"{place}{name} is missing")
+                raise DecodeError(f"{place}{name} is missing")
         return kind(**given)
     if origin is list:
         if not isinstance(value, list):
-            raise Misfit(f"{place} is no list")
+            raise DecodeError(f"{place} is no list")
         return [_decoded(inner[0], one, f"{place}[{n}].") for n, one in enumerate(value)]
     wanted = (int, float) if kind is float else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise Misfit(f"{place.removesuffix('.')} is {json.dumps(value)[:40]}")
+        raise DecodeError(f"{place.removesuffix('.')} is {json.dumps(value)[:40]}")
     return value
 
 
 def valid_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8; half of a surrogate pair, which JSON can smuggle in, cannot."""
+    """Whether a string can be written as UTF-8. Half of a surrogate pair cannot; JSON can contain one."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -171,7 +179,11 @@ def valid_text(text: str) -> bool:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes under a temporary name of its own and renames it, so that the file is whole or not there; text as UTF-8."""
+    """Writes a file so that readers see all of it or nothing: under a temporary name first, then renamed. Text is written as UTF-8.
+
+    Raises:
+        OSError: the file cannot be written; the temporary file is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rerank_kernels import exactly, zscore
-from rerank_lab.cache.vectors import DISK_BYTES, Progress, VectorCache, ensure
+from rerank_lab.cache.vectors import DISK_BYTES, ProgressCallback, VectorCache, ensure
 from rerank_lab.datasets.runs import order
 from rerank_lab.engine import Engine, EngineSpec
 from rerank_lab.errors import ModelError, UserError
@@ -26,17 +26,17 @@ from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
 from rerank_lab.timing import Clock
 
 EXACT = "torch, fp32"
-BLOCK = 1 << 16  # documents whose pooled vectors are held at once where a whole corpus is looked at: 100 MB at 384 dimensions
+CORPUS_BLOCK = 1 << 16  # documents whose pooled vectors are in memory at once when a whole corpus is searched: 100 MB at 384 dimensions
 AnyPool = TypeVar("AnyPool", bound=Pool)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One document in its new place.
+    """One ranked document.
 
     Attributes:
-        index: its place in the input.
-        relevance_score: as the method shows it (cosine for fast, 0 to 1 for the others).
+        index: its position in the input.
+        relevance_score: the score that the method shows: the cosine for fast, 0 to 1 for the others.
         document: as it was given.
     """
 
@@ -47,16 +47,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a method made of one pool.
+    """One query's ranked documents, with the cost of ranking them. k documents are left after stage 1.
 
     Attributes:
-        order: positions in the input, best first; those that stage 1 dropped are absent.
-        scores: the raw scores in that order, fp32.
-        relevance: the shown scores in that order, fp64.
-        seconds: by phase.
+        order: k positions in the input, best first.
+        scores: k raw scores in that order, fp32.
+        relevance: k shown scores in that order, fp64.
+        seconds: phase → seconds.
         flops: counted by formula.
-        truncated: documents of which some model read only a part.
-        tokens: read for it, cached or not (Pool.tokens).
+        truncated: number of documents that were cut for at least one model.
+        tokens: tokens read, whether their vectors were cached or not (Pool.tokens).
     """
 
     order: list[int]
@@ -74,24 +74,25 @@ class Reranker:
     Example:
         >>> Reranker(model="all-MiniLM-L6-v2", method="best").rank("query", ["first text", {"text": "second"}], top_n=1)
 
-    What a process has set of torch (default dtype and device, autocast, precision of products) and numpy changes no score.
+    Scores do not depend on the process's settings of torch (default dtype and device, autocast, precision of products) or numpy.
 
     Args:
-        model: bi-encoder, by registry id, folder or hub name, or loaded already; so is model_cross. A Path is a folder or file, never an id.
+        model: bi-encoder: a registry id, a folder, a hub name, or a loaded model. A Path is a folder or file, never an id.
         method: "fast", "standard", "optimal" or "best", with settings as in "best:tau=0.05".
-        model_cross: cross-encoder, the file of a one-way adapter (.safetensors) too; joins best where it is given. None: "minilm-cross" for standard and optimal, none for best.
-        max_tokens_per_doc: own tokens kept of each document; the model's limit applies too.
-        fuse_first_stage: weight of z(first-stage score), added to z(method's score); `rank` is then given such scores.
-        cache_dir: folder or URL (fsspec) for vectors that outlive the process; None: in memory alone, at most 2 GiB.
-        cache_bytes: bound on what the folder holds of one model.
-        subspace: safetensors file with the model's projection V; None: the shipped one, or none.
-        device: "auto", "cpu", "cuda", "mps", or torch's own.
-        runtime: "auto", "torch", "compile", "onnx", "openvino"; what runs the transformers.
-        precision: "fp32", "bf16", "int8"; of the transformers.
+        model_cross: cross-encoder: as for `model`, or the file of a one-way adapter (.safetensors). With best it is optional
+            and adds a term. None: "minilm-cross" for standard and optimal, no cross-encoder for best.
+        max_tokens_per_doc: tokens kept of each document, special ones not counted; the model's limit applies too.
+        fuse_first_stage: weight of z(first-stage score), which is added to z(method's score). Above 0, `rank` needs these scores.
+        cache_dir: folder or URL (fsspec) for vectors that outlive the process; None: vectors are kept in memory, at most 2 GiB.
+        cache_bytes: upper bound on one model's vectors in that folder.
+        subspace: safetensors file with the projection V of token vectors; None: the shipped one, or none.
+        device: "auto", "cpu", "cuda", "mps", or a torch.device.
+        runtime: what runs the transformers: "auto", "torch", "compile", "onnx", "openvino".
+        precision: of the transformers: "fp32", "bf16", "int8".
 
     Raises:
-        UserError (a ValueError): a model that is not to be found or has another role, an unknown method or setting,
-            a method without the model that it needs, an argument of another type.
+        UserError (a ValueError): a model is not found or has another role; the method or a setting is unknown; the method
+            lacks a model that it needs; an argument has the wrong type.
     """
 
     @exactly(tensors=True)
@@ -126,10 +127,10 @@ class Reranker:
 
     @classmethod
     def of(cls, engine: Engine, method: str | Method, *, max_tokens_per_doc: int = 512, fuse_first_stage: float = 0.0, cross: bool = True) -> Reranker:
-        """A method on models that are loaded; cross=False hides the cross-encoder.
+        """A Reranker on models that are loaded already. cross=False hides the engine's cross-encoder from the method.
 
         Raises:
-            UserError: a method without the model that it needs.
+            UserError: the method lacks a model that it needs.
         """
         made: Reranker = object.__new__(cls)
         made._set(engine, as_method(method), max_tokens_per_doc, fuse_first_stage, cross)
@@ -139,20 +140,21 @@ class Reranker:
     def _set(self, engine: Engine, method: Method, max_tokens: int, fuse_first_stage: float, cross: bool) -> None:
         self.engine, self.method, self.max_tokens, self.fuse_first_stage = engine, method, max_tokens, fuse_first_stage
         self.encoder, self.cross = engine.encoder, engine.cross if cross else None
-        self.scorer = self.cross if method.uses_cross else None  # what the method will ask
+        self.scorer = self.cross if method.uses_cross else None  # the cross-encoder, if the method uses it
 
     def rank(self, query: str, documents: Iterable[Document], top_n: int | None = None, *, first_stage: Iterable[float] | None = None) -> list[Result]:
-        """Ranks documents for a query, best first, equal scores in input order.
+        """Ranks documents for a query, best first. Equal scores stay in input order.
 
         Args:
-            query: holds at least one non-blank character.
-            documents: strings, or mappings with the string under `text`, in any ordered collection, taken by position whatever an index says; at
-                least one. Empty texts are fine.
-            top_n: results wanted; more than there are: all. optimal and best give at most stage1_top_k.
-            first_stage: scores of the documents, used by fuse_first_stage, which wants them where it is above 0.
+            query: with at least one non-blank character.
+            documents: at least one string, or mapping with the string under `text`, in any ordered collection. An index (of a
+                pandas Series) is ignored. Empty texts are allowed.
+            top_n: how many results to return at most; None: all. optimal and best return at most stage1_top_k.
+            first_stage: a score for each document; needed if fuse_first_stage is above 0.
 
         Raises:
-            UserError (a ValueError): wrong input, with its place. ModelError: a model gave a NaN.
+            UserError (a ValueError): wrong input; the message names the argument.
+            ModelError: a model gave a NaN.
         """
         wanted = None if top_n is None else inputs.whole("top_n", top_n)
         given = inputs.documents(documents)
@@ -161,7 +163,7 @@ class Reranker:
         return [Result(i, relevance, given[i]) for i, relevance in shown]
 
     def score(self, query: str, texts: Iterable[Document], *, first_stage: Iterable[float] | None = None) -> Ranking:
-        """What `rank` does, with raw scores, time and FLOPs beside the order."""
+        """Ranks as `rank` does, and returns raw scores, seconds and FLOPs with the order."""
         return self._score(query, inputs.documents(texts), first_stage)
 
     @exactly(tensors=True)
@@ -172,16 +174,16 @@ class Reranker:
         return ranking
 
     def _first(self, first_stage: Iterable[float] | None, count: int) -> Tensor | None:
-        """First-stage scores, where they are given; those that are fused must be."""
+        """First-stage scores as a tensor; None if they are neither given nor needed."""
         if first_stage is None and self.fuse_first_stage:
             raise UserError("first_stage is wanted, a score for each document: fuse_first_stage adds it; or leave fuse_first_stage out")
         return None if first_stage is None else inputs.scores(first_stage, count)
 
     def pool(self, kind: Callable[..., AnyPool], query: str, texts: Sequence[str]) -> AnyPool:
-        """The query and its documents, with these models to look at them.
+        """A pool of the query and its documents, for these models; `kind` is its class.
 
         Raises:
-            UserError: a blank query, no documents, half of a surrogate pair.
+            UserError: the query is blank, there are no documents, or a text has half of a surrogate pair.
         """
         if not isinstance(query, str) or not query.strip():
             raise UserError("the query must be a string that holds at least one non-blank character")
@@ -197,7 +199,7 @@ class Reranker:
 
     @exactly(tensors=True)
     def finish(self, pool: Pool, first_stage: Iterable[float] | None = None) -> Ranking:
-        """Scores a pool and puts its documents in order."""
+        """Scores a pool (from `pool`) with the method and orders its documents. Errors as for `rank`."""
         first = self._first(first_stage, len(pool))
         with torch.inference_mode():
             scores = self.method.score(pool).cpu()
@@ -214,75 +216,75 @@ class Reranker:
         return Ranking(places, scores[places], relevance[places], dict(pool.clock.seconds), pool.flops, pool.truncated, pool.tokens)
 
     def using(self, method: str | Method, *, cross: bool = True) -> Reranker:
-        """The same loaded models and caches under another method; cross=False hides the cross-encoder."""
+        """The same loaded models and caches with another method. cross=False hides the cross-encoder."""
         shown = cross and self.cross is not None
         return Reranker.of(self.engine, method, max_tokens_per_doc=self.max_tokens, fuse_first_stage=self.fuse_first_stage, cross=shown)
 
-    def reading(self, max_tokens_per_doc: int) -> Reranker:
-        """The same with another bound on a document's tokens."""
-        return self._changed(max_tokens=inputs.whole("max_tokens_per_doc", max_tokens_per_doc))
+    def with_max_tokens(self, max_tokens_per_doc: int) -> Reranker:
+        """The same with another number of tokens kept of each document."""
+        return self._copy_with(max_tokens=inputs.whole("max_tokens_per_doc", max_tokens_per_doc))
 
     def without_cache(self) -> Reranker:
-        """The same with empty caches in memory: every document is new."""
-        return self._changed(engine=self.engine.fresh())
+        """The same with empty caches in memory, so that every document is encoded again."""
+        return self._copy_with(engine=self.engine.fresh())
 
     def elsewhere(self, **changes: Any) -> Reranker:
-        """The same here; other processes load it with these changes of its EngineSpec."""
-        return self._changed(engine=self.engine.elsewhere(**changes))
+        """The same reranker; other processes that unpickle it load its engine with these changes of the EngineSpec."""
+        return self._copy_with(engine=self.engine.elsewhere(**changes))
 
-    def _changed(self, **attributes: Any) -> Reranker:
+    def _copy_with(self, **attributes: Any) -> Reranker:
         other: Reranker = object.__new__(type(self))
         other.__dict__.update(self.__dict__ | attributes)
         return other
 
     def __reduce__(self) -> tuple[Callable[..., Reranker], tuple[Engine, Method, int, float, bool]]:
-        """Travels to other processes with its engine, which is loaded there (Engine.__reduce__)."""
-        return _travelled, (self.engine, self.method, self.max_tokens, self.fuse_first_stage, self.cross is not None)
+        """Pickles without models; unpickling loads the engine again (Engine.__reduce__)."""
+        return _unpickle, (self.engine, self.method, self.max_tokens, self.fuse_first_stage, self.cross is not None)
 
     @property
     def cache(self) -> VectorCache | None:
-        """Vectors of the bi-encoder."""
+        """The cache of the bi-encoder's vectors; None without a bi-encoder."""
         return None if self.encoder is None else self.engine.caches[id(self.encoder)]
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """The device of the models."""
         return self.engine.device
 
     @property
     def arithmetic(self) -> str:
-        """Runtime and precision of the transformers: EXACT is what others are compared with."""
+        """Runtime and precision of the transformers. EXACT is the reference that others are compared with."""
         return self.engine.arithmetic
 
     @property
     def cache_state(self) -> str:
-        """Where vectors are kept: "disk", "memory", or "none" where no model makes any."""
+        """Where vectors are kept: "disk", "memory", or "none" if no model makes vectors."""
         return self.engine.cache_state
 
     @property
     def detail(self) -> Detail:
-        """What a document's cached vectors hold for the method."""
+        """The most detailed vectors of a document that the method or its scorer reads."""
         needed = Detail.POOLED if self.scorer is None or self.scorer.needs is None else self.scorer.needs.detail
         return max(needed, Detail.TOKENS if self.method.tokens else Detail.POOLED)
 
     @property
-    def caches(self) -> bool:
-        """Whether the method has anything to cache of a document."""
+    def uses_cache(self) -> bool:
+        """Whether the method reads vectors of documents, which a cache can hold."""
         return "bi-encoder" in self.method.roles or (self.scorer is not None and self.scorer.needs is not None)
 
     @property
     def token_limit(self) -> int:
-        """Own tokens of a document that the method's models can read; a cross-encoder shares them with the query."""
+        """Tokens of a document that all of the method's models can read, special ones not counted. A cross-encoder shares them with the query."""
         return min(self.token_limits, default=self.max_tokens)
 
     @property
     def token_limits(self) -> list[int]:
-        """The same, model by model."""
+        """`token_limit` of each of the method's models."""
         models = [model for model in (self.encoder if "bi-encoder" in self.method.roles else None, self.scorer) if model is not None]
         return [min(self.max_tokens, model.limit) for model in models]
 
     def fingerprints(self) -> dict[str, str | None]:
-        """What identifies models and their settings in results: name and hash of each, and what a folder asks for beyond the usual."""
+        """Identifies the models in results: each one's name, hash, and settings of its folder that differ from the defaults."""
         found: dict[str, str | None] = {
             "model": None if self.encoder is None else self.encoder.name,
             "model_vectors": None if self.encoder is None else self.encoder.key(),
@@ -295,17 +297,17 @@ class Reranker:
                 found[role] = reading
         return found
 
-    def encode(self, texts: Sequence[str], *, detail: Detail, progress: Progress = lambda done, total: None) -> None:
-        """Puts documents' vectors into the caches, so that ranking them later costs no forward."""
+    def encode(self, texts: Sequence[str], *, detail: Detail, progress: ProgressCallback = lambda done, total: None) -> None:
+        """Encodes documents into the caches, in this detail, so that ranking them later runs no encoder on them. Arguments as for Engine.encode."""
         self.engine.encode(texts, self.max_tokens, detail, progress)
 
     def lacks(self, texts: Sequence[str], *, detail: Detail) -> list[bool]:
-        """Which of these documents `encode` would have to read."""
+        """For each text, whether `encode` would have to encode it."""
         return self.engine.lacks(texts, self.max_tokens, detail)
 
     @exactly(tensors=True)
-    def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: Progress = lambda done, total: None) -> Tensor:
-        """Pooled vectors, N × d, through the cache."""
+    def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: ProgressCallback = lambda done, total: None) -> Tensor:
+        """Pooled vectors of N texts of a kind ("document" or "query"), N × d, fp32, from the cache or encoded now. UserError without a bi-encoder."""
         if self.encoder is None or self.cache is None:
             raise UserError("a bi-encoder is needed for pooled vectors: name one as model")
         limit = self.max_tokens if kind == "document" else self.encoder.limit
@@ -314,29 +316,27 @@ class Reranker:
 
     @property
     def similarity(self) -> str:
-        """How pooled vectors are compared: "cosine", or "dot" where the bi-encoder's checkpoint says so."""
+        """How pooled vectors are compared: "cosine", or "dot" if the bi-encoder's checkpoint says so."""
         return "cosine" if self.encoder is None else self.encoder.similarity
 
-    def pooled_blocks(self, texts: Sequence[str], *, size: int = BLOCK, progress: Progress = lambda done, total: None) -> Iterator[Tensor]:
-        """The same in blocks of `size` documents, so that a corpus that does not fit in memory can be looked at."""
+    def pooled_blocks(self, texts: Sequence[str], *, size: int = CORPUS_BLOCK, progress: ProgressCallback = lambda done, total: None) -> Iterator[Tensor]:
+        """`pooled` of documents in blocks of `size`, for a corpus whose vectors do not fit in memory."""
         for start in range(0, len(texts), size):
             yield self.pooled(texts[start : start + size], progress=progress)
             if self.cache is not None:
                 self.cache.trim()
 
     def refresh(self) -> None:
-        """Sees the vectors that other processes have put into the caches since."""
+        """Picks up vectors that other processes have added to the caches' folders."""
         self.engine.refresh()
 
     def _names(self) -> str:
         return " and ".join(model.name for model in (self.encoder, self.cross) if model is not None)
 
 
-class Kept:
-    """The last few rerankers that `rerank` was asked for, loaded; `clear` frees them.
-
-    Args:
-        most: how many.
+class LoadedRerankers:
+    """The rerankers that `rerank` used last, `most` of them at most. Hold the lock `turns` during `get` and while the reranker ranks: its cache is
+    for one thread at a time.
     """
 
     def __init__(self, most: int):
@@ -344,13 +344,13 @@ class Kept:
         self.rerankers: OrderedDict[tuple[Any, ...], Reranker] = OrderedDict()
 
     def get(self, options: Mapping[str, object]) -> Reranker:
-        """The one with these options; loaded anew where something was saved at its files since."""
-        files = inputs.state(*(options.get(name) for name in ("model", "model_cross", "subspace")))
+        """The reranker with these arguments. It is loaded again if its files have changed since."""
+        files = inputs.files_state(*(options.get(name) for name in ("model", "model_cross", "subspace")))
         # 1, 1.0 and True are equal, and not the same setting.
         key = (files, *((name, type(value), value) for name, value in sorted(options.items())))
         try:
             found = self.rerankers.pop(key, None)
-        except TypeError:  # of no type that an option has: Reranker says so
+        except TypeError:  # an unhashable value, of no type that an option has: Reranker raises a UserError
             return Reranker(**options)  # type: ignore[arg-type]
         self.rerankers[key] = found or Reranker(**options)  # type: ignore[arg-type]
         while len(self.rerankers) > self.most:
@@ -358,20 +358,23 @@ class Kept:
         return self.rerankers[key]
 
     def clear(self) -> None:
-        """Keeps none."""
+        """Frees all of them."""
         self.rerankers.clear()
 
 
-kept = Kept(4)
+loaded = LoadedRerankers(4)
 
 
 def rerank(query: str, documents: Iterable[Document], *, top_n: int | None = None, first_stage: Iterable[float] | None = None, **options: Any) -> list[Result]:
-    """Reranker(**options).rank(query, documents, top_n), with the last few rerankers kept loaded (`kept`); threads take turns, since a cache is one thread's."""
-    with kept.turns:
-        return kept.get(options).rank(query, documents, top_n, first_stage=first_stage)
+    """Reranker(**options).rank(query, documents, top_n). The last few rerankers stay loaded in `loaded`; threads take turns.
+
+    Arguments and errors are those of Reranker and Reranker.rank.
+    """
+    with loaded.turns:
+        return loaded.get(options).rank(query, documents, top_n, first_stage=first_stage)
 
 
-def _travelled(engine: Engine, method: Method, max_tokens: int, fuse_first_stage: float, cross: bool) -> Reranker:
+def _unpickle(engine: Engine, method: Method, max_tokens: int, fuse_first_stage: float, cross: bool) -> Reranker:
     return Reranker.of(engine, method, max_tokens_per_doc=max_tokens, fuse_first_stage=fuse_first_stage, cross=cross)
 
 

@@ -1,4 +1,4 @@
-"""Where time and memory go: phases of one request, peak resident memory of a stretch of work."""
+"""Measures time and memory: seconds per phase of a request, and the peak resident memory since a reset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ PHASES = ("tokenise", "encode", "score", "rank")
 
 
 class Clock:
-    """Seconds by phase (tokenise, encode, score, rank); a phase within another stops that one. On a GPU each end of a phase waits for the device."""
+    """Seconds by phase: tokenise, encode, score, rank.
+
+    A phase inside another pauses the outer one, so that no second counts twice. On a GPU the clock waits for the device at
+    both ends of a phase.
+
+    Args:
+        device: the device to wait for; None: none.
+
+    Attributes:
+        seconds: phase → seconds so far.
+    """
 
     def __init__(self, device: torch.device | None = None):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -26,6 +36,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Counts the time inside the `with` block towards this phase."""
         self._book()
         self._running.append(name)
         try:
@@ -49,7 +60,7 @@ class Clock:
 
 
 def reset_peak_memory() -> bool:
-    """Starts a new peak; False where the system cannot (then the peak is the process's since its start)."""
+    """Resets the peak that `peak_memory_mb` reports. False if the system cannot: the peak then counts from the start of the process."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return True
@@ -58,7 +69,7 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory in MiB since reset_peak_memory, memory-mapped pages included."""
+    """Peak resident memory of this process in MiB since `reset_peak_memory`. Memory-mapped pages count."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

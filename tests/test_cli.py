@@ -1,4 +1,4 @@
-"""What every command does at its edges: terminals without our characters, readers that have gone, streams that are closed or full."""
+"""What all commands share: terminals that lack our characters, readers that have gone, streams that are closed or full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = [f"rerank_lab.{name}" for name in ("eval", "report", "server", "repla
 ]
 SLOW = {"torch", "numpy", "pandas", "transformers", "matplotlib", "jinja2", "scipy", "triton", "httpx", "fastapi", "ir_measures", "safetensors", "bm25s"}
 BARE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-# A command of ours as they all are, without the seconds that torch takes to import.
+# A command like all of ours, but without the seconds of importing torch.
 COMMAND = """
 import argparse, sys
 from rerank_lab import cli
@@ -44,7 +44,7 @@ Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    """Runs a line of a shell in which $c is the command."""
+    """Runs a line in a shell, with $c for the command."""
     (tmp_path / "command.py").write_text(COMMAND, encoding="utf-8")
 
     def run(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -100,12 +100,12 @@ def test_a_closed_stream_leaves_its_number_to_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_every_command_is_fit_for_ascii(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    codecs.register_error(cli.ERRORS, cli.plain)
+    codecs.register_error(cli.ERROR_HANDLER, cli.plain)
     module = f"{name}.__main__" if name.startswith("rerank_lab.") else name
     with pytest.raises(SystemExit) as end:
         import_module(module).main(["--help"])
     assert end.value.code == 0
-    assert b"?" not in capsys.readouterr().out.encode("ascii", cli.ERRORS)
+    assert b"?" not in capsys.readouterr().out.encode("ascii", cli.ERROR_HANDLER)
 
 
 def test_every_command_runs_so() -> None:
@@ -135,7 +135,7 @@ def test_so_do_options_that_do_not_go_together(name: str, arguments: str) -> Non
 
 
 def loaded(name: str, arguments: str) -> tuple[int, list[str]]:
-    """The exit code of a command, and which of SLOW it has imported."""
+    """The exit code of a command, and which modules of SLOW it imported."""
     code = (
         "import runpy, sys\n"
         "del sys.argv[0]\n"  # runpy puts the module's own file in place of its name
@@ -173,7 +173,7 @@ def test_the_default_command_does_so() -> None:
 
 
 def test_characters_that_no_one_has_thought_of_are_question_marks() -> None:
-    codecs.register_error(cli.ERRORS, cli.plain)
-    assert "漢 −1".encode("ascii", cli.ERRORS) == b"? -1"
+    codecs.register_error(cli.ERROR_HANDLER, cli.plain)
+    assert "漢 −1".encode("ascii", cli.ERROR_HANDLER) == b"? -1"
     with pytest.raises(UnicodeDecodeError):
-        b"\xff".decode("ascii", cli.ERRORS)
+        b"\xff".decode("ascii", cli.ERROR_HANDLER)

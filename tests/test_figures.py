@@ -14,7 +14,7 @@ from rerank_lab.datasets import load_dataset
 from rerank_lab.eval.__main__ import main
 from rerank_lab.first_stage.base import TopK
 from rerank_lab.first_stage.candidates import make_candidates
-from rerank_lab.measures.quality import evaluate
+from rerank_lab.measures.quality import measure_run
 
 
 def evaluated(folder: Path, out: Path, *arguments: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def test_bm25_on_scifact(collection: Callable[[str], Path]) -> None:
         raise AssertionError("BM25 needs no vectors")
 
     found = make_candidates("bm25", dataset, 100, search=not_needed, drop_identical=False, progress=lambda items, _: items)
-    assert evaluate(found.run, dataset.qrels, ["nDCG@10"])["nDCG@10"].mean() == pytest.approx(0.679, abs=0.002)
+    assert measure_run(found.run, dataset.qrels, ["nDCG@10"])["nDCG@10"].mean() == pytest.approx(0.679, abs=0.002)
 
 
 def test_the_shipped_cross_encoder_beats_the_cosine_that_it_starts_from(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ LABELS = "eval/system.py"
 TAKEN_APART = {
     ("methods/__init__.py", "make_method"): "a method's own spec, NAME:SETTING=VALUE",
     ("files.py", "expanded"): "a prefix of hf:, irds: or run:",
-    ("datasets/load.py", "_source"): "a prefix of hf: or irds:",
+    ("datasets/load.py", "_collection"): "a prefix of hf: or irds:",
     ("first_stage/__init__.py", "find"): "--candidates, NAME:ARGUMENT",
-    ("first_stage/__init__.py", "Declared.make"): "where a first stage's class is, MODULE:CLASS",
+    ("first_stage/__init__.py", "FirstStageKind.make"): "where a first stage's class is, MODULE:CLASS",
     ("eval/evaluate.py", "stem"): "a prefix of hf: or irds:",
     ("eval/grid.py", "_short"): "a prefix of hf: or irds:",
     ("eval/executors/ray.py", "OnRay._connect"): "HOST:PORT",

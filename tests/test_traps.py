@@ -1,4 +1,4 @@
-"""Ways in which rerankers are measured wrongly. Each test fails with the naive code, which stands beside it where it is short."""
+"""Ways in which rerankers are measured wrongly. Each test fails with the naive code, which is shown if it is short."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rerank_lab.datasets.runs import Ranked, order, read_trec, tie_rate, trec_li
 from rerank_lab.errors import UserError
 from rerank_lab.eval.__main__ import main
 from rerank_lab.first_stage.candidates import oracle
-from rerank_lab.measures.quality import coverage, evaluate, parse_measures, unjudged_share
+from rerank_lab.measures.quality import coverage, measure_run, parse_measures, unjudged_share
 from rerank_lab.timing import Clock
 from tests.conftest import DOCUMENTS, QRELS, QUERIES
 
@@ -49,9 +49,9 @@ def test_a_nan_is_never_sorted() -> None:
 
 
 def test_trec_eval_cannot_reorder_ties(tmp_path: Path) -> None:
-    """trec_eval sorts again, equal scores by descending id: raw scores would put z first."""
+    """trec_eval sorts again, and puts equal scores in descending order of id. With raw scores z would be first."""
     run, qrels = {"q": ranked("a", "m", "z", scores=[0.5, 0.5, 0.5])}, {"q": {"a": 1}}
-    assert evaluate(run, qrels, ["nDCG@10", "P@1", "AP@100"]).iloc[0].tolist() == [1.0, 1.0, 1.0]
+    assert measure_run(run, qrels, ["nDCG@10", "P@1", "AP@100"]).iloc[0].tolist() == [1.0, 1.0, 1.0]
     naive = [ir_measures.ScoredDoc("q", d, 0.5) for d in "amz"]
     assert next(iter(ir_measures.iter_calc([ir_measures.RR], [ir_measures.Qrel("q", "a", 1)], naive))).value < 1
     path = tmp_path / "x.trec"
@@ -94,10 +94,10 @@ def test_repeated_documents_show_as_ties(beir: Callable[..., Path], tmp_path: Pa
 
 
 def test_queries_without_candidates_score_zero_and_count() -> None:
-    frame = evaluate({"q1": ranked("d1")}, QRELS, ["nDCG@10", "Judged@10"])
+    frame = measure_run({"q1": ranked("d1")}, QRELS, ["nDCG@10", "Judged@10"])
     assert frame.index.tolist() == list(QRELS) and frame["nDCG@10"].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert coverage({"q1": ranked("d1")}, QRELS) == 0.25
-    # Averaging what the library gives back would be the naive code wherever it leaves a query out.
+    # The naive code averages what the library returns, which may leave out queries.
     assert frame["nDCG@10"].mean() == 0.25
 
 
@@ -112,15 +112,15 @@ def test_a_query_that_bm25_cannot_answer_lowers_the_mean(beir: Callable[..., Pat
 
 def test_the_ideal_ranking_knows_relevant_documents_that_were_not_candidates() -> None:
     qrels = {"q": {"a": 1, "b": 1, "c": 1}}
-    value = evaluate({"q": ranked("a")}, qrels, ["nDCG@10"])["nDCG@10"].iloc[0]
+    value = measure_run({"q": ranked("a")}, qrels, ["nDCG@10"])["nDCG@10"].iloc[0]
     assert value == pytest.approx(1 / (1 + 1 / np.log2(3) + 1 / 2))
-    naive = evaluate({"q": ranked("a")}, {"q": {"a": 1}}, ["nDCG@10"])["nDCG@10"].iloc[0]
+    naive = measure_run({"q": ranked("a")}, {"q": {"a": 1}}, ["nDCG@10"])["nDCG@10"].iloc[0]
     assert naive == 1.0
 
 
 def test_judgements_of_documents_that_the_corpus_lacks_stay_in_the_ideal(beir: Callable[..., Path]) -> None:
     dataset = load_dataset(str(beir(qrels={"q1": {"d1": 1, "gone": 1}})))
-    assert evaluate({"q1": ranked("d1")}, dataset.qrels, ["nDCG@10"])["nDCG@10"].iloc[0] < 1
+    assert measure_run({"q1": ranked("d1")}, dataset.qrels, ["nDCG@10"])["nDCG@10"].iloc[0] < 1
 
 
 def test_relevant_documents_are_never_injected(beir: Callable[..., Path], tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_relevant_documents_are_never_injected(beir: Callable[..., Path], tmp_pa
 def test_the_oracle_is_the_candidates_ceiling_and_no_more(beir: Callable[..., Path]) -> None:
     dataset = load_dataset(str(beir()))
     run = {"q1": ranked("d4", "d1"), "q3": ranked("d1", "d5")}
-    best = evaluate(oracle(run, dataset), dataset.qrels, ["nDCG@10"])["nDCG@10"].tolist()
+    best = measure_run(oracle(run, dataset), dataset.qrels, ["nDCG@10"])["nDCG@10"].tolist()
     assert best == pytest.approx([1.0, 0.0, 1 / (1 + 1 / np.log2(3)), 0.0])
 
 
@@ -153,7 +153,7 @@ def test_a_document_with_the_querys_id_is_dropped_only_on_request(beir: Callable
 def test_unjudged_documents_are_reported() -> None:
     run = {"q1": ranked("d1", "x", "d2", "y"), "q2": ranked("x")}
     assert unjudged_share(run, QRELS) == pytest.approx(3 / 5)
-    assert evaluate(run, QRELS, ["Judged@10"])["Judged@10"].tolist()[:2] == pytest.approx([2 / 4, 0])
+    assert measure_run(run, QRELS, ["Judged@10"])["Judged@10"].tolist()[:2] == pytest.approx([2 / 4, 0])
 
 
 def test_truncation_is_reported_with_its_limit(beir: Callable[..., Path], tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def forwards(s: Setting) -> list[str]:
             start = time.perf_counter()
             ready.score(query, pool)
             middle = time.perf_counter()
-            model.read(model.tokenize([query], "query", model.limit), detail=Detail.TOKENS if method == "best" else Detail.POOLED)
+            model.encode_queries(model.tokenize([query], "query", model.limit), detail=Detail.TOKENS if method == "best" else Detail.POOLED)
             if turn >= len(s.pools):
                 both.append((middle - start, time.perf_counter() - middle))
         whole, forward = np.array(both).T

@@ -39,7 +39,7 @@ from rerank_lab.cache.vectors import VectorCache, text_key
 from rerank_lab.cli import count, path_of
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
-from rerank_lab.first_stage.dense import better
+from rerank_lab.first_stage.dense import merge_topk
 from rerank_lab.models.base import Detail, Vectors
 
 TOKENS, R, D, QUERY, K, TAU = 50, 128, 384, 32, 100, 0.1
@@ -89,7 +89,7 @@ def best(parts: Iterator[Found]) -> Found:
     """The K best of values and places that come in blocks, 1 × … each."""
     found = torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.int64)
     for part in parts:
-        found = better(found, part, K)
+        found = merge_topk(found, part, K)
     return found
 
 

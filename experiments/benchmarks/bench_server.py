@@ -46,7 +46,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from bench_models import classifier
-from rerank_lab.cli import count, path_of, weight
+from rerank_lab.cli import count, non_negative, path_of
 from rerank_lab.datasets import Dataset, load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
@@ -288,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--infinity", type=path_of, metavar="PYTHON", help="of the venv that holds infinity-emb (default: our server alone)")
     p.add_argument("--dataset", default="numpydoc", help="bundled name or BEIR folder (default: numpydoc)")
     p.add_argument("--rounds", type=count, default=2, metavar="N", help="starts of each server (default: 2)")
-    p.add_argument("--seconds", type=weight, default=5.0, metavar="S", help="of a load of new documents; of seen ones half as many (default: 5)")
+    p.add_argument("--seconds", type=non_negative, default=5.0, metavar="S", help="of a load of new documents; of seen ones half as many (default: 5)")
     p.add_argument("--threads", type=count, default=torch.get_num_threads(), metavar="N", help="of each server (default: torch's choice)")
     return p
 

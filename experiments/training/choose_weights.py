@@ -23,7 +23,7 @@ from rerank_lab.cli import path_of
 from rerank_lab.datasets import load_dataset
 from rerank_lab.datasets.runs import Ranked, Run, order
 from rerank_lab.errors import UserError
-from rerank_lab.measures.quality import evaluate
+from rerank_lab.measures.quality import measure_run
 
 OPTIMAL = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 BEST = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -80,7 +80,7 @@ def ranked(values: pd.Series) -> Ranked:
 
 
 def measured(run: Run, qrels: dict[str, dict[str, int]]) -> float:
-    return float(evaluate(run, qrels, ["nDCG@10"])["nDCG@10"].mean())
+    return float(measure_run(run, qrels, ["nDCG@10"])["nDCG@10"].mean())
 
 
 def main() -> int:

@@ -41,11 +41,11 @@ from rerank_lab.datasets.runs import Ranked, order
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.files import write_atomically
-from rerank_lab.measures.quality import evaluate
+from rerank_lab.measures.quality import measure_run
 from rerank_lab.models.base import Detail
 from rerank_lab.models.bi_encoder import BiEncoder, load
 from rerank_lab.models.one_way import TAU, OneWay, padded_states
-from rerank_lab.models.registry import DEFAULT_MODEL, Place
+from rerank_lab.models.registry import DEFAULT_MODEL, Placement
 from rerank_lab.reranker import Reranker
 from training_lists import Example, examples, labelled, pseudo_queries, read_corpus, split, write_split
 
@@ -181,7 +181,7 @@ class Trainer:
                     places = order(logits.numpy())
                     run[f"q{n}"] = Ranked([f"d{i}" for i in places], logits.numpy()[places])
                     qrels[f"q{n}"] = {f"d{i}": 1 for i in example.relevant}
-                found[name] = round(float(evaluate(run, qrels, ["nDCG@10"])["nDCG@10"].mean()), 4)
+                found[name] = round(float(measure_run(run, qrels, ["nDCG@10"])["nDCG@10"].mean()), 4)
         self._load(kept)
         return found
 
@@ -314,7 +314,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    base = load(DEFAULT_MODEL, Place(options.device))
+    base = load(DEFAULT_MODEL, Placement(options.device))
     trainer = Trainer(options, base)
     hashes = load_data(trainer, options)
     left_out = {"work", "out", "threads", "every", "device"}

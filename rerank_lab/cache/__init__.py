@@ -1,1 +1,1 @@
-"""python -m rerank_lab.cache: vectors that are made once, and the command that shows and clears them."""
+"""The cache of vectors, and the command that shows and clears it (python -m rerank_lab.cache)."""

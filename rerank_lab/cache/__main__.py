@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rerank_lab import cli
 from rerank_lab.cache.places import BESIDE, VECTORS, default_place
-from rerank_lab.cli import place_of, weight
+from rerank_lab.cli import non_negative, place_of
 from rerank_lab.errors import UserError
 
 EPILOG = """\
@@ -32,14 +32,14 @@ exit codes: 0 done, 1 something could not be deleted, 2 wrong input
 
 
 @dataclass(frozen=True)
-class Held:
-    """One model's vectors on disk, or what lies beside all vectors.
+class CacheFolder:
+    """A folder in the cache: one model's vectors, or one of the folders beside them (places.BESIDE).
 
     Attributes:
-        key: names the folder.
+        key: the folder's name; of vectors, the model's key.
         place: the folder.
-        about: model and arithmetic, as far as it is known.
-        files: path, bytes and last use (seconds since 1970) of each.
+        about: a description for people: of vectors, the model and its arithmetic, if known.
+        files: path, bytes and last use (seconds since 1970) of each file.
     """
 
     key: str
@@ -57,12 +57,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("action", choices=("info", "clear"))
     p.add_argument("--cache", type=place_of, metavar="DIR", help="the folder (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)")
     p.add_argument("--model", metavar="KEY", help="only the model whose key begins so")
-    p.add_argument("--older-than", type=weight, default=0.0, metavar="DAYS", help="clear: only what was not used for so long (default: everything)")
+    p.add_argument("--older-than", type=non_negative, default=0.0, metavar="DAYS", help="clear: only what was not used for so long (default: everything)")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Runs the command and returns its exit code."""
     options = parser().parse_args(argv)
     try:
         from rerank_lab.cache.store import Store, is_url
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def contents(folder: Path) -> list[Held]:
-    """All that a cache folder holds, the largest first; files that go meanwhile are left out."""
+def contents(folder: Path) -> list[CacheFolder]:
+    """The folders in a cache, the largest first. Files that disappear meanwhile are left out."""
     from rerank_lab.cache.shards import ABOUT, abandoned, shards
 
     found = []
@@ -99,15 +99,15 @@ def contents(folder: Path) -> list[Held]:
             label = f"{about['model']} ({about['arithmetic']}, {about['token_dimensions']} dimensions a token)"
         except (OSError, ValueError, KeyError, TypeError):
             label = "unknown model"
-        found.append(Held(place.name, place, label, files))
+        found.append(CacheFolder(place.name, place, label, files))
     for name, label in BESIDE.items():
         if own := [(path, path.stat().st_size, path.stat().st_mtime) for path in (folder / name).glob("*") if path.is_file()]:
-            found.append(Held(name, folder / name, label, own))
+            found.append(CacheFolder(name, folder / name, label, own))
     return sorted(found, key=lambda held: -held.size)
 
 
-def info(folder: Path, found: Sequence[Held]) -> int:
-    """Prints what is there, in 80 columns."""
+def info(folder: Path, found: Sequence[CacheFolder]) -> int:
+    """Prints the folders of a cache, in 80 columns. Returns the exit code."""
     for held in found:
         last = f"last used {_ago(max(used for _, _, used in held.files))}" if held.files else "empty"
         count = f"{len(held.files):,} file{'' if len(held.files) == 1 else 's'}"
@@ -117,8 +117,8 @@ def info(folder: Path, found: Sequence[Held]) -> int:
     return 0
 
 
-def clear(folder: Path, found: Sequence[Held], days: float) -> int:
-    """Deletes files, and the folders that are empty then; says what it freed."""
+def clear(folder: Path, found: Sequence[CacheFolder], days: float) -> int:
+    """Deletes files that were not used for `days` days, and folders that are empty then. Prints what it freed. Returns the exit code."""
     from rerank_lab.cache.shards import ABOUT
 
     freed, count, failed = 0, 0, []
@@ -131,7 +131,7 @@ def clear(folder: Path, found: Sequence[Held], days: float) -> int:
                 except OSError as error:
                     failed.append(f"{path}: {error.strerror}")
         if [path.name for path in held.place.glob("*")] in ([], [ABOUT]):
-            with suppress(OSError):  # somebody is just writing there
+            with suppress(OSError):  # another process may be writing there
                 (held.place / ABOUT).unlink(missing_ok=True)
                 held.place.rmdir()
     print(f"{folder}: {_bytes(freed)} in {count:,} file{'' if count == 1 else 's'} deleted" if count else f"{folder}: nothing to delete")

@@ -1,7 +1,7 @@
-"""Files that hold vectors: how a shard is written, recognised, read back and, where it is damaged, dropped.
+"""Shards, the files that hold vectors: writing, recognising, reading, and deleting damaged ones.
 
-A shard is a safetensors file that is written to a temporary name, renamed to one that ends in its checksum, and memory-mapped
-when it is read.
+A shard is a safetensors file. It is written under a temporary name, renamed to a name that ends in its checksum, and
+memory-mapped for reading.
 """
 
 from __future__ import annotations
@@ -25,36 +25,42 @@ from safetensors.torch import load_file, save_file
 from rerank_lab.models.base import Detail, Vectors
 
 log = logging.getLogger(__name__)
-SCHEMA = "2"
+SHARD_SCHEMA = "2"
 ABOUT = "about.json"
-ABANDONED = 3600.0  # seconds after which a temporary file has no writer any more
+ABANDONED = 3600.0  # seconds after which a temporary file is taken to be abandoned
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file has a shard's name."""
+    """Whether this is the name of a shard."""
     return re.fullmatch(r"[0-9a-f]{32}-[0-9a-f]{8}\.safetensors", name) is not None
 
 
 def shards(folder: Path) -> list[tuple[tuple[int, str, int], Path]]:
-    """A model's shards with their `age`, those that were used last at the end."""
-    return sorted((age(path), path) for path in folder.glob("*.safetensors") if is_shard(path.name))
+    """The shards in a folder with their `last_use`, the most recently used last."""
+    return sorted((last_use(path), path) for path in folder.glob("*.safetensors") if is_shard(path.name))
 
 
 def abandoned(folder: Path) -> list[Path]:
-    """Temporary files whose writer was stopped."""
+    """Temporary files in a folder whose writer was stopped."""
     found = []
     for path in folder.glob("*.tmp"):
-        with suppress(OSError):  # its writer may just be renaming it
+        with suppress(OSError):  # its writer may be renaming it
             if re.fullmatch(r"[0-9a-f]{32}\.tmp", path.name) and time.time() - path.stat().st_mtime > ABANDONED:
                 found.append(path)
     return found
 
 
 def write(folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Path:
-    """Writes the vectors of N texts; the shard's path.
+    """Writes the vectors of N texts as a shard and returns its path.
+
+    Args:
+        folder: where the shard goes.
+        keys: N keys, 16 bytes each.
+        vectors: of the N texts.
+        detail: of the vectors.
 
     Raises:
-        OSError, SafetensorError: it cannot be written; safetensors has its own for a full disk.
+        OSError, SafetensorError: the shard cannot be written. safetensors raises its own error for a full disk.
     """
     tensors = {
         "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), 16),
@@ -67,7 +73,7 @@ def write(folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail)
     stem = folder / uuid.uuid4().hex
     temporary = stem.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, {"schema": SCHEMA, "detail": str(int(detail))})
+        save_file(tensors, temporary, {"schema": SHARD_SCHEMA, "detail": str(int(detail))})
     except (OSError, SafetensorError):
         with suppress(OSError):
             temporary.unlink()
@@ -78,7 +84,10 @@ def write(folder: Path, keys: Sequence[bytes], vectors: Vectors, detail: Detail)
 
 
 def keys(path: Path) -> tuple[list[bytes], Detail] | None:
-    """The keys of the texts whose vectors a shard holds, and in which detail; None where it is of another schema or damaged; unless a newer version wrote it, it is deleted then.
+    """The keys of a shard's texts, and the detail of their vectors.
+
+    Returns:
+        None if the shard is damaged or of another schema. It is then deleted, unless its schema is newer than this version's.
 
     Raises:
         OSError, RuntimeError: as `read`.
@@ -86,12 +95,12 @@ def keys(path: Path) -> tuple[list[bytes], Detail] | None:
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            if about.get("schema") == SCHEMA:
+            if about.get("schema") == SHARD_SCHEMA:
                 found = file.get_tensor("keys")
                 if found.dtype != torch.uint8 or found.ndim != 2 or found.shape[1] != 16:
                     raise ValueError(f"keys of shape {tuple(found.shape)}")
                 return [row.tobytes() for row in found.numpy()], Detail(int(about["detail"]))
-        if int(about.get("schema", 0)) < int(SCHEMA):
+        if int(about.get("schema", 0)) < int(SHARD_SCHEMA):
             log.info("vector cache: %s has an older form; deleted", path)
             path.unlink(missing_ok=True)
     except (KeyError, ValueError, SafetensorError):
@@ -100,17 +109,17 @@ def keys(path: Path) -> tuple[list[bytes], Detail] | None:
 
 
 def keys_from(head: Callable[..., bytes], path: Path) -> tuple[list[bytes], Detail] | None:
-    """`keys` of a shard that lies elsewhere, by parts: its header, then the keys alone.
+    """`keys` of a shard on another machine. Only its header and the keys are fetched, and the shard is never deleted.
 
     Args:
-        head: size and start → so many bytes of the file from there on.
-        path: what messages call it.
+        head: size and start → that many bytes of the file from there on.
+        path: names the shard in messages.
     """
     try:
         size = int.from_bytes(head(8), "little")
         header = json.loads(head(size, 8))
         about, entry = header["__metadata__"], header["keys"]
-        if about["schema"] != SCHEMA or entry["dtype"] != "U8" or entry["shape"][1] != 16:
+        if about["schema"] != SHARD_SCHEMA or entry["dtype"] != "U8" or entry["shape"][1] != 16:
             raise ValueError(f"schema {about['schema']}, keys of shape {entry['shape']}")
         start, end = entry["data_offsets"]
         packed = head(end - start, 8 + size + start)
@@ -123,14 +132,14 @@ def keys_from(head: Callable[..., bytes], path: Path) -> tuple[list[bytes], Deta
 
 
 def read(path: Path, check: bool = True) -> Vectors | None:
-    """A shard's vectors, mapped; None where it does not read back, and is deleted then.
+    """A shard's vectors, memory-mapped; None if it is damaged. It is then deleted.
 
     Args:
         path: of the shard.
-        check: whether its checksum is to be made, for which all of it is read.
+        check: whether to verify its checksum, for which the whole file is read.
 
     Raises:
-        OSError, RuntimeError: it is gone, or cannot be opened or mapped; torch has the second for both.
+        OSError, RuntimeError: the shard is gone, or cannot be opened or mapped. torch raises RuntimeError.
     """
     try:
         if not check or f"{checksum(path):08x}" == path.stem.rpartition("-")[2]:
@@ -142,22 +151,22 @@ def read(path: Path, check: bool = True) -> Vectors | None:
     return None
 
 
-def leave(path: Path, error: Exception) -> None:
-    """Says why a shard that is not damaged cannot be used; nothing of one that another process has just dropped."""
+def warn_unreadable(path: Path, error: Exception) -> None:
+    """Warns that a shard cannot be read, although it may not be damaged. Silent if another process has deleted it."""
     if path.exists():
         log.warning("vector cache: %s cannot be read (%s); left alone, its texts will be encoded again", path, str(error).partition("\n")[0])
 
 
 def discard(path: Path) -> None:
-    """Deletes a damaged shard, with a warning; one that another process has just dropped is no damage."""
+    """Deletes a damaged shard, with a warning. Silent if another process has deleted it already."""
     if path.exists():
         log.warning("vector cache: %s does not read back; deleted, its texts will be encoded again", path)
         with suppress(OSError):
             path.unlink()
 
 
-def age(path: Path) -> tuple[int, str, int]:
-    """Last use, name and bytes of a file; one that is gone meanwhile was used never."""
+def last_use(path: Path) -> tuple[int, str, int]:
+    """Last use (nanoseconds since 1970), name and bytes of a file. Last use is 0 if the file is gone."""
     try:
         found = path.stat()
         return found.st_mtime_ns, path.name, found.st_size
@@ -166,7 +175,7 @@ def age(path: Path) -> tuple[int, str, int]:
 
 
 def checksum(path: Path) -> int:
-    """Of the file as it is read, not mapped: what is only checked must not count as the process's memory."""
+    """CRC-32 of a file. The file is read, not mapped, so that checking does not count towards the process's peak memory."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

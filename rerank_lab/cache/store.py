@@ -1,6 +1,6 @@
-"""A folder that several machines share: a path (local disk, NFS), or a URL that fsspec knows (s3://, gs://, ftp:// …) with a copy here of what was read.
+"""A folder that several machines share: a path (local disk, NFS), or a URL that fsspec knows (s3://, gs://, ftp:// …) with local copies of the files.
 
-A file is written under a temporary name and renamed, and is never changed after that; so a copy that is here is good for ever.
+A file is written under a temporary name, renamed, and never changed again. So a local copy never becomes outdated.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 from rerank_lab.errors import UserError
 from rerank_lab.files import expanded, write_atomically
 
-MIRROR = "RERANK_LAB_MIRROR"  # where copies are kept: a folder on a disk of this machine
+MIRROR = "RERANK_LAB_MIRROR"  # environment variable with the folder for local copies
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a place is reached by fsspec; file:// is a path like any other."""
+    """Whether a place is a URL for fsspec. file:// counts as a path."""
     scheme, separator, _ = str(place).partition("://")
     return bool(separator) and scheme not in ("file", "local")
 
 
 def folder_of(place: str) -> Path:
-    """The folder that a place names which is no URL."""
+    """The folder of a place that is a path or a file:// URL."""
     return Path(expanded(place.partition("://")[2] or place))
 
 
@@ -37,14 +37,14 @@ class Store:
     """The files of one shared folder.
 
     Args:
-        place: a path, or a URL of a file system that fsspec has (its package installed).
+        place: a path, or a URL for fsspec. The package of its file system must be installed.
 
     Attributes:
-        folder: where its files are read from and first written to: itself, or the copy here.
-        shown: the place for messages, without a password that its URL may hold.
+        folder: the local folder that files are read from and written to first: the shared folder itself, or the local copy.
+        shown: the place for messages, without the password that a URL may hold.
 
     Raises:
-        UserError: a URL that fsspec does not know, or that cannot be opened.
+        UserError: fsspec does not know the URL or cannot open it.
     """
 
     def __init__(self, place: str | Path):
@@ -59,41 +59,45 @@ class Store:
 
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.place)
-        except Exception as error:  # each file system raises of its own kind
+        except Exception as error:  # each file system raises errors of its own
             raise UserError(f"{self.shown}: fsspec cannot open it: {str(error).partition(chr(10))[0]}") from error
         mirrors = Path(expanded(os.environ.get(MIRROR, "")) or Path(tempfile.gettempdir()) / f"rerank_lab-{os.getuid() if hasattr(os, 'getuid') else 0}")
         self.folder = mirrors / hashlib.sha256(self.place.encode()).hexdigest()[:24]
 
     @property
     def remote(self) -> bool:
-        """Whether the files lie elsewhere, and `folder` holds copies."""
+        """Whether the files are behind a URL, and `folder` holds copies."""
         return self._fs is not None
 
     def child(self, name: str) -> Store:
-        """The store of a folder inside."""
+        """The Store of a folder inside this one."""
         return Store(f"{self.place.rstrip('/')}/{name}" if self.remote else self.folder / name)
 
     def names(self) -> dict[str, int]:
-        """Names of its files with their bytes; nothing where there is no such folder yet."""
+        """File name → bytes; empty if the folder does not exist yet.
+
+        Raises:
+            OSError: the folder cannot be listed.
+        """
         if not self.remote:
             return {p.name: p.stat().st_size for p in self.folder.iterdir() if p.is_file()} if self.folder.is_dir() else {}
-        with suppress(FileNotFoundError), self._speaking("cannot be listed"):
+        with suppress(FileNotFoundError), self._as_os_error("cannot be listed"):
             self._fs.invalidate_cache(self._root)
             return {entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in self._fs.ls(self._root, detail=True) if entry["type"] == "file"}
         return {}
 
     def fetch(self, name: str) -> Path:
-        """A file's path here, copied from elsewhere where it is not here yet.
+        """The local path of a file, which is copied here first if needed.
 
         Raises:
-            OSError: it is not there, or cannot be read.
+            OSError: the file does not exist or cannot be read.
         """
         path = self.folder / name
         if self.remote and not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
             try:
-                with self._speaking(f"{name} cannot be read"):
+                with self._as_os_error(f"{name} cannot be read"):
                     self._fs.get_file(f"{self._root}/{name}", str(temporary))
                 os.replace(temporary, path)
             except BaseException:
@@ -102,20 +106,28 @@ class Store:
         return path
 
     def head(self, name: str, size: int, start: int = 0) -> bytes:
-        """A part of a file, not all of it."""
+        """`size` bytes of a file from `start` on, without copying the whole file.
+
+        Raises:
+            OSError: the file does not exist or cannot be read.
+        """
         if self.remote and not (self.folder / name).exists():
-            with self._speaking(f"{name} cannot be read"):
+            with self._as_os_error(f"{name} cannot be read"):
                 return bytes(self._fs.cat_file(f"{self._root}/{name}", start=start, end=start + size))
         with (self.folder / name).open("rb") as file:
             file.seek(start)
             return file.read(size)
 
     def publish(self, name: str) -> None:
-        """Puts a file that was written to `folder` where others see it, whole or not at all."""
+        """Copies a file from `folder` to the shared folder, where others see it whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         if self.remote:
             temporary = f"{self._root}/{uuid.uuid4().hex}.tmp"
             try:
-                with self._speaking(f"{name} cannot be written"):
+                with self._as_os_error(f"{name} cannot be written"):
                     self._fs.makedirs(self._root, exist_ok=True)
                     self._fs.put_file(str(self.folder / name), temporary)
                     self._fs.mv(temporary, f"{self._root}/{name}")
@@ -125,20 +137,24 @@ class Store:
                 raise
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a whole file."""
+        """Writes a file and publishes it.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         write_atomically(self.folder / name, content)
         self.publish(name)
 
     def remove(self, name: str) -> None:
-        """Deletes a file here and elsewhere; one that is gone already is fine."""
+        """Deletes a file in `folder` and in the shared folder. Does nothing if it does not exist."""
         (self.folder / name).unlink(missing_ok=True)
         if self.remote:
-            with suppress(OSError), self._speaking(f"{name} cannot be deleted"):
+            with suppress(OSError), self._as_os_error(f"{name} cannot be deleted"):
                 self._fs.rm_file(f"{self._root}/{name}")
 
     @contextmanager
-    def _speaking(self, what: str) -> Iterator[None]:
-        """Each file system raises of its own kind; here it is OSError, with the place."""
+    def _as_os_error(self, what: str) -> Iterator[None]:
+        """Turns the errors of any file system into OSError, with the place."""
         try:
             yield
         except OSError:

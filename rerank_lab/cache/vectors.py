@@ -1,11 +1,13 @@
-"""Vectors that are made once: a cache by (model, token limit, text), in memory and, where a folder is given, on disk.
+"""A cache of vectors by (model, token limit, text): in memory, or on disk if a folder is given.
 
-On disk a model's vectors are shards, one file for each call of `add` (shards.py), in a folder or where a URL says (store.py). Opening reads their keys alone; a shard is
-checked when something of it is first wanted, and one that does not read back (cut short, wrong checksum) is deleted with a warning
-and its texts are encoded again.
-Past a bound in bytes the shards go that were not used for longest, whichever process wrote or used them: the time of a file is its
-last use, to the minute. A file that one process deletes stays readable to another that has mapped
-it, until that one has written something and trims. What a URL names is never trimmed; the bound is then on its copy here.
+On disk, a model's vectors are shards: one file for each call of `add` (shards.py), in a folder or behind a URL (store.py).
+Opening a cache reads only the keys of the shards. A shard is checked when its vectors are first needed. If it is damaged
+(cut short, wrong checksum), it is deleted with a warning, and its texts are encoded again.
+
+If a folder exceeds its bound in bytes, the least recently used shards are deleted, no matter which process wrote or used
+them. A file's modification time is its last use, to the minute. After one process has deleted a file, another process that
+has mapped it can still read it, until it trims its own cache. Files behind a URL are never deleted; the bound then applies
+to their local copies.
 """
 
 from __future__ import annotations
@@ -35,33 +37,34 @@ from rerank_lab.models.forward import in_advance
 from rerank_lab.timing import Clock
 
 log = logging.getLogger(__name__)
-CHUNK = {Detail.POOLED: 512, Detail.TOKENS: 512, Detail.STATES: 64}  # texts a shard, tens of megabytes at most
+CHUNK = {Detail.POOLED: 512, Detail.TOKENS: 512, Detail.STATES: 64}  # texts in a shard: tens of megabytes at most
 MEMORY_BYTES = 2 << 30
-MAPS = 32_768  # files that stay mapped; Linux lets a process have 65,530
-LOOK = 0.01  # of the bound, so much must be written before the folder is looked at again
-TOUCH = 60.0  # seconds between two notes of a shard's use
+MAPS = 32_768  # files that stay mapped at most; Linux allows a process 65,530
+LOOK = 0.01  # share of the bound that must be written before the folder's size is checked again
+TOUCH = 60.0  # seconds between two updates of a file's last use
 DISK_BYTES = 16 << 30
 
-Progress = Callable[[int, int], object]
+ProgressCallback = Callable[[int, int], object]  # number of texts just encoded, number of texts to encode in all
 
 
 def text_key(text: str, max_tokens: int, kind: str = "document") -> bytes:
-    """16 bytes that stand for a text at a token limit, as a document or as a query."""
+    """The cache's key (16 bytes) of a text at a token limit, as a document or as a query."""
     return hashlib.blake2b(f"{kind}\0{max_tokens}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 @dataclass(eq=False)
 class Shard:
-    """Vectors that were added together.
+    """Vectors that were added by one call.
 
     Attributes:
         keys: of the texts, in order.
-        size: bytes that count against a bound.
-        path: where it lies; None: held by the process.
-        vectors: None until something of it is wanted.
-        used: when it was last, on the cache's own count.
-        touched: when that was last noted in the file's time.
-        checked: whether the file was found whole.
+        detail: of the vectors.
+        size: bytes that count towards the bound.
+        path: of the file; None: the shard is only in memory.
+        vectors: None until they are needed.
+        used: last use, in the cache's counter of accesses.
+        touched: when the file's last use was last updated (seconds since 1970).
+        checked: whether the file's checksum was verified.
     """
 
     keys: list[bytes]
@@ -75,16 +78,16 @@ class Shard:
 
     @classmethod
     def held(cls, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Shard:
-        """One that is kept in memory."""
+        """A shard in memory."""
         size = sum(t.numel() * t.element_size() for t in (vectors.pooled, vectors.tokens, vectors.states))
         return cls(list(keys), detail, size, None, vectors)
 
     def use(self, count: int) -> Vectors:
-        """Its vectors, and a note that they were wanted."""
-        self.used = max(self.used, count)  # a cache that has borrowed it counts from 0
+        """The vectors. Records the use: `count` is the cache's counter of accesses."""
+        self.used = max(self.used, count)  # a cache that borrows the shard has a lower counter
         if self.path is not None and time.time() - self.touched > TOUCH:
             self.touched = time.time()
-            with suppress(OSError):  # another process may have dropped it
+            with suppress(OSError):  # another process may have deleted it
                 os.utime(self.path)
         assert self.vectors is not None
         return self.vectors
@@ -94,11 +97,11 @@ class VectorCache:
     """Vectors of one model.
 
     Args:
-        model_key: what the vectors depend on besides text and token limit (BiEncoder.key).
-        folder: where shards are kept, a path or a URL; None: in memory alone.
-        memory_bytes: bound on what is held in memory without a folder.
-        disk_bytes: bound on what the folder holds of this model, whichever process put it there.
-        about: what tells people which model this is, kept beside its shards.
+        model_key: everything that the vectors depend on besides text and token limit (Encoder.key).
+        folder: path or URL for the shards; None: vectors are kept only in memory.
+        memory_bytes: upper bound on vectors in memory, without a folder.
+        disk_bytes: upper bound on this model's vectors in the folder, of all processes.
+        about: a description of the model for people, stored beside its shards.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class VectorCache:
         self.folder = None if self.store is None else self.store.folder
         self.about = dict(about or {})
         self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
-        self._lock = threading.RLock()  # of what is written; a reader's own texts are in its way only where it borrowed them
+        self._lock = threading.RLock()  # held while shards are added, dropped or borrowed
         self._shards: dict[int, Shard] = {}
         self._places: dict[bytes, tuple[int, int]] = {}
         self._next, self._dropped = 0, False
@@ -128,7 +131,7 @@ class VectorCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes the shards that others have added since."""
+        """Adds the shards that other processes have written since."""
         if self.store is not None and self.store.remote:
             sizes = self.store.names()
             found = [(name, size) for name, size in sorted(sizes.items()) if shards.is_shard(name)]
@@ -143,23 +146,23 @@ class VectorCache:
 
     @property
     def held_bytes(self) -> int:
-        """Vectors in memory."""
+        """Bytes of vectors in memory, without mapped files."""
         return self._held
 
     def has(self, key: bytes, detail: Detail) -> bool:
-        """Whether the text's vectors are here, in at least this detail."""
+        """Whether the cache holds a text's vectors in at least this detail."""
         place = self._places.get(key)
         return place is not None and self._reads_back(place[0]) and self._shards[place[0]].detail >= detail
 
     def add(self, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> None:
-        """Keeps the vectors of N texts; on disk first, where there is a folder."""
+        """Adds the vectors of N texts. If the folder cannot be written, the cache warns and goes on in memory."""
         if self.folder is None or self.store is None:
             self._register(Shard.held(keys, vectors, detail))
             return
         try:
             try:
                 path = self._write(self.store, keys, vectors, detail)
-            except (OSError, SafetensorError):  # another process may just be clearing the folder
+            except (OSError, SafetensorError):  # another process may be clearing the folder
                 path = self._write(self.store, keys, vectors, detail)
         except (OSError, SafetensorError) as error:
             log.warning("vector cache: %s cannot be written (%s); going on without it", self.store.shown, error)
@@ -168,7 +171,7 @@ class VectorCache:
             return
         number = self._open(path.name)
         self._unseen += 0 if number is None else self._shards[number].size
-        if number is None or not self._reads_back(number):  # another process may have dropped the file already
+        if number is None or not self._reads_back(number):  # another process may have deleted the file already
             self._register(Shard.held(keys, vectors, detail))
 
     def _write(self, store: Store, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Path:
@@ -180,7 +183,11 @@ class VectorCache:
         return path
 
     def gather(self, keys: Sequence[bytes], detail: Detail) -> Vectors:
-        """The vectors of N texts that are all here, in that order; `detail` and no more, states left to `states`."""
+        """The vectors of N texts, in the order of their keys: pooled vectors, and token vectors above Detail.POOLED. For states, call `states`.
+
+        Raises:
+            KeyError: a text is not in the cache. Call `has` first.
+        """
         nothing = torch.zeros(0, 0, dtype=torch.float16, device="cpu")
         runs = self._runs(keys)
         if not runs:
@@ -195,7 +202,7 @@ class VectorCache:
         return Vectors(pooled, lengths, counts.cumsum(0), tokens, nothing)
 
     def _runs(self, keys: Sequence[bytes]) -> list[tuple[Vectors, int, int]]:
-        """Where the vectors of these texts stand: rows a to b of a shard, as long as they follow each other there."""
+        """The rows of these texts as (a shard's vectors, first row, end row). Texts that follow each other in a shard share one entry."""
         self._count += 1
         runs: list[tuple[int, int, int]] = []
         for number, row in (self._places[key] for key in keys):
@@ -210,14 +217,14 @@ class VectorCache:
         return [(used[number], a, b) for number, a, b in runs]
 
     def states(self, keys: Sequence[bytes]) -> list[Tensor]:
-        """The states of N texts that are all here in that detail, one tensor each: views, since to copy them costs as much as to read them."""
+        """The states of N texts, one tensor each (Ld × 2·d·S), as views, since copying costs as much as reading. Raises as `gather`."""
         return [v.states[int(v.offsets[row]) : int(v.offsets[row + 1])] for v, a, b in self._runs(keys) for row in range(a, b)]
 
     def borrow(self, other: VectorCache, keys: Sequence[bytes], detail: Detail) -> list[bytes]:
-        """Shares what another cache holds of these texts, so that it stays here when it is dropped there.
+        """Takes over another cache's vectors of these texts without copying. They stay here if the other cache drops them.
 
         Returns:
-            the keys that neither holds in this detail.
+            the keys that neither cache holds in this detail.
         """
         lacking = []
         with other._lock:
@@ -234,7 +241,7 @@ class VectorCache:
         return lacking
 
     def _open(self, name: str, size: int | None = None) -> int | None:
-        """Takes the keys of a shard that lies in the folder; its number, None where it is gone, of another schema or damaged."""
+        """Registers a shard of the folder by reading its keys. Returns its number; None if it is gone, damaged or of another schema."""
         assert self.store is not None
         path = self.store.folder / name
         self._known.add(name)
@@ -244,11 +251,11 @@ class VectorCache:
             if found is not None:
                 return self._register(Shard(*found, path.stat().st_size if size is None else size, path))
         except (OSError, RuntimeError) as error:
-            shards.leave(path, error)
+            shards.warn_unreadable(path, error)
         return None
 
     def _reads_back(self, number: int) -> bool:
-        """Whether a shard's vectors are here and whole; one that is not is dropped."""
+        """Maps a shard's vectors unless they already are. If that fails, the shard is dropped and the result is False."""
         shard = self._shards[number]
         if shard.vectors is None:
             assert shard.path is not None and self.store is not None
@@ -261,7 +268,7 @@ class VectorCache:
                     self._unseen += shard.size if self.store.remote and not shard.checked else 0
                     shard.checked = True
             except (OSError, RuntimeError) as error:
-                shards.leave(shard.path, error)
+                shards.warn_unreadable(shard.path, error)
             if shard.vectors is None:
                 self._drop(number)
         return shard.vectors is not None
@@ -279,7 +286,7 @@ class VectorCache:
             return number
 
     def trim(self) -> None:
-        """Drops what was not used for longest, past the bounds; called when nothing is about to be gathered."""
+        """Drops the least recently used vectors until the bounds hold. Call it only when no vectors are about to be gathered."""
         with self._lock:
             if self._held > self.memory_bytes:
                 self._warn(self.memory_bytes, "in memory (a folder holds more)")
@@ -293,7 +300,7 @@ class VectorCache:
                 self._trim_folder(self.folder)
 
     def _unmap(self) -> None:
-        """Lets half of the files go that were not used for longest; they are mapped again, unchecked, when they are wanted."""
+        """Unmaps the least recently used files, until half of MAPS are left. They are mapped again, without a check, when they are needed."""
         mapped = sorted((shard.used, number) for number, shard in self._shards.items() if shard.path is not None and shard.vectors is not None)
         for _, number in mapped[: max(0, len(mapped) - MAPS // 2)]:
             self._shards[number].vectors = None
@@ -305,7 +312,7 @@ class VectorCache:
         if self.store is not None and self.store.remote:
             self._trim_copy(files, own)
             return
-        for gone in own.keys() - {path for _, path in files}:  # dropped by another process: as long as it is mapped, it fills the disk
+        for gone in own.keys() - {path for _, path in files}:  # deleted by another process; a mapped file still takes disk space
             self._drop(own[gone])
         total = sum(size for ((_, _, size), _) in files)
         for (_, _, size), path in files:
@@ -315,11 +322,11 @@ class VectorCache:
             total -= size
             if path in own:
                 self._drop(own[path])
-            with suppress(OSError):  # another process may have dropped it
+            with suppress(OSError):  # another process may have deleted it
                 path.unlink()
 
     def _trim_copy(self, files: Sequence[tuple[tuple[int, str, int], Path]], own: Mapping[Path, int]) -> None:
-        """Of what lies elsewhere, drops copies here: they are fetched again when they are wanted."""
+        """Deletes local copies of files behind a URL. They are fetched again when they are needed."""
         total = sum(size for ((_, _, size), _) in files)
         for (_, _, size), path in files:
             if total <= self.disk_bytes:
@@ -353,28 +360,30 @@ def ensure(
     max_tokens: int,
     detail: Detail,
     kind: str = "document",
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
     keep: bool = True,
     clock: Clock | None = None,
 ) -> list[bytes]:
-    """Encodes those of N texts that the cache lacks, each distinct one once, and gives every text's key.
+    """Encodes those of N texts that the cache lacks, each distinct text once. After an interruption, finished chunks stay in the folder.
 
     Args:
         encoder, cache: of the same model.
-        texts: any strings, repeated ones too.
-        max_tokens: own tokens kept of each text.
-        detail: what is wanted of each.
+        texts: N strings; repeated ones are allowed.
+        max_tokens: tokens kept of each text, special ones not counted; the model's limit applies too.
+        detail: the detail that is wanted of each text.
         kind: "document" or "query", which chooses the model's prompt.
-        progress: called as texts are encoded, with how many just were and how many are to be; what was encoded before an
-            interruption stays in the folder.
-        keep: False where nothing is gathered next, so that the cache may be kept to its bounds meanwhile.
-        clock: where the time that tokenising takes is booked; after the first chunk it is what the encoder waits for.
+        progress: called after each batch.
+        keep: False if no vectors are gathered afterwards, so that the cache may be trimmed after each chunk.
+        clock: measures tokenising. After the first chunk, texts are tokenised ahead, and only the encoder's waiting counts.
+
+    Returns:
+        the cache's key of each of the N texts.
     """
     keys = [text_key(text, min(max_tokens, encoder.limit), kind) for text in texts]
     distinct = dict(zip(keys, texts))
     new, size = [key for key in distinct if not cache.has(key, detail)], CHUNK[detail]
     lacking, every = set(new), list(distinct)
-    # What is read together stands together in the texts, wherever they are read and whatever is here already.
+    # Chunks are cut from all texts, not from the missing ones, so that a chunk does not depend on what is cached already.
     parts = ([key for key in every[start : start + size] if key in lacking] for start in range(0, len(every), size))
     chunks = [part for part in parts if part]
     tokenised = in_advance(partial(encoder.tokenize, [distinct[key] for key in chunk], kind, max_tokens) for chunk in chunks)

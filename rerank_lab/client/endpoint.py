@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from rerank_lab.client.v3 import KEY, TIMEOUT, V3
-from rerank_lab.datasets.runs import LARGEST
+from rerank_lab.datasets.runs import LARGEST_SCORE
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.methods import Method
 from rerank_lab.methods.pool import Flops
@@ -210,7 +210,7 @@ class Endpoint:
     """
 
     # The server's models have limits and caches of their own.
-    caches, token_limit = False, None
+    uses_cache, token_limit = False, None
 
     def __init__(
         self, url: str, method: Method, *, model: str, model_cross: str | None = None, max_tokens_per_doc: int = 512,
@@ -288,7 +288,7 @@ class Endpoint:
                 self._broken(f"{where}.index {self.server.clean(repr(index))}, where 0 to {count - 1} were sent")
             if index in found:
                 self._broken(f"{where}.index {index}, which stands there twice")
-            if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= LARGEST:
+            if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= LARGEST_SCORE:
                 self._broken(f"{where}.relevance_score {self.server.clean(repr(score))}, which is no finite number")
             if score > last:
                 self._broken(f"{where} above {last!r}, the score before it, with {score!r}")

@@ -1,6 +1,6 @@
-"""Collections: what they hold, where they come from, and rankings of them as files.
+"""Collections: what they hold, how they are loaded, and runs (rankings) as files.
 
-`load_dataset` and `Dataset` are here for those who use the library; inside it they are imported from where they stand.
+Users import `load_dataset` and `Dataset` from here. Inside the package they are imported from the modules that define them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A collection's texts on disk: ids in memory, texts read by position, on whichever machine they are wanted."""
+"""A corpus on disk. Ids are in memory; texts are read by position, on any machine that reaches the files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from rerank_lab.cache.places import TEXTS
 from rerank_lab.cache.store import Store
 
-PART = 16_384, 1 << 25  # texts and bytes of a file, whichever comes first
+PART = 16_384, 1 << 25  # a file is full at this many texts, or at this many bytes
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Texts by position; holds names of files alone, so that it travels.
+class TextFiles:
+    """Files of texts, read by position. Only names of files are held, so that pickling it is cheap.
 
     Attributes:
         place: the folder or URL of the files.
-        parts: their names, in order; each is named after its content.
-        starts: position of each one's first text, and the number of texts.
+        parts: names of the files, in order. Each is a hash of the file's content.
+        starts: the position of each file's first text, then the number of all texts.
     """
 
     place: str
@@ -51,7 +51,7 @@ class Texts:
         """The texts at these positions, in that order.
 
         Raises:
-            OSError: their file is gone.
+            OSError: a file is gone.
         """
         found = []
         for position, part in zip(positions, np.searchsorted(self.starts, positions, side="right") - 1):
@@ -64,10 +64,10 @@ class Texts:
 
 
 class Corpus(Mapping[str, str]):
-    """id → text, in the order in which they were added. In memory are ids and a digest of each text.
+    """Document id → text, in the order of addition. Texts are on disk; ids and a digest of each text are in memory.
 
     Args:
-        cache: the folder or URL that everybody who reads it reaches.
+        cache: a folder or URL that all readers reach. The texts go into a folder inside.
     """
 
     def __init__(self, cache: Store):
@@ -91,7 +91,7 @@ class Corpus(Mapping[str, str]):
             self._write()
 
     def _write(self) -> None:
-        """Puts what waits into a file; one that is there already has the same content."""
+        """Writes the waiting texts to a file. A file of that name that exists has the same content."""
         offsets = np.concatenate([[0], np.cumsum([len(text) for text in self._waiting])]).astype(np.int64)
         content = save({"offsets": offsets, "texts": np.frombuffer(b"".join(self._waiting) or b"\0", dtype=np.uint8)})
         name = f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.safetensors"
@@ -102,15 +102,15 @@ class Corpus(Mapping[str, str]):
         self._waiting, self._size = [], 0
 
     @property
-    def texts(self) -> Texts:
-        """What reads them by position, here or elsewhere."""
+    def texts(self) -> TextFiles:
+        """The files of all texts, for reading by position here or on another machine."""
         if self._waiting:
             self._write()
         if self._reader is None or len(self._reader) != len(self.ids):
-            self._reader = Texts(self.store.place, tuple(self._parts), tuple(self._starts))
+            self._reader = TextFiles(self.store.place, tuple(self._parts), tuple(self._starts))
         return self._reader
 
-    _reader: Texts | None = None
+    _reader: TextFiles | None = None
 
     def __getitem__(self, identifier: str) -> str:
         return self.texts.read([self._places[identifier]])[0]
@@ -125,21 +125,21 @@ class Corpus(Mapping[str, str]):
         return len(self.ids)
 
     def positions(self, identifiers: Sequence[str]) -> np.ndarray:
-        """Where documents stand, int64."""
+        """Positions of these documents, int64."""
         return np.array([self._places[i] for i in identifiers], dtype=np.int64)
 
     def distinct(self, positions: np.ndarray) -> np.ndarray:
-        """Of these positions the first of each text, in their order."""
+        """The positions without repeated texts: of each text the first, in the given order."""
         values = np.frombuffer(bytes(self._digests), dtype=[("a", "<u8"), ("b", "<u8")])[positions]
         return positions[np.sort(np.unique(values, return_index=True)[1])]
 
     def digest(self, position: int) -> bytes:
-        """16 bytes that stand for a text."""
+        """The digest (16 bytes) of the text at a position."""
         return bytes(self._digests[16 * position : 16 * position + 16])
 
 
 def digests(corpus: Mapping[str, str]) -> Iterator[bytes | str]:
-    """What tells texts apart, one a document: the text itself where it is in memory."""
+    """For each document a value that is equal for equal texts: the digest, or the text itself if it is in memory."""
     if isinstance(corpus, Corpus):
         yield from (corpus.digest(n) for n in range(len(corpus)))
     else:

@@ -1,4 +1,4 @@
-"""What a collection is: texts, queries and judgements, and what a record of one may hold."""
+"""The dataclasses of a collection (documents, queries, judgements), and the checks on its records."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from rerank_lab.errors import UserError
 from rerank_lab.files import Json, valid_text
 
-HIGHEST = 100_000  # trec_eval keeps an array as long as a query's highest grade, and walks it for each measure
-GRADES = f"grades are whole numbers from -{HIGHEST} to {HIGHEST}"
+HIGHEST_GRADE = 100_000  # trec_eval allocates an array as long as a query's highest grade, and scans it for each measure
+GRADES = f"grades are whole numbers from -{HIGHEST_GRADE} to {HIGHEST_GRADE}"
 
 Qrels = dict[str, dict[str, int]]
-Judgements = Iterable[tuple[str, str, Any, str]]  # query id, document id, grade as it stands there, where
+Judgements = Iterable[tuple[str, str, Any, str]]  # query id, document id, grade as the file has it, file and line
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Dataset:
     Attributes:
         name, split: as results call them.
         corpus: document id → text (title and text joined by a space), in file order.
-        queries: query id → text, the judged queries of the split alone, in file order.
-        qrels: query id → document id → grade; complete, whatever corpus and queries lack.
+        queries: query id → text, only of the split's judged queries, in file order.
+        qrels: query id → document id → grade. All judgements, also of ids that corpus or queries lack.
         hash: SHA-256 over corpus, queries and qrels as loaded.
         notes: what a reader of results should know (unknown ids, overlap with another split, …).
-        facts: the same as figures, for results.json.
-        place: query id and document id → where their judgement stands.
+        facts: the same as numbers, for results.json.
+        place: query id and document id → file and line of their judgement, for messages.
     """
 
     name: str
@@ -45,8 +45,14 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a loader gives: streams of (id, text, where), and the judgements of every split it has."""
+class Collection:
+    """A collection as its loader reads it, before one split of it becomes a Dataset.
+
+    Attributes:
+        name: as results call it.
+        documents, queries: call → stream of (id, text, file and line).
+        judgements: split → call → stream of its judgements.
+    """
 
     name: str
     documents: Callable[[], Iterable[tuple[str, str, str]]]
@@ -55,7 +61,15 @@ class Source:
 
 
 def record_text(value: dict[str, Any], where: str) -> tuple[str, str]:
-    """(id, text) of a BEIR or MTEB record; a title stands before the text, joined by a space."""
+    """(id, text) of a BEIR or MTEB record. A title is put before the text, joined by a space.
+
+    Args:
+        value: the record.
+        where: file and line, for messages.
+
+    Raises:
+        UserError: the id or the text is missing or of the wrong type, or holds half of a surrogate pair.
+    """
     identifier = next((value[key] for key in ("_id", "id") if key in value), None)
     if isinstance(identifier, bool) or not isinstance(identifier, (str, int)) or str(identifier).strip() == "":
         raise UserError(f"{where}: no _id (a string)")
@@ -69,10 +83,10 @@ def record_text(value: dict[str, Any], where: str) -> tuple[str, str]:
 
 
 def check_id(identifier: str, where: str) -> str:
-    """The id itself; white space and control characters cannot stand in a TREC run file.
+    """Returns the id if a TREC run file can hold it.
 
     Raises:
-        UserError: it holds some.
+        UserError: the id holds white space or control characters.
     """
     if not identifier.isprintable() or " " in identifier:
         raise UserError(f"{where}: the id {identifier!r} holds white space or control characters, which TREC run files cannot carry")
@@ -80,7 +94,7 @@ def check_id(identifier: str, where: str) -> str:
 
 
 def grade_of(value: Any) -> int | None:
-    """2 of 2, 2.0, "2", "2.0" and "2e0"; None of what is no whole number."""
+    """A grade as an int: 2 for 2, 2.0, "2", "2.0" and "2e0". None if the value is no whole number."""
     if isinstance(value, str):
         text = value.strip()
         value = float(text) if len(text) <= 40 and re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", text) else None

@@ -1,4 +1,4 @@
-"""Collections of the Hugging Face hub, or in a folder that its `datasets` reads."""
+"""Collections from the Hugging Face hub, or from a local folder that its `datasets` library reads."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from rerank_lab.datasets.dataset import Judgements, Source, record_text
+from rerank_lab.datasets.dataset import Collection, Judgements, record_text
 from rerank_lab.datasets.remote import ask
 from rerank_lab.errors import UserError
 
 
-def hub_source(name: str) -> Source:
-    """ "hf:NAME", a hub name or a local folder that `datasets` reads.
+def hub_collection(name: str) -> Collection:
+    """The collection that "hf:NAME" means.
 
-    Two layouts are known. BEIR's: configurations corpus and queries, judgements in NAME-qrels. MTEB's: corpus and queries
-    beside a configuration with query-id, corpus-id and score (default or qrels), one split each.
+    Two layouts are known. BEIR's has the configurations corpus and queries, and its judgements are in the dataset NAME-qrels.
+    MTEB's has corpus and queries, and a third configuration (default or qrels) with the columns query-id, corpus-id and score.
+
+    Args:
+        name: a hub name, or a local folder that `datasets` reads.
+
+    Raises:
+        UserError: the name is empty, cannot be read, or has another layout.
     """
     import datasets
 
@@ -25,7 +31,7 @@ def hub_source(name: str) -> Source:
         raise UserError("hf: needs a name, as in hf:mteb/nfcorpus")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    # Of a local folder whose files have changed, `datasets` would go on giving the copy in its cache.
+    # `datasets` caches a local folder, and keeps returning the old copy after its files have changed.
     mode = "reuse_cache_if_exists" if Path(name).is_dir() else None
     configs = ask(name, lambda: datasets.get_dataset_config_names(name))
     lacking = {"corpus", "queries"} - set(configs)
@@ -51,4 +57,4 @@ def hub_source(name: str) -> Source:
                 raise UserError(f"{where}: the query-id or the corpus-id is missing")
             yield str(row["query-id"]), str(row["corpus-id"]), row["score"], where
 
-    return Source(name.rsplit("/", 1)[-1], lambda: rows("corpus"), lambda: rows("queries"), {s: partial(judgements, s) for s in splits})
+    return Collection(name.rsplit("/", 1)[-1], lambda: rows("corpus"), lambda: rows("queries"), {s: partial(judgements, s) for s in splits})

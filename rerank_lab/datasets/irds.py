@@ -1,18 +1,24 @@
-"""Collections that ir_datasets knows."""
+"""Collections from ir_datasets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rerank_lab.datasets.dataset import Judgements, Source, record_text
+from rerank_lab.datasets.dataset import Collection, Judgements, record_text
 from rerank_lab.datasets.remote import ask, each
 from rerank_lab.errors import UserError
 
 SPLITS = ("train", "dev", "validation", "test")
 
 
-def ir_datasets_source(name: str) -> Source:
-    """ "irds:ID", e.g. irds:beir/scifact/train: the split is the last part of the ID where that names one, else test."""
+def ir_datasets_collection(name: str) -> Collection:
+    """The collection that "irds:ID" means, e.g. irds:beir/scifact/train.
+
+    Its only split is the last part of the ID if that is one of SPLITS, else "test".
+
+    Raises:
+        UserError: ir_datasets is not installed or cannot load the collection.
+    """
     try:
         import ir_datasets
     except ImportError:
@@ -30,7 +36,7 @@ def ir_datasets_source(name: str) -> Source:
         for i, record in enumerate(each(name, lambda: data.qrels_iter())):
             yield record.query_id, record.doc_id, record.relevance, f"irds:{name}:{i + 1}"
 
-    return Source(
+    return Collection(
         name.replace("/", "-"),
         lambda: texts("docs_iter", "doc_id"),
         lambda: texts("queries_iter", "query_id"),

@@ -1,4 +1,4 @@
-"""A collection by name: from a BEIR folder or zip, the Hugging Face hub, ir_datasets, or the package."""
+"""Loads a collection by its name: from a BEIR folder or zip, the Hugging Face hub, ir_datasets, or the package."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rerank_lab.datasets.beir import BUNDLED, bundled_names, folder_source, zip_source
-from rerank_lab.datasets.dataset import GRADES, HIGHEST, Dataset, Judgements, Qrels, Source, check_id, grade_of
+from rerank_lab.datasets.beir import BUNDLED, bundled_names, folder_collection, zip_collection
+from rerank_lab.datasets.dataset import GRADES, HIGHEST_GRADE, Collection, Dataset, Judgements, Qrels, check_id, grade_of
 from rerank_lab.errors import UserError
 from rerank_lab.files import Json, expanded
 
@@ -18,70 +18,70 @@ MISSING_SHOWN = 3
 
 
 def load_dataset(spec: str, split: str = "test", corpus: Mapping[str, str] | None = None) -> Dataset:
-    """Loads a collection.
+    """Loads one split of a collection.
 
     Args:
         spec: a bundled name, a BEIR folder, a BEIR .zip, "hf:NAME" or "irds:ID".
         split: which judgements, e.g. "test".
-        corpus: where texts are put, empty, with __setitem__ (corpus.Corpus); None: in memory.
+        corpus: an empty mapping with __setitem__ (corpus.Corpus) that the documents are put into; None: a dict.
 
     Raises:
-        UserError: not found, malformed (file and line are named), empty, or without this split.
+        UserError: the collection is not found, malformed (the message names file and line), empty, or lacks this split.
     """
-    source = _source(expanded(spec))
-    if split not in source.judgements:
-        raise UserError(f"{spec}: no split {split!r}; it has {', '.join(sorted(source.judgements)) or 'no judgements at all'}")
+    collection = _collection(expanded(spec))
+    if split not in collection.judgements:
+        raise UserError(f"{spec}: no split {split!r}; it has {', '.join(sorted(collection.judgements)) or 'no judgements at all'}")
     digest = hashlib.sha256()
-    corpus = _collect(source.documents(), "document", digest, corpus)
+    corpus = _collect(collection.documents(), "document", digest, corpus)
     if not corpus:
         raise UserError(f"{spec}: the corpus is empty")
     digest.update(b"\n")
-    judgements = source.judgements[split]
+    judgements = collection.judgements[split]
     qrels = _qrels(judgements())
-    all_queries = _collect(source.queries(), "query", None)
+    all_queries = _collect(collection.queries(), "query", None)
     queries = {q: text for q, text in all_queries.items() if q in qrels}
     for q, text in queries.items():
         digest.update(f"{q}\0{text}\0".encode("utf-8", "surrogatepass"))
     digest.update(json.dumps(qrels, sort_keys=True).encode())
     if not queries:
         raise UserError(f"{spec}: no query of split {split!r} has both a text and a judgement")
-    notes, facts = _check(split, corpus, all_queries, qrels, {s: load for s, load in source.judgements.items() if s != split})
+    notes, facts = _check(split, corpus, all_queries, qrels, {s: load for s, load in collection.judgements.items() if s != split})
 
     def place(query: str, document: str) -> str:
         return next(where for q, d, _, where in judgements() if (q, d) == (query, document))
 
-    return Dataset(source.name, split, corpus, queries, qrels, digest.hexdigest(), notes, facts, place)
+    return Dataset(collection.name, split, corpus, queries, qrels, digest.hexdigest(), notes, facts, place)
 
 
-def _source(spec: str) -> Source:
+def _collection(spec: str) -> Collection:
     scheme, colon, rest = spec.partition(":")
     if colon and scheme == "hf":
-        from rerank_lab.datasets.hub import hub_source
+        from rerank_lab.datasets.hub import hub_collection
 
-        return hub_source(rest)
+        return hub_collection(rest)
     if colon and scheme == "irds":
-        from rerank_lab.datasets.irds import ir_datasets_source
+        from rerank_lab.datasets.irds import ir_datasets_collection
 
-        return ir_datasets_source(rest)
+        return ir_datasets_collection(rest)
     path = Path(spec)
     if path.is_dir():
-        return folder_source(path)
+        return folder_collection(path)
     if path.is_file() and zipfile.is_zipfile(path):
-        return zip_source(path)
+        return zip_collection(path)
     if path.is_file():
         raise UserError(f"{spec}: a file, but no zip archive; a BEIR collection is a folder or a .zip of one")
     if spec in bundled_names():
-        return folder_source(BUNDLED / spec)
+        return folder_collection(BUNDLED / spec)
     raise UserError(f"dataset {spec!r} is no folder, no .zip and not bundled ({', '.join(bundled_names())}); elsewhere: hf:NAME, irds:ID")
 
 
 def _qrels(judgements: Judgements) -> Qrels:
-    """Judgements by query; a repeated pair must repeat its grade."""
+    """Judgements by query. A pair that is judged twice must have the same grade both times."""
     qrels: Qrels = {}
     for query, document, value, where in judgements:
         check_id(query, where), check_id(document, where)
         grade = grade_of(value)
-        if grade is None or abs(grade) > HIGHEST:
+        if grade is None or abs(grade) > HIGHEST_GRADE:
             raise UserError(f"{where}: the score {value!r} is {'no whole number' if grade is None else 'too large'}; {GRADES}")
         if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
             raise UserError(f"{where}: query {query} and document {document} are judged twice, {qrels[query][document]} and {grade}")

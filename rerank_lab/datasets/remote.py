@@ -1,4 +1,4 @@
-"""What libraries raise that fetch collections, in one sentence for the user."""
+"""Turns the errors of libraries that fetch collections into one sentence for the user."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from rerank_lab.errors import UserError
 
 
 def ask(name: str, call: Callable[[], Any]) -> Any:
-    """What a call into a library gives.
+    """Calls a library and returns its result.
+
+    Args:
+        name: of the collection, for messages.
+        call: the call.
 
     Raises:
-        UserError: whatever the library raised, with the collection's name.
+        UserError: the library raised any error.
     """
     try:
         return call()
-    except Exception as error:  # each library raises its own and its transport's errors; the user needs one sentence
+    except Exception as error:  # each library raises errors of its own and of its transport
         raise _unreadable(name, error) from error
 
 
 def each(name: str, records: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-    """The records that a library gives one after another; raises as `ask`."""
+    """Iterates over records from a library. Raises as `ask`."""
     try:
         yield from records()
     except Exception as error:

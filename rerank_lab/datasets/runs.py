@@ -1,4 +1,4 @@
-"""A run: ranked documents for each query, in the one total order that the project has, and the files that hold runs."""
+"""Runs: ranked documents for each query, the project's one total order, and reading and writing run files."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ import numpy as np
 from rerank_lab.errors import UserError
 from rerank_lab.files import opened
 
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST_SCORE = float(np.finfo(np.float32).max)
 BOM, MTEB = b"\xef\xbb\xbf", "mteb_model_meta"
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Documents of one query, best first.
+    """The n ranked documents of one query, best first.
 
     Attributes:
-        documents: ids.
-        scores: what they were ranked by, fp32, never rising.
+        documents: n ids.
+        scores: n scores, fp32, never rising.
     """
 
     documents: list[str]
     scores: np.ndarray
 
 
-Run = dict[str, Ranked]
+Run = dict[str, Ranked]  # query id → its documents
 
 
 def order(scores: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The one total order: score descending, equal scores in input order. Positions into scores, int64.
+    """The project's one total order: score descending, equal scores in input order.
+
+    Returns:
+        positions into `scores`, int64, best first.
 
     Raises:
-        ValueError: a NaN, which has no place in any order.
+        ValueError: a score is NaN.
     """
     values = np.asarray(scores)
     if np.isnan(values).any():
@@ -54,29 +57,29 @@ def tie_rate(run: Run) -> float:
 
 
 def rank_scores(ranked: Ranked) -> list[float]:
-    """Scores that say nothing but the rank, so that no tool that sorts again can reorder ties: n, n − 1, … 1."""
+    """Scores n, n − 1, … 1 in place of n real ones. Tools that sort by score cannot reorder ties then."""
     return [float(len(ranked.documents) - i) for i in range(len(ranked.documents))]
 
 
 def trec_lines(run: Run, tag: str) -> Iterator[str]:
-    """A TREC run file with rank-derived scores, line by line."""
+    """The lines of a TREC run file. Scores are those of `rank_scores`; `tag` is the last column."""
     for query, ranked in run.items():
         for i, (document, score) in enumerate(zip(ranked.documents, rank_scores(ranked))):
             yield f"{query} Q0 {document} {i + 1} {score:.0f} {tag}\n"
 
 
 def read_run(path: Path, split: str = "test") -> Run:
-    """Reads a run as its content tells, packed by gzip or not.
+    """Reads a run file, gzipped or not. The format is recognised by the content.
 
-    That is a TREC run; Parquet with the columns query, document and score; JSON of {query: {document: score}}, as ranx writes it; or MTEB's predictions.
-    Documents of a query are ordered by score, equal scores as the file has them.
+    Formats: TREC; Parquet with the columns query, document and score; JSON {query: {document: score}}, as ranx writes it;
+    MTEB's predictions. A query's documents are ordered by score, equal scores in the order of the file.
 
     Args:
         path: the file.
-        split: which one of MTEB's predictions.
+        split: which split of MTEB's predictions.
 
     Raises:
-        UserError: as read_trec; of Parquet and JSON: unreadable, another layout, a score that is not finite, or a repeated document.
+        UserError: the file is missing, unreadable or of another format; a score is not finite; a document is repeated.
     """
     with opened(path) as file:
         start = file.peek(64).removeprefix(BOM).lstrip()
@@ -110,7 +113,7 @@ def _read_json(path: Path, file: BufferedReader, split: str) -> Run:
         raise UserError(f"{path}: a run in JSON is {{query: {{document: score}}}}, or what MTEB writes as predictions of retrieval")
     for query, scored in value.items():
         for document, score in scored.items():
-            if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= LARGEST:
+            if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= LARGEST_SCORE:
                 raise UserError(f"{path}: query {query}, document {document}: the score {str(score)[:40]!r} is no number that is finite in fp32")
     return _ranked(value)
 
@@ -120,7 +123,7 @@ def _values(level: Iterable[Any]) -> Iterator[Any]:
 
 
 def _ranked(found: Mapping[str, Mapping[str, float]]) -> Run:
-    """Query → document → score as a file has them, in the one total order."""
+    """A run of query → document → score: each query's documents in the one total order."""
     run: Run = {}
     for query, scored in found.items():
         documents, scores = list(scored), np.array(list(scored.values()), dtype=np.float64)
@@ -141,8 +144,8 @@ def _read_parquet(path: Path, file: BufferedReader) -> Run:
         missing = [name for name in wanted if name not in names or nested(schema.field(name).type)]
         frame = (
             None if missing else pq.read_table(place, columns=wanted + ["method"] * ("method" in names)).to_pandas(ignore_metadata=True)
-        )  # which may make columns an index
-    except (OSError, ValueError) as error:  # pyarrow's own are of these
+        )  # pandas metadata could turn columns into an index
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
         raise UserError(f"{path}: no Parquet file that can be read ({str(error).partition(chr(10))[0]})") from None
     if frame is None:
         raise UserError(f"{path}: needs the columns query, document and score, a value each, and has {', '.join(names)}")
@@ -153,7 +156,7 @@ def _read_parquet(path: Path, file: BufferedReader) -> Run:
     except (ValueError, TypeError):
         raise UserError(f"{path}: the column score holds no numbers") from None
     empty = frame["query"].isna() | frame["document"].isna()
-    for row in np.flatnonzero(empty.to_numpy() | ~(np.abs(scores) <= LARGEST))[:1]:
+    for row in np.flatnonzero(empty.to_numpy() | ~(np.abs(scores) <= LARGEST_SCORE))[:1]:
         raise UserError(f"{path}: row {row + 1} has {'no query or document' if empty.iloc[row] else f'a score that is not finite in fp32, {scores[row]}'}")
     queries, documents = frame["query"].astype(str), frame["document"].astype(str).to_numpy()
     run: Run = {}
@@ -167,10 +170,10 @@ def _read_parquet(path: Path, file: BufferedReader) -> Run:
 
 
 def read_trec(path: Path) -> Run:
-    """Reads a TREC run (query Q0 document rank score tag), ordered by score, then as the file has it.
+    """Reads a TREC run (query Q0 document rank score tag). A query's documents are ordered by score, equal scores in the order of the file.
 
     Raises:
-        UserError: no such file, a malformed line or a repeated document, with file and line.
+        UserError: the file is missing, a line is malformed or a document is repeated; the message names file and line.
     """
     with opened(path) as file:
         return _read_lines(path, file)
@@ -189,7 +192,7 @@ def _read_lines(path: Path, file: BufferedReader) -> Run:
                 score = float(parts[4])
             except ValueError:
                 raise UserError(f"{where}: the score {parts[4]!r} is no number") from None
-            if not abs(score) <= LARGEST:
+            if not abs(score) <= LARGEST_SCORE:
                 raise UserError(f"{where}: the score {parts[4]!r} is not finite in fp32")
             if parts[2] in found.setdefault(parts[0], {}):
                 raise UserError(f"{where}: document {parts[2]} stands twice for query {parts[0]}")

@@ -151,7 +151,7 @@ def _evaluate(options: Settings, systems: dict[str, System], remote: dict[str, E
             collected[label].kernels = kernel_check.check(label, row, about.types, work.records)
 
     def encode(tokens: int) -> None:
-        _encode_candidates(reranker.reading(tokens), dataset, work.candidates, detail, f"encode {tokens} tokens", executor)
+        _encode_candidates(reranker.with_max_tokens(tokens), dataset, work.candidates, detail, f"encode {tokens} tokens", executor)
 
     done = {label: collected[label].records for label in own}
     points = list(sweep.run(options.sweep, local, own, done, work, deep, encode))

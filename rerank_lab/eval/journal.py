@@ -16,7 +16,7 @@ from typing import Any
 from rerank_lab.errors import UserError
 from rerank_lab.eval.records import Record
 from rerank_lab.eval.results import AGAIN, SCHEMA, Results, parse
-from rerank_lab.files import Json, Misfit, write_atomically
+from rerank_lab.files import DecodeError, Json, write_atomically
 
 RESULTS = "results.json"
 REPORTS = ("report.md", "report.html", "report.tex")
@@ -74,7 +74,7 @@ class Journal:
         self._compare(value.get("config", {}), config, "the finished run")
         try:
             return parse(value)
-        except Misfit as problem:
+        except DecodeError as problem:
             raise UserError(f"{self.out / RESULTS}: {problem}; {AGAIN}") from None
 
     def begin(self, config: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rerank_kernels import project_quantize, similarity_topk, subspace_attention, use_backend
 from rerank_lab.eval.records import KernelRecords, Record
 from rerank_lab.methods import Pool
-from rerank_lab.models.base import Read, Vectors
+from rerank_lab.models.base import EncodedQuery, Vectors
 from rerank_lab.reranker import Ranking, Reranker
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -53,7 +53,7 @@ class Cast:
         backend: what answers the operators; None: what is chosen already.
     """
 
-    def __init__(self, reranker: Reranker, dtype: torch.dtype, reads: dict[str, Read], backend: str | None = None):
+    def __init__(self, reranker: Reranker, dtype: torch.dtype, reads: dict[str, EncodedQuery], backend: str | None = None):
         self.reranker, self.dtype, self.reads, self.backend = reranker, dtype, reads, backend
 
     def score(self, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking:
@@ -63,10 +63,10 @@ class Cast:
         with use_backend(self.backend) if self.backend else nullcontext(), torch.inference_mode():
             pool = self.reranker.pool(partial(CastPool, dtype=self.dtype), query, texts)
             if query in self.reads:
-                pool.has_read(encoder, self.reads[query], detail)
+                pool.keep_query(encoder, self.reads[query], detail)
             else:  # in the one way, whichever type of number comes first
                 with use_backend("reference"):
-                    self.reads[query] = pool.query_read(encoder, detail)
+                    self.reads[query] = pool.encoded_query(encoder, detail)
             ranking = self.reranker.finish(pool, first_stage)
         self.reranker.engine.trim()
         return ranking
@@ -83,7 +83,7 @@ def check(label: str, reranker: Reranker, types: Sequence[str], records: Callabl
         types: names from DTYPES.
         records: a label and what ranks → a record a query.
     """
-    reads: dict[str, Read] = {}
+    reads: dict[str, EncodedQuery] = {}
     title = f"{label} by kernels, "
     definition = records(f"{title}definition", Cast(reranker, torch.float32, reads, "reference"))
     return KernelRecords(definition, {name: records(title + name, Cast(reranker, DTYPES[name], reads)) for name in types})

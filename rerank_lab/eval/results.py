@@ -16,7 +16,7 @@ from typing import Any
 from rerank_lab.environment import Environment
 from rerank_lab.errors import UserError
 from rerank_lab.eval.system import System
-from rerank_lab.files import Json, Misfit, decode, encode, named
+from rerank_lab.files import DecodeError, Json, decode, encode, json_name
 from rerank_lab.timing import PHASES
 
 SCHEMA = 2
@@ -63,10 +63,10 @@ class Agreement:
         queries: that both ranked.
     """
 
-    other: str = named("with")
+    other: str = json_name("with")
     queries: int
     kendall_tau: float | None
-    overlap_at_10: float | None = named("overlap@10")
+    overlap_at_10: float | None = json_name("overlap@10")
     max_score_diff: float | None
 
 
@@ -115,7 +115,7 @@ class Row:
 
     dataset: str = ""
     split: str = ""
-    label: str = named("method")
+    label: str = json_name("method")
     model: str | None = None
     model_cross: str | None = None
     queries: int
@@ -156,12 +156,12 @@ class Point:
 
     setting: str
     value: float
-    label: str = named("method")
+    label: str = json_name("method")
     queries: int = 0
     measures: dict[str, float]
     ci95: dict[str, Interval | None] = field(default_factory=dict)
     recall: float
-    ceiling: float = named("oracle_")  # of the best order of these documents, by the measure that Results.ceiling_measure names
+    ceiling: float = json_name("oracle_")  # of the best order of these documents, by the measure that Results.ceiling_measure names
     latency_ms: Latency | None = None
     flops_per_query: float | None = None
     truncated_share: float
@@ -187,8 +187,8 @@ class CandidateFacts:
     top_k: int
     hash: str
     documents_per_query: float | None = None
-    recall: float = named("recall@")
-    ceiling: float = named("oracle_")
+    recall: float = json_name("recall@")
+    ceiling: float = json_name("oracle_")
     measures: dict[str, float]
     notes: list[str]
     details: dict[str, Json] = field(default_factory=dict)
@@ -275,7 +275,7 @@ def read(path: Path) -> Results:
         raise UserError(f"{path}: schema {schema!r}, and this version reads schema {SCHEMA}; {'a newer rerank_lab made it: upgrade' if newer else AGAIN}")
     try:
         return parse(value)
-    except Misfit as problem:
+    except DecodeError as problem:
         raise UserError(f"{path}: {problem}; {AGAIN}") from None
 
 
@@ -283,11 +283,11 @@ def parse(value: Any) -> Results:
     """Results from the JSON of a file of this schema.
 
     Raises:
-        Misfit: something is missing, of another kind, or does not fit the rest.
+        DecodeError: something is missing, of another kind, or does not fit the rest.
     """
     results = decode(Results, _plain(value))
     for problem in _inconsistent(results):
-        raise Misfit(problem)
+        raise DecodeError(problem)
     return results
 
 

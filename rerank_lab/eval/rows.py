@@ -69,7 +69,7 @@ def cold(
     """
     if not isinstance(reranker, Reranker):
         return Cold(measured="unknown: what a server has seen before, it alone knows")
-    if not reranker.caches:
+    if not reranker.uses_cache:
         return Cold(measured="no vectors are cached for this method: each run is new")
     if not queries:
         return Cold()

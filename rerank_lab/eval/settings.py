@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rerank_lab.cli import SUBSPACE, Machine, count, machine_options, natural, path_of, place_of, positive, weight
+from rerank_lab.cli import SUBSPACE, ComputeOptions, add_compute_options, count, natural, non_negative, path_of, place_of, positive
 from rerank_lab.errors import UserError
-from rerank_lab.first_stage import FIRST_STAGES, listed
+from rerank_lab.first_stage import FIRST_STAGES, usages
 
 if TYPE_CHECKING:
     from rerank_lab.models.base import Detail
@@ -60,7 +60,7 @@ UNRECORDED = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb
 
 
 @dataclass(frozen=True)
-class Settings(Machine):
+class Settings(ComputeOptions):
     """One evaluation, or a grid of them. A field is an option under its long name; parser() says in --help what each does.
 
     Attributes:
@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--candidates",
         type=place_of,
-        metavar=listed("|"),
+        metavar=usages("|"),
         help=f"the first stage: {'; '.join(f'{stage.usage}, {stage.help}' for stage in FIRST_STAGES.values())} (default: dense)",
     )
     data.add_argument("--top-k", type=count, metavar="N", help="candidates a query (default: 100)")
@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--max-tokens-per-doc", type=count, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)")
     what.add_argument(
         "--fuse-first-stage",
-        type=weight,
+        type=non_negative,
         nargs="?",
         const=1.0,
         metavar="WEIGHT",
@@ -179,11 +179,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same configuration")
     out.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     machine = p.add_argument_group("machine")
-    machine_options(machine)
+    add_compute_options(machine)
     machine.add_argument(
         "--cache", type=place_of, metavar="DIR|URL", help="vector cache, a folder or a URL of fsspec's (default: $RERANK_LAB_CACHE or ~/.cache/rerank_lab)"
     )
-    machine.add_argument("--cache-gb", type=weight, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
+    machine.add_argument("--cache-gb", type=non_negative, metavar="GB", help="what the cache may hold of one model; oldest go first (default: 16)")
     machine.add_argument("--no-cache", action="store_true", help="keep vectors in memory alone")
     p.add_argument(
         "--grid", type=path_of, metavar="FILE.toml", help="every combination of the lists in its table [grid], a results folder each; other keys as in --config"

@@ -21,7 +21,7 @@ from rerank_lab.eval.sweep import Swept
 from rerank_lab.eval.system import System
 from rerank_lab.first_stage.candidates import Candidates, oracle
 from rerank_lab.measures import stats
-from rerank_lab.measures.quality import counted, coverage, evaluate, unjudged_share
+from rerank_lab.measures.quality import counted_grades, coverage, measure_run, unjudged_share
 from rerank_lab.timing import PHASES
 
 AGREEMENT = ["kendall_tau", "overlap@10", "max_score_diff"]
@@ -53,13 +53,13 @@ class Evaluation:
 
     def measured(self, records: Sequence[Record]) -> np.ndarray:
         """The first measure of each judged query."""
-        values: np.ndarray = evaluate(run_of(records), self.dataset.qrels, [self.primary])[self.primary].to_numpy()
+        values: np.ndarray = measure_run(run_of(records), self.dataset.qrels, [self.primary])[self.primary].to_numpy()
         return values
 
     def ceiling(self, run: Run) -> float:
         """The mean of the first measure over the same documents in the best order for it."""
-        best = oracle(run, replace(self.dataset, qrels=counted(self.primary, self.dataset.qrels)))
-        return float(evaluate(best, self.dataset.qrels, [self.primary])[self.primary].mean())
+        best = oracle(run, replace(self.dataset, qrels=counted_grades(self.primary, self.dataset.qrels)))
+        return float(measure_run(best, self.dataset.qrels, [self.primary])[self.primary].mean())
 
 
 def summarize(evaluation: Evaluation, collected: Mapping[str, RowRecords], points: Sequence[Swept] = ()) -> tuple[Results, dict[str, str | bytes]]:
@@ -75,7 +75,7 @@ def summarize(evaluation: Evaluation, collected: Mapping[str, RowRecords], point
     """
     config, dataset, systems = evaluation.config, evaluation.dataset, evaluation.systems
     runs = {label: run_of(row.records) for label, row in collected.items()}
-    frames = {label: evaluate(run, dataset.qrels, config.measures) for label, run in runs.items()}
+    frames = {label: measure_run(run, dataset.qrels, config.measures) for label, run in runs.items()}
     agreed = {
         label: _agreement(row.records, collected[systems[label].twin].records if systems[label].twin in collected else [])
         for label, row in collected.items()
@@ -112,7 +112,7 @@ def _candidates(evaluation: Evaluation) -> CandidateFacts:
     """What the first stage gave, by the measures."""
     candidates, names, qrels = evaluation.candidates, evaluation.config.measures, evaluation.dataset.qrels
     top_k = candidates.top_k
-    first = evaluate(candidates.run, qrels, [*dict.fromkeys([*names, f"R@{top_k}"])]).mean()
+    first = measure_run(candidates.run, qrels, [*dict.fromkeys([*names, f"R@{top_k}"])]).mean()
     return CandidateFacts(
         source=candidates.source, top_k=top_k, hash=candidates.hash, documents_per_query=candidates.documents_per_query, recall=float(first[f"R@{top_k}"]), ceiling=evaluation.ceiling(candidates.run),
         measures={name: float(first[name]) for name in names}, notes=candidates.notes, details=candidates.details,
@@ -207,14 +207,14 @@ def _vs_definition(evaluation: Evaluation, kernels: KernelRecords) -> dict[str, 
 def _point(evaluation: Evaluation, point: Swept) -> Point:
     """One point of a sweep; recall and ceiling are of the documents that the method ranked."""
     run, qrels, primary, costs = run_of(point.records), evaluation.dataset.qrels, evaluation.primary, costs_of(point.records)
-    frame = evaluate(run, qrels, evaluation.config.measures)
+    frame = measure_run(run, qrels, evaluation.config.measures)
     depth = max((len(r.documents) for r in run.values()), default=1)
     ranked = sum(r.candidates for r in point.records)
     return Point(
         setting=point.setting, value=point.value, label=point.label, queries=len(frame),
         measures={name: float(frame[name].mean()) for name in frame},
         ci95={primary: stats.bootstrap_interval(frame[primary].to_numpy(), evaluation.config.seed)},
-        recall=float(evaluate(run, qrels, [f"R@{depth}"]).iloc[:, 0].mean()),
+        recall=float(measure_run(run, qrels, [f"R@{depth}"]).iloc[:, 0].mean()),
         ceiling=evaluation.ceiling(run),
         latency_ms=_latency([r.seconds for r in point.records]),
         flops_per_query=float(np.mean([cost.flops for cost in costs])) if costs else None,

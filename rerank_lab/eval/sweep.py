@@ -74,7 +74,7 @@ def run(
             for system in _having(name, systems):
                 label, method, row = system.label, system.method, rows[system.label]
                 if name == "max_tokens_per_doc":
-                    row = row.reading(int(value))
+                    row = row.with_max_tokens(int(value))
                 elif name != "top_k":
                     row = row.using(replace(method, **{name: value}), cross=system.crossed)
                 if row.token_limits == rows[label].token_limits and row.method == method and pool.hash == work.candidates.hash:

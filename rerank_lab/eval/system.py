@@ -11,7 +11,7 @@ from functools import cached_property
 
 from rerank_lab.client.endpoint import ADDRESS, address_wanted, check_address, is_secret
 from rerank_lab.errors import UserError
-from rerank_lab.methods import CROSSED, METHODS, Method, labels, make_method
+from rerank_lab.methods import CROSS_SUFFIX, METHODS, Method, labels, make_method
 
 SERVER = "endpoint"
 
@@ -69,7 +69,7 @@ class System:
     @property
     def base(self) -> str:
         """The method's own name: best of best+cross."""
-        name = self.name.removesuffix(CROSSED)
+        name = self.name.removesuffix(CROSS_SUFFIX)
         return name if name in METHODS and METHODS[name].optional_cross else self.name
 
     @property

@@ -1,4 +1,4 @@
-"""What every first stage is, and what it is made of. Imports nothing that is slow to load."""
+"""The protocol of first stages, and the context that they are made with. Imports nothing that is slow to load."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rerank_lab.datasets.dataset import Dataset
     from rerank_lab.datasets.runs import Run
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-TopK: TypeAlias = "tuple[Tensor, Tensor]"  # of B queries: the K highest values, B × K, never rising, and the places of their documents
+ProgressBar = Callable[[Iterable[Any], str], Iterable[Any]]  # an iterable and a title → the same items, with a progress bar
+TopK: TypeAlias = "tuple[Tensor, Tensor]"  # for B queries: the K highest values (B × K, never rising) and the positions of their documents (B × K)
 QUERY_BATCH = 64
 
 
@@ -27,18 +27,18 @@ class Context:
 
     Attributes:
         dataset: the collection.
-        nearest: document ids, texts of queries and K → the K nearest of these documents by the model's pooled vectors, in batches of QUERY_BATCH
-            queries; places count the ids. The work is done where the evaluation's work is done, here or on a cluster.
+        nearest: document ids, texts of queries, K → the K nearest documents of each query by the model's pooled vectors, a TopK for
+            each batch of QUERY_BATCH queries. Positions are into the given ids. It runs where the evaluation runs, here or on a cluster.
         progress: wraps an iterable in a progress bar with a title.
     """
 
     dataset: Dataset
     nearest: Callable[[Sequence[str], Sequence[str], int], list[TopK]]
-    progress: Progress
+    progress: ProgressBar
 
 
 class FirstStage(Protocol):
-    """What finds candidates. It is made of a Context and of what stands behind its name (--candidates NAME:ARGUMENT), "" where nothing does.
+    """Finds candidates. Its class is called with a Context and the ARGUMENT of --candidates NAME:ARGUMENT ("" without one).
 
     Attributes:
         notes: what a reader of results should know; complete after `search`.
@@ -47,15 +47,15 @@ class FirstStage(Protocol):
     notes: list[str]
 
     def search(self, queries: Mapping[str, str], k: int) -> Run:
-        """Candidates of each query.
+        """Finds the candidates of each query.
 
         Args:
             queries: id → text, none of them blank.
-            k: documents a query at most.
+            k: how many documents to return for a query at most.
 
         Returns:
-            documents with the scores that they were ranked by; a query without any may be absent.
+            ranked documents with their scores. Queries without candidates may be absent.
         """
 
     def about(self) -> dict[str, Json]:
-        """What results say of it beside its name, as JSON has it: parameters, files, hashes. Asked after `search`."""
+        """Facts for results.json, besides the name: parameters, files, hashes. Called after `search`."""

@@ -11,7 +11,7 @@ from rerank_lab.first_stage.lexical import BM25, PARAMETERS, TOKENIZERS, WORDS
 
 
 class BM25Stage:
-    """Documents that share a term with the query, in corpus order where scores are equal."""
+    """Documents that share a term with the query, by BM25. Equal scores are in corpus order."""
 
     def __init__(self, context: Context, argument: str):
         self.context, self.notes = context, list[str]()

@@ -1,4 +1,4 @@
-"""What the first stage hands over: candidates a query, hashed, with the recall and the ceiling they set."""
+"""The candidates of an evaluation: made by a first stage, counted and hashed; and their best possible order."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rerank_lab.datasets.dataset import Dataset
 from rerank_lab.datasets.runs import Ranked, Run, order
 from rerank_lab.files import Json
 from rerank_lab.first_stage import Context, find
-from rerank_lab.first_stage.base import Progress, TopK
+from rerank_lab.first_stage.base import ProgressBar, TopK
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """First-stage results.
+    """The candidates of all queries.
 
     Attributes:
-        run: at most top_k documents a query, best first, with the first stage's scores; queries without any are absent.
+        run: at most top_k documents for each query, best first, with the first stage's scores. Queries without candidates are absent.
         source: the first stage's name.
-        top_k: candidates a query at most.
+        top_k: upper bound on the candidates of a query.
         hash: SHA-256 over query ids and document ids in order.
-        documents_per_query: their mean number.
-        details: what else results say of them: parameters, files, counts.
-        notes: what a reader should know.
+        documents_per_query: mean number of candidates.
+        details: further facts for results.json: parameters, files, counts.
+        notes: what a reader of results should know.
     """
 
     run: Run
@@ -39,7 +39,7 @@ class Candidates:
 
     @classmethod
     def of(cls, run: Run, source: str, top_k: int, details: dict[str, Json], notes: list[str]) -> Candidates:
-        """Counts and hashes a run."""
+        """Makes Candidates of a run: counts and hashes it."""
         digest = hashlib.sha256()
         for q, r in run.items():
             digest.update(" ".join([q, *r.documents]).encode() + b"\n")  # no id holds either
@@ -47,7 +47,7 @@ class Candidates:
         return cls(run, source, top_k, digest.hexdigest(), mean, details, notes)
 
     def cut(self, top_k: int) -> Candidates:
-        """The best top_k a query, as the same first stage would have given them."""
+        """The best top_k candidates of each query, as the first stage would have returned them for this top_k."""
         if top_k >= self.top_k:
             return self
         run = {q: Ranked(r.documents[:top_k], r.scores[:top_k]) for q, r in self.run.items()}
@@ -61,20 +61,20 @@ def make_candidates(
     *,
     search: Callable[[Sequence[str], Sequence[str], int], list[TopK]],
     drop_identical: bool,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> Candidates:
-    """Candidates for every query of a dataset.
+    """Finds candidates for every query of a dataset.
 
     Args:
         source: a first stage as --candidates names it.
         dataset: the collection.
-        top_k: candidates a query at most.
-        search: Context.nearest.
-        drop_identical: leave out the document whose id is the query's.
-        progress: Context.progress.
+        top_k: how many candidates to find for a query at most.
+        search: becomes Context.nearest.
+        drop_identical: whether to leave out the document whose id is the query's id.
+        progress: becomes Context.progress.
 
     Raises:
-        UserError: an unknown first stage, or what it says of its argument.
+        UserError: the first stage is unknown or refuses its argument.
     """
     declared, argument = find(source)
     stage = declared.make(Context(dataset, search, progress), argument)
@@ -91,7 +91,7 @@ def make_candidates(
 
 
 def oracle(run: Run, dataset: Dataset) -> Run:
-    """The same candidates in the best order that judgements allow: the ceiling of any reranker."""
+    """The same candidates in the best order that the judgements allow. No reranker of these candidates scores higher."""
     best: Run = {}
     for q, ranked in run.items():
         grades = np.array([dataset.qrels[q].get(d, 0) for d in ranked.documents], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Candidates by the bi-encoder's pooled vectors, over all documents by brute force."""
+"""Candidates by the bi-encoder's pooled vectors: an exact search over all documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rerank_lab.first_stage.base import QUERY_BATCH, Context, TopK
 
 
 class DenseStage:
-    """The nearest documents, in corpus order where scores are equal."""
+    """The documents nearest to the query. Equal scores are in corpus order."""
 
     def __init__(self, context: Context, argument: str):
         self.context, self.notes = context, list[str]()
@@ -22,7 +22,7 @@ class DenseStage:
     def search(self, queries: Mapping[str, str], k: int) -> Run:
         """As FirstStage.search."""
         corpus, run = self.context.dataset.corpus, Run()
-        # Each distinct text once: rounding differs by a row's place in a matrix product, and equal texts must tie.
+        # Each distinct text is scored once: rounding depends on a row's position in a matrix product, and equal texts must tie.
         groups: dict[bytes | str, list[int]] = {}
         for i, text in enumerate(digests(corpus)):
             groups.setdefault(text, []).append(i)
@@ -36,11 +36,16 @@ class DenseStage:
 
     def about(self) -> dict[str, Json]:
         """As FirstStage.about."""
-        return {}  # the models stand elsewhere in the results
+        return {}  # results.json names the models elsewhere
 
 
-def better(before: TopK, later: TopK, k: int) -> TopK:
-    """The best k of two blocks' values and places, B × … each, never rising; of equal ones those of the earlier block stand first."""
+def merge_topk(before: TopK, later: TopK, k: int) -> TopK:
+    """Merges the TopK of two blocks of documents into the best k. On equal values the earlier block comes first.
+
+    Args:
+        before, later: values and positions, B × K₁ and B × K₂. Positions of the two blocks do not overlap.
+        k: how many to keep.
+    """
     values, places = (torch.cat(pair, 1) for pair in zip(before, later))
     kept = torch.sort(values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), dim=1, descending=True, stable=True).indices[:, :k]
     return values.gather(1, kept), places.gather(1, kept)

@@ -1,4 +1,4 @@
-"""Candidates of somebody else's first stage, from its run file."""
+"""Candidates from the run file of another system."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rerank_lab.first_stage.base import Context
 
 
 class RunStage:
-    """What a run that read_run reads has for the judged queries and the documents of the collection.
+    """Reads a run file, and keeps its judged queries and the documents that the collection has.
 
     Raises:
-        UserError: the file cannot be read twice.
+        UserError: the file cannot be read, or is a pipe.
     """
 
     def __init__(self, context: Context, argument: str):
@@ -25,10 +25,10 @@ class RunStage:
         self.digest = file_hash(self.path)
 
     def search(self, queries: Mapping[str, str], k: int) -> Run:
-        """As FirstStage.search; ties stand as the file has them.
+        """As FirstStage.search. Equal scores keep the order of the file.
 
         Raises:
-            UserError: as read_run; nothing in the file belongs to this collection.
+            UserError: as read_run, or nothing in the file belongs to this collection.
         """
         given, corpus = read_run(self.path, self.dataset.split), self.dataset.corpus
         unknown_queries = [q for q in given if q not in self.dataset.qrels]
@@ -41,7 +41,7 @@ class RunStage:
         for q in (q for q in queries if q in given):
             known = np.array([i for i, d in enumerate(given[q].documents) if d in corpus], dtype=np.int64)
             equal = np.diff(given[q].scores[known]) == 0
-            ties.append(int((np.append(equal, False) | np.insert(equal, 0, False))[:k].sum()))  # with those that the cut parts
+            ties.append(int((np.append(equal, False) | np.insert(equal, 0, False))[:k].sum()))  # also ties across the cut at k
             run[q] = Ranked([given[q].documents[i] for i in known[:k]], given[q].scores[known[:k]])
         if any(ties):
             self.notes.append(

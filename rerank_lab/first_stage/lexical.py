@@ -1,4 +1,4 @@
-"""BM25 as bm25s computes it, with the one set of parameters that the project uses."""
+"""BM25 by bm25s, with the project's one set of parameters."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 WORDS, LETTERS, BIGRAMS = "words", "letters", "bigrams"
 TOKENIZERS = {WORDS: "words of two letters and more", LETTERS: "single letters and words with marks", BIGRAMS: "character bigrams and words"}
 PARAMETERS = {"library": "bm25s", "method": "lucene", "k1": 1.2, "b": 0.75, "stopwords": "en", "stemmer": "snowball english", "tokenizer": TOKENIZERS[WORDS]}
-BLOCK = 1024  # documents whose terms are strings at once
+INDEX_BLOCK = 1024  # documents whose terms are held as strings at once
 # Thai, Lao, Myanmar, Khmer; Japanese marks, Hiragana and Katakana with their extensions, Bopomofo; Han; half-width Katakana.
 SPACELESS = re.compile(
     "[\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u109f\uaa60-\uaa7f\u1780-\u17d3"
     "\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff]+"
 )
-# Vowel signs and accents, at which bm25s's pattern parts words: of Hindi and other Indic text single letters are what it leaves.
+# Vowel signs and accents. bm25s's pattern splits words at them, which leaves single letters of Hindi and other Indic text.
 MARKS = "".join(chr(c) for c in range(0x300, 0xFE30) if unicodedata.category(chr(c)).startswith("M"))
 MARKED = re.compile(rf"[\w{MARKS}]+")
 WORD = re.compile(r"\w+")
@@ -28,15 +28,16 @@ SIGNED = re.compile(r"(?<!\w)[^\W_][+#]+")  # C++, C#
 
 
 class BM25:
-    """An index over N documents.
+    """A BM25 index over N documents.
 
-    A query that holds a word of two letters or more is answered by bm25s's own words, whatever else this class does. A query without any (C, C++),
-    and one in a script that sets no spaces (Chinese, Thai …), are answered by a second index, made when the first such query comes: beside
-    the words, it holds single letters, words with marks, and of scripts without spaces characters and pairs of neighbours.
+    There are two indexes. The first holds bm25s's own words, of two letters or more. The second also holds single letters,
+    words with marks, and, for scripts without spaces (Chinese, Thai …), characters and character bigrams. It answers
+    queries in such scripts, and queries without a word of two letters (C, C++). It is built when the first such query
+    comes. All other queries are answered by the first index.
 
     Args:
-        documents: their texts.
-        progress: whether to draw bm25s's own progress bars.
+        documents: N texts.
+        progress: whether to show bm25s's progress bars.
     """
 
     def __init__(self, documents: Sequence[str], progress: bool = False):
@@ -48,11 +49,11 @@ class BM25:
         self.index = None if not tokens.vocab else _index(tokens, progress)
 
     def tokenizer(self, query: str) -> str:
-        """What a query is taken apart into: "words", "letters" or "bigrams"."""
+        """How a query is split into terms: "words", "letters" or "bigrams", the keys of TOKENIZERS."""
         return self._asked(query)[0]
 
     def scores(self, query: str) -> np.ndarray:
-        """Of every document, fp32, 0 where no term matches."""
+        """The BM25 score of every document: N, fp32, 0 if no term matches."""
         kind, terms = self._asked(query)
         index = None if not terms else self.index if kind == WORDS else self._wide
         return np.zeros(self.count, dtype=np.float32) if index is None else np.asarray(index.get_scores(terms), dtype=np.float32)
@@ -68,15 +69,20 @@ class BM25:
     def _wide(self) -> Any:
         from bm25s.tokenization import Tokenized
 
-        numbers: dict[str, int] = {}  # a term's own, so that a corpus of terms is one of numbers at once
+        numbers: dict[str, int] = {}  # term → its id, so that terms are kept as numbers and not as strings
         ids: list[list[int]] = []
-        for start in range(0, self.count, BLOCK):
-            for terms in self._wide_terms(self.documents[start : start + BLOCK]):
+        for start in range(0, self.count, INDEX_BLOCK):
+            for terms in self._wide_terms(self.documents[start : start + INDEX_BLOCK]):
                 ids.append([numbers.setdefault(term, len(numbers)) for term in terms])
         return _index(Tokenized(ids, numbers), self.progress) if numbers else None
 
     def _wide_terms(self, texts: Sequence[str], asked: bool = False) -> list[list[str]]:
-        """Words, letters, and of scripts without spaces pairs of characters; single ones for documents, or where a query has no pair."""
+        """The terms of the second index for each text. A stretch of a script without spaces gives its bigrams.
+
+        Args:
+            texts: documents or queries.
+            asked: whether they are queries. A document also gives single characters; a query does so only for a stretch of one character.
+        """
         spaced = [SPACELESS.sub(" ", text) for text in texts]
         found = self._words(spaced)
         for terms, text, rest in zip(found, texts, spaced):
@@ -104,7 +110,7 @@ def _index(tokens: Any, progress: bool) -> Any:
 
 
 def _letters(text: str) -> list[str]:
-    """What the pattern of words leaves out: single letters and digits that are no stop words, words with marks, and letters with signs behind them: c, c++."""
+    """Terms that bm25s's pattern of words misses: single letters and digits that are no stop words, words with marks, and letters with signs (c++)."""
     import bm25s
 
     text, stop = text.lower(), bm25s.stopwords.STOPWORDS_EN

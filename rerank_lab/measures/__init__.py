@@ -1,1 +1,1 @@
-"""How good a ranking is, and whether a difference between two is more than chance."""
+"""Measures the quality of rankings, and tests whether the difference between two is more than chance."""

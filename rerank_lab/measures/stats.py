@@ -1,4 +1,4 @@
-"""Is the difference real: paired tests, bootstrap intervals and Holm's correction, by scipy and statsmodels; and do two rankings agree."""
+"""Tests whether a difference between two systems is real (paired tests, bootstrap intervals, Holm's correction), and how far two rankings agree."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 RESAMPLES = 9999
-# Resamples at once: bounds the memory to about 100 × queries × 8 bytes a step.
-BATCH = 100
+BATCH = 100  # resamples at once: about 100 × queries × 8 bytes of memory
 
 
 class Paired(TypedDict):
-    """One system against another, query by query.
+    """System a compared with system b, query by query.
 
     Attributes:
-        delta, ci95: mean difference and its 95% interval; None for a single query.
-        p_t, p_randomization: of the paired t-test (None: undefined) and of the randomisation test.
-        wins, ties, losses: queries.
+        delta: mean of a − b.
+        ci95: 95% bootstrap interval of delta; None for a single query.
+        p_t: p-value of the paired t-test; None: undefined.
+        p_randomization: p-value of the paired randomisation test.
+        wins, ties, losses: number of queries on which a is better, equal or worse.
     """
 
     delta: float
@@ -36,8 +37,11 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> list[float] | None:
     """95% percentile bootstrap interval of the mean over queries (9,999 resamples); None for a single query.
 
     Args:
-        values: one a query; of a measure, or of differences between two methods.
+        values: one for each query: of a measure, or of its differences between two systems.
         seed: of the resampling.
+
+    Returns:
+        [low, high].
     """
     if len(values) < 2:
         return None
@@ -48,7 +52,7 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> list[float] | None:
 
 
 def paired_t(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Two-sided p of the paired t-test; 1 where no query differs, None where all differ by the same and t is undefined."""
+    """Two-sided p-value of the paired t-test; 1 if no query differs; None if all queries differ by the same amount, where t is undefined."""
     if len(a) < 2 or np.array_equal(a, b):
         return 1.0
     if np.ptp(a - b) == 0:
@@ -57,9 +61,10 @@ def paired_t(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def paired_randomization(a: np.ndarray, b: np.ndarray, seed: int) -> float:
-    """Two-sided p of the paired randomisation test: how often the absolute mean difference is reached when labels swap.
+    """Two-sided p-value of the paired randomisation test: how often swapping the systems' labels reaches the absolute mean difference.
 
-    (count + 1) / (n + 1) over n = 9,999 random swaps; where there are no more than that many distinct ones (13 queries or fewer), all are counted.
+    p = (count + 1) / (n + 1) over n = 9,999 random swaps. With 13 queries or fewer there are at most 9,999 distinct swaps, and p is
+    exact: all of them are counted.
     """
     if len(a) < 2 or np.array_equal(a, b):
         return 1.0
@@ -77,7 +82,12 @@ def paired_randomization(a: np.ndarray, b: np.ndarray, seed: int) -> float:
 
 
 def paired(a: np.ndarray, b: np.ndarray, seed: int) -> Paired:
-    """a against b, query by query: mean difference with its interval, both tests, and how many queries each way."""
+    """Compares a with b, query by query.
+
+    Args:
+        a, b: the measure's value for each query, in the same order.
+        seed: of the resampling.
+    """
     return {
         "delta": float((a - b).mean()), "ci95": bootstrap_interval(a - b, seed), "p_t": paired_t(a, b), "p_randomization": paired_randomization(a, b, seed),
         "wins": int((a > b).sum()), "ties": int((a == b).sum()), "losses": int((a < b).sum()),
@@ -85,7 +95,7 @@ def paired(a: np.ndarray, b: np.ndarray, seed: int) -> Paired:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction across methods."""
+    """Holm's correction of p-values of several comparisons, in the same order."""
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
 
 
@@ -93,14 +103,14 @@ def agreement(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[str, float
     """How far two rankings of one query's documents agree.
 
     Args:
-        a, b: document → shown score, best first.
+        a, b: document → shown score, best first. Documents that stage 1 dropped are absent.
 
     Returns:
-        kendall_tau: of the two orders (places, not scores, so that nothing ties), over the documents that both ranked: one that
-            either dropped counts neither for nor against. None below two of them.
-        overlap@10: share of the first 10 that both have there; of as many as the longer ranking has, where those are fewer. A dropped
-            document is in no top 10. None where neither ranks anything.
-        max_score_diff: largest absolute difference of a document's two scores, over the documents that both ranked; None without any.
+        kendall_tau: Kendall's tau of the two orders over the documents in both rankings. It compares ranks, which have no ties.
+            None if fewer than two documents are in both.
+        overlap@10: share of documents that both have among their first 10. If the longer ranking has fewer than 10, its length
+            replaces 10. None if both are empty.
+        max_score_diff: largest absolute difference between a document's two scores, over the documents in both; None if there are none.
     """
     places = {document: place for place, document in enumerate(b)}
     both = [document for document in a if document in places]

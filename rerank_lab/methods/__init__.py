@@ -1,4 +1,4 @@
-"""The registry of methods. A new one is a file here, a line below, and a test."""
+"""The registry of methods. To add one, write a file here, a line in METHODS, and a test."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from rerank_lab.methods.pool import DROPPED, Pool
 from rerank_lab.methods.standard import Standard
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal, Best)}
-CROSSED = "+cross"  # behind the name of a method in the label of its row with the cross-encoder, where it does without elsewhere
+CROSS_SUFFIX = "+cross"  # best+cross is the row of best with a cross-encoder, best the row without
 
 __all__ = [
-    "CROSSED", "DROPPED", "METHODS", "Method", "Pool", "Setting", "as_method", "labels", "make_method", "setting", "settings_of",
+    "CROSS_SUFFIX", "DROPPED", "METHODS", "Method", "Pool", "Setting", "as_method", "labels", "make_method", "setting", "settings_of",
 ]  # fmt: skip
 
 
 def labels() -> dict[str, str]:
-    """The rows that a table can have without settings, each with its sentence: every method, and NAME+cross behind it where it stands there twice."""
+    """Label → description of every row that a table can have without settings: each method, and NAME+cross if its cross-encoder is optional."""
     found = {}
     for name, kind in METHODS.items():
         found[name] = kind.about
         if kind.optional_cross:
-            found[name + CROSSED] = kind.about_cross
+            found[name + CROSS_SUFFIX] = kind.about_cross
     return found
 
 
 def as_method(given: str | Method) -> Method:
-    """A method as it is, or made from its spec.
+    """Returns a method as it is, or makes it from its spec.
 
     Raises:
-        UserError: as make_method; neither of the two.
+        UserError: as make_method, or the argument is neither a spec nor a Method.
     """
     if isinstance(given, str):
         return make_method(given)
@@ -42,14 +42,14 @@ def as_method(given: str | Method) -> Method:
 
 
 def make_method(spec: str, **defaults: float) -> Method:
-    """A method from its name and settings: "best", "best:tau=0.05:gamma=0.25".
+    """Makes a method from its name and settings: "best", "best:tau=0.05:gamma=0.25".
 
     Args:
         spec: NAME[:SETTING=VALUE]…
-        defaults: settings used where the spec does not name them; those that the method does not have are ignored.
+        defaults: values of settings that the spec does not name. Settings that the method lacks are ignored.
 
     Raises:
-        UserError: an unknown method or setting, or a value that does not fit; the message lists what is valid.
+        UserError: the method or a setting is unknown, or a value is invalid; the message lists what is valid.
     """
     if any(character.isspace() for character in spec):
         raise UserError(f"method {spec!r} holds white space; write NAME:SETTING=VALUE")

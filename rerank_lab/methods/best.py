@@ -24,7 +24,7 @@ class Best(Method):
         b     = z(z(cos) + alpha z(a) [+ lexical z(bm25)] [+ cross_weight z(logit), where a cross-encoder is given])
         score = b + gamma z(e_k · f),  f = Σ_k softmax(b / 0.3)_k e_k
 
-    w, z and f look at the whole pool: scores rank within one request and are no calibrated probability. Shown as the sigmoid.
+    w, z and f depend on the whole pool: a score ranks within one request and is not a calibrated probability. Shown as its sigmoid.
     """
 
     name: ClassVar[str] = "best"

@@ -1,4 +1,4 @@
-"""What a person may hand over as documents, scores, counts and weights: taken by position and value, or refused in a sentence that names the argument."""
+"""Checks and converts what users pass in: documents, scores, counts, weights, paths. What does not fit is refused by a message that names the argument."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from rerank_lab.errors import UserError
 from rerank_lab.files import expanded
 
 Document = str | Mapping[str, Any]
-HEAVIEST = 1e9  # weight of a z-score; its square, and that of a sum of such, still fits fp32
+HEAVIEST = 1e9  # the largest weight of a z-score: squares of weighted sums still fit fp32
 
 
 def documents(given: Iterable[Any]) -> list[Document]:
-    """Documents in the order in which they stand: a list, tuple, deque, iterator, pandas or polars Series (whatever its index), numpy or pyarrow
-    array, or a column of a dataset.
+    """Documents as a list, in their order.
+
+    Args:
+        given: a list, tuple, deque, iterator, pandas or polars Series (its index is ignored), numpy or pyarrow array, or a
+            column of a dataset.
 
     Raises:
-        UserError: one text alone, a table, a mapping, a set, or an item that is no document, with its position.
+        UserError: it is a single text, a table, a mapping or a set, or an item is no document; the message names its position.
     """
     if isinstance(given, (str, bytes, bytearray, memoryview)):
         raise UserError(f"documents must be a list of texts, not one {type(given).__name__}: write [text] to rank one document")
@@ -43,10 +46,14 @@ def documents(given: Iterable[Any]) -> list[Document]:
 
 
 def text_of(document: Any, position: int) -> str:
-    """The text of a document, a plain str.
+    """The text of a document, as a plain str.
+
+    Args:
+        document: a string, or a mapping with the string under `text`.
+        position: of the document, for messages.
 
     Raises:
-        UserError: it has none.
+        UserError: the document has no text.
     """
     if type(document) is str:
         return document
@@ -68,14 +75,16 @@ def text_of(document: Any, position: int) -> str:
 
 
 def scores(given: Iterable[Any], count: int) -> Tensor:
-    """First-stage scores, fp32 on the CPU, times a power of two so that none is too large or too small for its square; what z-scores are made of.
+    """First-stage scores as a tensor: N, fp32, on the CPU.
+
+    All scores are scaled by one power of two, so that their squares fit fp32. Their z-scores stay the same.
 
     Args:
-        given: numbers by position: a list, Series, array, tensor, iterator.
-        count: documents that they belong to.
+        given: N numbers by position: a list, Series, array, tensor or iterator.
+        count: N, the number of documents.
 
     Raises:
-        UserError: not so many finite numbers, with the place.
+        UserError: the number of scores is wrong, or one is not finite; the message names its position.
     """
     if isinstance(given, (str, bytes, Mapping, AbstractSet)):
         raise UserError(f"first_stage must be a list of numbers, one a document, not {_kind(given)}")
@@ -88,10 +97,15 @@ def scores(given: Iterable[Any], count: int) -> Tensor:
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """A whole number, in whatever type.
+    """A whole number of any numeric type, as an int.
+
+    Args:
+        name: the argument, for messages.
+        value: as the user gave it.
+        least, most: inclusive bounds; most None: no upper bound.
 
     Raises:
-        UserError: it is none, below `least` or above `most`; the message names the argument.
+        UserError: the value is no whole number or out of bounds.
     """
     try:
         if type(value).__name__ in ("bool", "bool_"):
@@ -107,10 +121,10 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
 
 
 def weight(name: str, value: Any, least: float = 0.0, most: float = HEAVIEST) -> float:
-    """A weight, `least` to `most`.
+    """A finite number from `least` to `most`, as a float. Arguments as for `whole`.
 
     Raises:
-        UserError: it is none; the message names the argument.
+        UserError: the value is no finite number or out of bounds.
     """
     wanted = f" from {least:g} to {most:g}"
     number = real(name, value, wanted)
@@ -120,10 +134,15 @@ def weight(name: str, value: Any, least: float = 0.0, most: float = HEAVIEST) ->
 
 
 def real(name: str, value: Any, wanted: str = "") -> float:
-    """A finite number in whatever type.
+    """A finite number of any real type, as a float.
+
+    Args:
+        name: the argument, for messages.
+        value: as the user gave it.
+        wanted: the bounds, for messages.
 
     Raises:
-        UserError: it is none; the message names the argument.
+        UserError: the value is no finite number.
     """
     try:
         if isinstance(value, (str, bytes)) or (isinstance(value, Complex) and not isinstance(value, Real)):
@@ -137,10 +156,14 @@ def real(name: str, value: Any, wanted: str = "") -> float:
 
 
 def path(name: str, given: Any) -> str | None:
-    """A place in the file system or a URL, ~ expanded; None stays.
+    """A path or URL with ~ expanded; None stays None.
+
+    Args:
+        name: the argument, for messages.
+        given: as the user gave it.
 
     Raises:
-        UserError: neither a string nor a path.
+        UserError: it is neither a string nor a path, or is empty.
     """
     if given is None:
         return None
@@ -149,8 +172,12 @@ def path(name: str, given: Any) -> str | None:
     return expanded(str.__str__(os.fspath(given)))
 
 
-def state(*places: Any) -> tuple[Any, ...]:
-    """Which files are meant now by folders and files, and their times and sizes; other values are as they are."""
+def files_state(*places: Any) -> tuple[Any, ...]:
+    """A hashable value that changes whenever the files at these paths change.
+
+    For each path: the files there, with their modification times and sizes. Values that are no path, or where nothing exists,
+    are returned as they are.
+    """
     found: list[Any] = []
     for place in places:
         root = Path(expanded(os.fspath(place))).absolute() if isinstance(place, (str, os.PathLike)) and str(place) else None
@@ -160,10 +187,14 @@ def state(*places: Any) -> tuple[Any, ...]:
 
 
 def model(name: str, given: Any) -> Any:
-    """The name of a model as the registry takes it, where one is named: a Path is a folder or a file and nothing else.
+    """The name of a model as the registry takes it. A Path always means a folder or file, never an id. A loaded model is returned as it is.
+
+    Args:
+        name: the argument, for messages.
+        given: as the user gave it.
 
     Raises:
-        UserError: a Path where nothing lies.
+        UserError: a Path does not exist.
     """
     if isinstance(given, os.PathLike):
         place = path(name, given)
@@ -186,7 +217,7 @@ def _items(name: str, given: Any) -> Iterator[Any]:
 
 
 def _python(item: Any) -> Any:
-    """pyarrow's scalars as what they hold."""
+    """The Python value of a pyarrow scalar; anything else as it is."""
     return item if type(item) is str or not callable(getattr(item, "as_py", None)) else item.as_py()
 
 

@@ -1,4 +1,4 @@
-"""What every method is: a class that declares its settings, its needs and its sentence, and whose `score` looks at a pool."""
+"""The base class of methods. A method declares its settings, the models it needs and a description, and scores a pool."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method's class declares of one of its fields.
+    """The declaration of one setting of a method.
 
     Attributes:
         kind: int or float.
-        default: where nothing else is given.
-        about: what it does, in half a sentence.
-        least, most: bounds, both allowed; None: those of `inputs.whole` or `inputs.weight`.
+        default: its value unless the user gives one.
+        about: a short description.
+        least, most: inclusive bounds; None: those of `inputs.whole` or `inputs.weight`.
     """
 
     kind: type[int | float]
@@ -34,35 +34,39 @@ class Setting:
     most: float | None = None
 
     def read(self, name: str, value: Any) -> float:
-        """The value, in this setting's type and within its bounds.
+        """Converts a value to the setting's type and checks its bounds.
+
+        Args:
+            name: names the setting in messages.
+            value: as the user gave it.
 
         Raises:
-            UserError: it is neither; the message gives it this name.
+            UserError: the value has another type or is out of bounds.
         """
         bounds: dict[str, float] = {key: bound for key, bound in (("least", self.least), ("most", self.most)) if bound is not None}
         return inputs.whole(name, value, **{key: int(bound) for key, bound in bounds.items()}) if self.kind is int else inputs.weight(name, value, **bounds)
 
 
 def setting(default: Number, about: str, *, least: Number | None = None, most: Number | None = None) -> Number:
-    """A field of a method, as in `tau: float = setting(0.1, "temperature")`; see Setting."""
+    """Declares a field of a method as a setting: `tau: float = setting(0.1, "temperature")`. Arguments as for Setting."""
     return field(default=default, metadata={"about": about, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to score the documents of a pool; its fields are its settings, its docstring holds the formula.
+    """A way to score the documents of a pool. Its fields are its settings; its docstring holds the formula.
 
-    Class attributes that a method declares:
+    A method declares these class attributes:
         name: what the user types.
-        about: the sentence that the page, --list and the docs show.
-        roles: model roles that it cannot do without.
+        about: the description that the page, --list and the docs show.
+        roles: the roles of models that it requires.
         tokens: whether it reads token vectors.
-        optional_cross: whether it uses a cross-encoder where one is given and does without elsewhere. A table then has two rows of it.
-        about_cross: the sentence of the second row.
-        stage1_share: of an evaluation's candidates, what stage1_top_k is there where it is not given; None: its own default.
+        optional_cross: whether it can use a cross-encoder without requiring one. A table then has two rows of it.
+        about_cross: the description of the row with the cross-encoder.
+        stage1_share: in an evaluation, the default of stage1_top_k as a share of the candidates; None: the setting's default.
 
-    Class attributes that follow:
-        uses_cross: whether it uses a cross-encoder where one is given.
+    This one is derived:
+        uses_cross: whether it uses a cross-encoder if there is one.
     """
 
     name: ClassVar[str]
@@ -83,15 +87,19 @@ class Method:
             object.__setattr__(self, name, declared.read(f"{self.name}: {name}", getattr(self, name)))
 
     def score(self, pool: Pool) -> Tensor:
-        """n scores, fp32, higher is better; DROPPED for what stage 1 left behind."""
+        """Scores the pool's n documents.
+
+        Returns:
+            n scores, fp32, higher is better; DROPPED for documents that stage 1 dropped.
+        """
         raise NotImplementedError
 
     def relevance(self, scores: Tensor) -> Tensor:
-        """The scores as they are shown: a strictly rising map, 0 to 1 unless the method says otherwise (fp64)."""
+        """The shown scores, fp64: a strictly increasing function of the scores, from 0 to 1 unless the method's docstring says otherwise."""
         return torch.sigmoid(scores.double())
 
     def settings(self) -> dict[str, float]:
-        """The effective settings by name."""
+        """Name → value of all settings."""
         return {name: getattr(self, name) for name in settings_of(type(self))}
 
 
@@ -99,7 +107,7 @@ def settings_of(kind: type[Method]) -> Mapping[str, Setting]:
     """The settings that a method's class declares, by name.
 
     Raises:
-        TypeError: one is neither int nor float, or has no default.
+        TypeError: a field is neither int nor float, or has no default.
     """
     found = _DECLARED.get(kind)
     if found is None:
@@ -112,4 +120,4 @@ def settings_of(kind: type[Method]) -> Mapping[str, Setting]:
     return found
 
 
-_DECLARED: dict[type[Method], dict[str, Setting]] = {}  # kept, since it takes longer to look up what a class's types mean than to read a spec
+_DECLARED: dict[type[Method], dict[str, Setting]] = {}  # cached: get_type_hints is slower than parsing a spec

@@ -1,4 +1,4 @@
-"""optimal: the bi-encoder keeps the likely documents, the cross-encoder reads those alone."""
+"""optimal: the bi-encoder selects documents by cosine, and the cross-encoder reads only those."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rerank_lab.models.base import Detail
 class Optimal(Method):
     """Over the stage1_top_k documents of largest cosine: score_k = z(logit_k) + cosine_weight · z(cos_k), shown as its sigmoid.
 
-    Held-out train queries of three collections chose a cosine_weight of 0 for minilm-cross (experiments/training/cross_encoder): the
-    cosine keeps the candidates and the cross-encoder, which holds a cosine itself, orders them. Another may want more.
+    The default cosine_weight of 0 was chosen for minilm-cross on held-out train queries of three collections
+    (experiments/training/cross_encoder). Its logit contains a cosine already. Other cross-encoders may need a higher weight.
     """
 
     name: ClassVar[str] = "optimal"

@@ -1,4 +1,4 @@
-"""A pool: one query, its documents, and the models that look at them."""
+"""A pool: one query, its documents, and everything that the models can compute of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from rerank_kernels import similarity_topk, subspace_attention
 from rerank_lab.cache.vectors import VectorCache, ensure
 from rerank_lab.first_stage.lexical import BM25
-from rerank_lab.models.base import Detail, Encoder, Inputs, Read, Scorer, Vectors, Work
+from rerank_lab.models.base import Detail, EncodedQuery, Encoder, Inputs, Scorer, Vectors, WorkItem
 from rerank_lab.timing import Clock
 
 DROPPED = -torch.inf
@@ -19,11 +19,11 @@ DROPPED = -torch.inf
 
 @dataclass
 class Flops:
-    """Counted by formula as the work is done: matrix products only, a multiplication and an addition are two.
+    """FLOPs of one ranking, counted by formula: matrix products only, a multiplication and an addition count as two.
 
     Attributes:
-        seen: with the documents' vectors in the cache.
-        new: what encoding the documents adds where they are not.
+        seen: if all documents' vectors are in the cache.
+        new: what encoding the documents adds if none are.
     """
 
     seen: int = 0
@@ -31,17 +31,21 @@ class Flops:
 
 
 class Pool:
-    """One query with its n documents. Everything is computed on request, and what is asked for is what is paid for.
+    """One query with its n documents. Nothing is computed before a method asks for it.
 
     Args:
-        query: holds at least one non-blank character.
-        documents: n texts; empty and repeated ones are fine.
-        encoder: makes vectors, if the method uses them.
-        cross: scores pairs, if the method uses it.
-        caches: of vectors, by id() of the encoder that makes them.
-        detail: all that the method will ask of the encoder's vectors of a document; what `cross` needs is added, so that each is encoded once.
-        max_tokens: own tokens kept of each document.
-        clock: where time is booked, by phase.
+        query: with at least one non-blank character.
+        documents: n texts; empty and repeated ones are allowed.
+        encoder: makes vectors; None: no bi-encoder.
+        cross: scores pairs; None: no cross-encoder.
+        caches: id() of an encoder → the cache of its vectors.
+        detail: the most detailed vectors of a document that the method will ask for. If `cross` needs more, documents are
+            encoded in that detail at once, so that each is encoded only once.
+        max_tokens: tokens kept of each document, special ones not counted.
+        clock: measures the phases.
+
+    Attributes:
+        flops: of all that was computed so far.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class Pool:
         self._first = torch.tensor([first.setdefault(text, i) for i, text in enumerate(documents)], dtype=torch.int64, device="cpu")
         self._encoded: dict[int, Tensor] = {}
         self._cut = torch.zeros(len(documents), dtype=torch.bool, device="cpu")
-        self._read: dict[int, Read] = {}
+        self._queries: dict[int, EncodedQuery] = {}
         self._tokens = torch.zeros(len(documents), dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
@@ -72,25 +76,33 @@ class Pool:
 
     @property
     def truncated(self) -> int:
-        """Documents of which some model read only a part."""
+        """The number of documents that were cut for at least one model."""
         return int(self._cut[self._first].sum())
 
     @property
     def tokens(self) -> int:
-        """Tokens read for the answer, cached or not: the query's and each document's; those of every pair where a cross-encoder reads pairs."""
-        return int(self._tokens[self._first].sum()) + sum(int(read.vectors.lengths) for read in self._read.values())
+        """Tokens read so far, whether vectors were cached or not: those of the query and of each document.
+
+        If a cross-encoder reads pairs, a document counts with all tokens of its pair.
+        """
+        return int(self._tokens[self._first].sum()) + sum(int(query.vectors.lengths) for query in self._queries.values())
 
     def vectors(self, positions: Tensor | None = None, *, detail: Detail) -> Vectors:
-        """The encoder's vectors of the documents at these positions (all without), from the cache or encoded now."""
+        """The encoder's vectors of documents, from the cache or encoded now.
+
+        Args:
+            positions: k positions, int64; None: all documents.
+            detail: how much of each document is wanted.
+        """
         assert self.encoder is not None
         return self._vectors(self.encoder, positions, detail)[0]
 
     def _vectors(self, encoder: Encoder, positions: Tensor | None, detail: Detail) -> tuple[Vectors, list[Tensor]]:
         first = self._first if positions is None else self._first[positions]
-        ahead, cache = max(detail, self.ahead(encoder)), self.caches[id(encoder)]
+        full_detail, cache = max(detail, self.full_detail(encoder)), self.caches[id(encoder)]
         with self.clock.phase("encode"):
             texts = [self.documents[i] for i in first.tolist()]
-            keys = self.ensure(encoder, texts, ahead)
+            keys = self.ensure(encoder, texts, full_detail)
             vectors = cache.gather(keys, detail).to(encoder.device)
             states = cache.states(keys) if detail >= Detail.STATES else []
         limit, lengths = min(self.max_tokens, encoder.limit), vectors.lengths.cpu()
@@ -102,51 +114,52 @@ class Pool:
         fresh[first] = True
         fresh &= ~encoded
         encoded |= fresh
-        self.flops.new += encoder.flops(new[fresh], ahead)
+        self.flops.new += encoder.flops(new[fresh], full_detail)
         return vectors, states
 
-    def ahead(self, encoder: Encoder) -> Detail:
-        """All that will be asked of an encoder's vectors of a document."""
+    def full_detail(self, encoder: Encoder) -> Detail:
+        """The most detailed vectors of a document that will be asked of this encoder."""
         needed = self.needs.detail if self.needs is not None and self.needs.encoder is encoder else Detail.POOLED
         return max(self.detail, needed) if encoder is self.encoder else needed
 
     def query_vectors(self, *, detail: Detail) -> Vectors:
-        """Vectors of the query; never cached, since a query is new to the system that answers it."""
+        """Vectors of the query (N = 1). They are never cached: each query is taken to be new."""
         assert self.encoder is not None
-        return self.query_read(self.encoder, detail).vectors
+        return self.encoded_query(self.encoder, detail).vectors
 
-    def query_read(self, encoder: Encoder, detail: Detail) -> Read:
-        """The query as an encoder sees it, once for all that ask; with its states where a scorer goes on from them."""
-        if id(encoder) not in self._read:
+    def encoded_query(self, encoder: Encoder, detail: Detail) -> EncodedQuery:
+        """The encoded query. It is encoded on the first call and then kept. It has states if the scorer needs them from this encoder."""
+        if id(encoder) not in self._queries:
             with self.clock.phase("encode"):
-                self.has_read(encoder, self.read(encoder, self.query_detail(encoder, detail)), detail)
-        return self._read[id(encoder)]
+                self.keep_query(encoder, self.encode_query(encoder, self.query_detail(encoder, detail)), detail)
+        return self._queries[id(encoder)]
 
-    def has_read(self, encoder: Encoder, read: Read, detail: Detail) -> None:
-        """Keeps what an encoder made of the query."""
-        self._read[id(encoder)] = Read(read.vectors.to(encoder.device), read.own, read.start, read.last)
-        self.flops.seen += encoder.flops(read.vectors.lengths.cpu(), self.query_detail(encoder, detail))
+    def keep_query(self, encoder: Encoder, query: EncodedQuery, detail: Detail) -> None:
+        """Keeps an encoded query, and counts the FLOPs of encoding it in this detail."""
+        self._queries[id(encoder)] = EncodedQuery(query.vectors.to(encoder.device), query.own, query.start, query.last)
+        self.flops.seen += encoder.flops(query.vectors.lengths.cpu(), self.query_detail(encoder, detail))
 
     def query_detail(self, encoder: Encoder, detail: Detail) -> Detail:
-        """What is made of the query at once where the method asks for this; states only where a scorer goes on from them."""
+        """The detail in which to encode the query if the method asks for `detail`: with states if and only if the scorer needs them."""
         own = min(detail, Detail.TOKENS)
         return max(own, self.needs.detail) if self.needs is not None and self.needs.encoder is encoder else own
 
-    def read(self, encoder: Encoder, detail: Detail) -> Read:
-        """Runs an encoder over the query."""
+    def encode_query(self, encoder: Encoder, detail: Detail) -> EncodedQuery:
+        """Runs an encoder on the query."""
         with self.clock.phase("tokenise"):
             tokens = encoder.tokenize([self.query], "query", encoder.limit)
-        return encoder.read(tokens, detail=detail)[0]
+        return encoder.encode_queries(tokens, detail=detail)[0]
 
     def ensure(self, encoder: Encoder, texts: Sequence[str], detail: Detail) -> list[bytes]:
-        """Puts what the cache lacks of the texts there; their keys."""
+        """Encodes those texts that the cache lacks in this detail. Returns the cache's key of each text."""
         return ensure(encoder, self.caches[id(encoder)], texts, max_tokens=self.max_tokens, detail=detail, clock=self.clock)
 
     def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
-        """Stage 1: the bi-encoder's own similarity with the query, which is the cosine unless the checkpoint says otherwise.
+        """Stage 1: compares the query with all documents by the bi-encoder's similarity, the cosine unless its checkpoint says otherwise.
 
         Returns:
-            similarity of all n documents (fp32) and the positions of the k largest, equal ones in input order.
+            similarity of all n documents (n, fp32), and the positions of the k largest (k, int64, on the CPU). Equal ones are
+            in input order.
         """
         with self.clock.phase("score"):
             values, index = self.similarity(query.pooled, documents.pooled)
@@ -157,69 +170,74 @@ class Pool:
 
     @property
     def metric(self) -> str:
-        """How the bi-encoder compares pooled vectors, as similarity_topk takes it."""
+        """How the bi-encoder compares pooled vectors: "cosine" or "dot"."""
         assert self.encoder is not None
         return self.encoder.similarity
 
     def similarity(self, query: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity of the query (1 × d) with all n documents (n × d), largest first, and their positions; 1 × n each."""
+        """Similarities of the query (1 × d) with all n documents (n × d), largest first, and the documents' positions; 1 × n each."""
         return similarity_topk(query, documents, len(self), metric=self.metric)
 
     def attention(self, query: Vectors, documents: Vectors, tau: float) -> Tensor:
-        """What each of the query's Lq tokens finds in each of K documents: A of `best`, K · Lq, document by document."""
+        """Subspace attention of each of the query's Lq tokens over each of K documents: A of `best`, flat, K · Lq, document by document."""
         places = torch.arange(len(documents.lengths), dtype=torch.int64, device=documents.offsets.device)
         self.flops.seen += 2 * len(query.tokens) * documents.tokens.numel()
         return self.attend(query, documents, torch.stack([torch.zeros_like(places), places], 1), tau)
 
     def attend(self, query: Vectors, documents: Vectors, pairs: Tensor, tau: float) -> Tensor:
-        """subspace_attention over these pairs (P × 2, int64)."""
+        """The operator subspace_attention on these pairs of (query, document) positions (P × 2, int64)."""
         return subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, pairs, tau)
 
     def logits(self, positions: Tensor) -> Tensor:
-        """The scorer's logits of the documents at these positions, each distinct text once."""
+        """The scorer's logits of the documents at these k positions (k, fp32, on the CPU). Repeated texts are scored once."""
         assert self.cross is not None
         own, inverse = torch.unique(self._first[positions], return_inverse=True)
-        return self.scored(self.cross, own)[inverse]
+        return self.run_scorer(self.cross, own)[inverse]
 
-    def scored(self, cross: Scorer, positions: Tensor) -> Tensor:
-        """Runs a scorer over the documents at these distinct positions."""
+    def run_scorer(self, cross: Scorer, positions: Tensor) -> Tensor:
+        """Runs a scorer on the documents at these k distinct positions; logits (k, fp32, on the CPU)."""
         work = self.work(cross, positions)
         with self.clock.phase("score"):
             found = cross.logits(work)
         self.flops.seen += cross.flops(work)
         places = torch.tensor([place for part in work for place in part.positions], dtype=torch.int64, device="cpu")
         if cross.needs is None:
-            self.has_paired(positions[places], [part for part in work for _ in part.positions])
+            self.note_pairs(positions[places], [part for part in work for _ in part.positions])
         return torch.empty_like(found).index_copy_(0, places, found)
 
-    def work(self, cross: Scorer, positions: Tensor) -> Sequence[Work]:
-        """What there is to do for a scorer at these positions, with whatever it needs made first."""
+    def work(self, cross: Scorer, positions: Tensor) -> Sequence[WorkItem]:
+        """The scorer's work items for the documents at these positions. Vectors that the scorer needs are made first."""
         texts = [self.documents[i] for i in positions.tolist()]
         if cross.needs is None:
             with self.clock.phase("tokenise"):
                 return cross.work(Inputs(self.query, texts, self.max_tokens))
-        read = self.query_read(cross.needs.encoder, Detail.TOKENS)
+        query = self.encoded_query(cross.needs.encoder, Detail.TOKENS)
         vectors, states = self._vectors(cross.needs.encoder, positions, cross.needs.detail)
         with self.clock.phase("score"):
-            return cross.work(Inputs(self.query, texts, self.max_tokens, read, vectors, states))
+            return cross.work(Inputs(self.query, texts, self.max_tokens, query, vectors, states))
 
-    def has_paired(self, positions: Tensor, work: Sequence[Work]) -> None:
-        """Notes what a scorer of pairs has read for each of these positions; of scorers that read vectors, `_vectors` does."""
+    def note_pairs(self, positions: Tensor, work: Sequence[WorkItem]) -> None:
+        """Records tokens and truncation for a scorer that reads pairs. (For a scorer that reads vectors, `_vectors` records them.)
+
+        Args:
+            positions: k positions of documents.
+            work: the work item of each of them.
+        """
         self._tokens[positions] = torch.tensor([part.size for part in work], dtype=torch.int64, device="cpu")
         self._cut[positions[torch.tensor([part.cut for part in work], dtype=torch.bool, device="cpu")]] = True
 
     def lexical(self, positions: Tensor) -> Tensor:
-        """BM25 with these documents as the whole collection: their own document frequencies and mean length."""
+        """BM25 scores of the documents at these k positions (k, fp32). Document frequencies and mean length are those of these k documents."""
         with self.clock.phase("score"):
             scores = BM25([self.documents[i] for i in positions.tolist()]).scores(self.query)
         return torch.from_numpy(scores)
 
     def scatter(self, positions: Tensor, scores: Tensor) -> Tensor:
-        """Scores of some documents among all n, the others DROPPED."""
+        """Puts the scores of k documents at their positions among all n; the others are DROPPED."""
         return torch.full((len(self),), DROPPED, dtype=torch.float32, device="cpu").index_copy_(0, positions, scores.float().cpu())
 
     def unify(self, scores: Tensor) -> Tensor:
-        """Gives repeated documents exactly one score: rounding differs by a row's place in a matrix product.
+        """Gives repeated documents the score of their first occurrence: rounding depends on a row's position in a matrix product.
 
         A repeat that stage 1 dropped stays dropped.
         """

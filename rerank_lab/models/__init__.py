@@ -1,1 +1,1 @@
-"""Models: what each kind makes of texts and pairs, and how it is run."""
+"""Models: bi-encoders and cross-encoders, their checkpoints, and how they are run."""

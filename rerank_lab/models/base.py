@@ -1,6 +1,6 @@
-"""What a model must offer: an Encoder makes vectors of texts, a Scorer makes logits of pairs. Whoever runs them knows these two alone.
+"""The two protocols of models: an Encoder makes vectors of texts, a Scorer makes logits of pairs. The rest of the package uses only these.
 
-A new kind of model is a file beside this one and a line in models/kinds.py.
+To add a kind of model, write a file in this folder and a line in models/kinds.py.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 
 
 class Detail(IntEnum):
-    """How much of a text is kept; each level holds what those before it hold."""
+    """How much is kept of an encoded text. Each level contains the levels before it."""
 
     POOLED = 0
     TOKENS = 1  # and token vectors
-    STATES = 2  # and the keys and values of the upper half of the layers, which a one-way cross-encoder reads
+    STATES = 2  # and keys and values of the upper half of the layers, for a one-way cross-encoder
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """N encoded texts. What was not asked for has no rows.
+    """N encoded texts with nnz tokens together. Tensors of a detail that was not asked for have no rows.
 
     Attributes:
-        pooled: N × d, fp32, as the model's own modules pool and normalise.
+        pooled: N × d, fp32, pooled and normalised by the model's own modules.
         lengths: N, int64, tokens before truncation, special ones not counted.
-        offsets: N + 1, int64, into tokens and states; all 0 where neither was asked for.
+        offsets: N + 1, int64, into tokens and states: text i has the rows offsets[i] to offsets[i + 1]. All 0 without tokens.
         tokens: nnz × r, fp16, unit vectors on the model's subspace, special tokens left out.
         states: nnz × 2·d·S, fp16, keys and values of each of the upper S layers in turn, of the same tokens.
     """
@@ -44,25 +44,26 @@ class Vectors:
 
     def to(self, device: torch.device) -> Vectors:
         """The same on another device."""
-        if device.type == "cpu" and self.pooled.device.type == "cpu":  # where those are, the others are too
+        if device.type == "cpu" and self.pooled.device.type == "cpu":  # all tensors are on the same device
             return self
         return Vectors(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def row(self, i: int) -> Vectors:
-        """Text i alone; views."""
+        """The vectors of text i (N = 1), as views."""
         a, b = int(self.offsets[i]), int(self.offsets[i + 1])
         states = self.states[a:b] if len(self.states) else self.states
         return Vectors(self.pooled[i : i + 1], self.lengths[i : i + 1], self.offsets[i : i + 2] - a, self.tokens[a:b], states)
 
 
 @dataclass(frozen=True)
-class Read:
-    """A query of Lq tokens, special ones included, as an encoder sees it.
+class EncodedQuery:
+    """A query of Lq tokens, special ones included, encoded.
 
     Attributes:
-        vectors: its own (N = 1).
+        vectors: of the query (N = 1).
         own: Lq, bool, false at special tokens.
-        start, last: 1 × Lq × d states where the upper half of the layers begins and of the last layer; None unless Detail.STATES was asked for.
+        start: 1 × Lq × d, the hidden states that go into the upper half of the layers; None below Detail.STATES.
+        last: 1 × Lq × d, the hidden states of the last layer; None below Detail.STATES.
     """
 
     vectors: Vectors
@@ -73,25 +74,25 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A text or a pair as a model reads it, special tokens included.
+    """The L tokens of a text or a pair, special ones included.
 
     Attributes:
         ids: L, int32.
-        types: L, int8, the segment of each.
-        special: L, bool.
-        wanted: tokens before truncation, special ones not counted.
+        types: L, int8, the segment of each token.
+        special: L, bool, true at special tokens.
+        full_length: number of tokens before truncation, special ones not counted.
     """
 
     ids: np.ndarray
     types: np.ndarray
     special: np.ndarray
-    wanted: int
+    full_length: int
 
     @classmethod
-    def of(cls, encoding: Encoding, wanted: int) -> Tokens:
-        """From the tokenizer's own object."""
+    def of(cls, encoding: Encoding, full_length: int) -> Tokens:
+        """Makes Tokens of the tokenizer's Encoding."""
         mask = np.array(encoding.special_tokens_mask, dtype=bool)
-        return cls(np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int8), mask, wanted)
+        return cls(np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int8), mask, full_length)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,8 +103,8 @@ class Model(Protocol):
 
     Attributes:
         name: what messages and results call it.
-        device: where it is.
-        limit: own tokens of a text that it can read; a scorer of pairs shares them between query and document.
+        device: where it runs.
+        limit: how many tokens of a text it can read, special ones not counted. For a scorer of pairs, query and document together.
         runtime, precision: what runs the transformer, and in which type of number.
     """
 
@@ -119,16 +120,16 @@ class Model(Protocol):
     def precision(self) -> str: ...
 
     def reading(self) -> str:
-        """What the checkpoint asks for beyond a plain reading, as JSON for results; "" where that is nothing."""
+        """Settings of the checkpoint that differ from the defaults (similarity, prompts, dimensions), as JSON for results; "" without any."""
 
 
 @runtime_checkable
 class Encoder(Model, Protocol):
-    """Makes pooled and token vectors of texts; queries and documents may have a prompt each.
+    """Makes pooled vectors and token vectors of texts. Queries and documents may have different prompts.
 
     Attributes:
-        specials: special tokens of a text.
-        dimensions, token_dimensions: columns of pooled and of token vectors.
+        specials: number of special tokens of a text.
+        dimensions, token_dimensions: columns of pooled vectors and of token vectors.
         similarity: how pooled vectors are compared: "cosine" or "dot".
     """
 
@@ -142,34 +143,34 @@ class Encoder(Model, Protocol):
     def similarity(self) -> str: ...
 
     def key(self) -> str:
-        """Names everything but text and token limit that a document's vectors depend on."""
+        """A hash of everything that a document's vectors depend on, apart from its text and the token limit. Caches use it."""
 
     def about(self) -> Mapping[str, str]:
-        """What people know the vectors of this `key` by."""
+        """A description of the vectors with this `key`, for people."""
 
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
-        """Texts of a kind ("query" or "document") as the model reads them, cut to so many own tokens."""
+        """Tokenises texts of a kind ("query" or "document") with its prompt, and cuts each to max_tokens tokens, special ones not counted."""
 
     def encode_tokens(self, texts: Sequence[Tokens], *, detail: Detail, progress: Callable[[int], object] = ...) -> Vectors:
-        """Vectors of N texts in this detail.
+        """Vectors of N texts in this detail. `progress` is called after each batch with its number of texts.
 
         Raises:
             ModelError: the model gave a NaN or an infinite value.
         """
 
-    def read(self, queries: Sequence[Tokens], *, detail: Detail) -> list[Read]:
-        """Queries as vectors and, at Detail.STATES, as the states that a scorer goes on from."""
+    def encode_queries(self, queries: Sequence[Tokens], *, detail: Detail) -> list[EncodedQuery]:
+        """Encodes queries. At Detail.STATES they keep hidden states, from which a scorer continues."""
 
     def words(self, tokens: Tokens) -> list[str]:
-        """A text's own tokens as they are written, without special ones."""
+        """The tokens as strings, special ones left out."""
 
     def flops(self, lengths: Tensor, detail: Detail) -> int:
-        """FLOPs of encoding texts of these own tokens."""
+        """FLOPs of encoding N texts of these lengths (N, int64, special tokens not counted)."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Whose cached vectors of a document a scorer reads, and in which detail."""
+    """What a scorer reads of a document besides its text: vectors of this encoder, in this detail."""
 
     encoder: Encoder
     detail: Detail
@@ -177,31 +178,32 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A query with N documents, as a scorer takes them.
+    """The input of a scorer: a query with N documents.
 
     Attributes:
-        query, texts: any strings.
-        max_tokens: own tokens kept of each document.
-        read: the query as the encoder of the scorer's `needs` sees it; None where it needs none.
-        vectors, states: of the documents, in the detail of its `needs`; states one tensor a document.
+        query, texts: any strings; N texts.
+        max_tokens: tokens kept of each document, special ones not counted.
+        encoded_query: the query, encoded by the encoder that the scorer needs; None if it needs no encoder.
+        vectors: of the documents, in the detail that the scorer needs; None if it needs no encoder.
+        states: one tensor for each document, Ld × 2·d·S, as Vectors.states; empty if the scorer does not need them.
     """
 
     query: str
     texts: Sequence[str]
     max_tokens: int
-    read: Read | None = None
+    encoded_query: EncodedQuery | None = None
     vectors: Vectors | None = None
     states: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """A part of a scorer's work that is not divided.
+class WorkItem:
+    """The smallest part of a scorer's work that runs as a whole.
 
     Attributes:
-        positions: documents of the inputs that it scores.
-        size: tokens, for budgets.
-        cut: whether something of the query or the documents was cut off; known of scorers that read pairs.
+        positions: of the documents that it scores, in the inputs.
+        size: number of tokens, for the budget of a batch.
+        cut: whether the query or a document was cut. Set only by scorers that read pairs.
     """
 
     positions: Sequence[int]
@@ -214,9 +216,9 @@ class Scorer(Model, Protocol):
     """Scores pairs of a query and a document.
 
     Attributes:
-        needs: what it reads of a document beside its text; None: it reads pairs of texts.
-        fingerprint: hash of what decides its output.
-        shares: whether work of several queries may run in one forward.
+        needs: the vectors of a document that it reads; None: it reads pairs of texts.
+        fingerprint: hash of everything that its output depends on.
+        shares: whether work items of several queries may run in one forward.
     """
 
     fingerprint: str
@@ -225,15 +227,15 @@ class Scorer(Model, Protocol):
     @property
     def needs(self) -> Needs | None: ...
 
-    def work(self, inputs: Inputs) -> Sequence[Work]:
-        """Tokenises, where there is something to tokenise, and divides what is to be done. Any thread may call it."""
+    def work(self, inputs: Inputs) -> Sequence[WorkItem]:
+        """Splits the scoring of these inputs into work items, and tokenises if needed. Any thread may call it."""
 
-    def logits(self, work: Sequence[Work]) -> Tensor:
-        """One logit a position, in the order of the work (fp32, on the CPU).
+    def logits(self, work: Sequence[WorkItem]) -> Tensor:
+        """Runs work items: one logit for each of their positions, in order (fp32, on the CPU).
 
         Raises:
             ModelError: the model gave a NaN or an infinite value.
         """
 
-    def flops(self, work: Sequence[Work]) -> int:
-        """FLOPs of it; documents' vectors that it reads are at hand."""
+    def flops(self, work: Sequence[WorkItem]) -> int:
+        """FLOPs of running these work items. Encoding the documents' vectors is not counted."""

@@ -1,4 +1,4 @@
-"""A sentence-transformers-style bi-encoder that gives pooled vectors and packed token vectors in one forward."""
+"""A bi-encoder in the layout of sentence-transformers. One forward makes pooled vectors and token vectors."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from torch.nn.functional import normalize
 
 from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.base import Detail, Read, Tokens, Vectors
+from rerank_lab.models.base import Detail, EncodedQuery, Tokens, Vectors
 from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
 from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import BI, WEIGHTS, read_json, weights_of
-from rerank_lab.models.forward import backend, encoder_flops, encodings, forward, limit_of, load_checkpoint, padding
-from rerank_lab.models.registry import Place, locate, pick_device
+from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
+from rerank_lab.models.registry import Placement, locate, pick_device
 
 
 class BiEncoder:
-    """Any checkpoint folder in the layout of sentence-transformers (modules.json), or a bare transformer (mean pooling).
+    """An encoder from a checkpoint folder in the layout of sentence-transformers (modules.json), or from a bare transformer (mean pooling).
 
     Args:
         folder: the checkpoint.
         name: what messages and results call it.
-        subspace: d × r orthonormal projection of token vectors; None: the one shipped for these very weights, or none.
+        subspace: d × r orthonormal projection of token vectors; None: the one shipped for exactly these weights, or none.
         device: torch device.
-        runtime, precision: as models.runtimes.choose takes them; norms, pooling and what is kept stay as they are.
+        runtime, precision: as models.exported.choose takes them. They do not change pooling and the types of the vectors.
 
     Raises:
-        UserError: no such checkpoint, a runtime that cannot be had, or a module that is not known here.
+        UserError: there is no such checkpoint, the runtime is not available, or the checkpoint has an unknown module.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class BiEncoder:
         self.limit: int = limit_of(found, model, tokenizer, self.specials) - self.specials
         self.runtime, self.precision = choose(runtime, precision), precision
         self.network = network(model, runtime=self.runtime, precision=precision, **padding(model, tokenizer)._asdict())
-        self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
+        self.tokenizer, self.truncation_side = fast_tokenizer(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         self.after = nn.Sequential(*(Normalize() if kind == "Normalize" else _dense(place, name) for kind, place in found.after)).to(self.device)
         self.fingerprint, self.weights = fingerprint(folder), fingerprint(found.root, weights_of(found.root))
         self.subspace = subspace if subspace is not None else shipped_subspace(self.weights)
@@ -84,32 +84,32 @@ class BiEncoder:
 
     @cached_property
     def token_dimensions(self) -> int:
-        """Columns of the token vectors, r."""
+        """Columns of the token vectors: r, or d without a subspace."""
         return int(self.config.hidden_size if self.subspace is None else self.subspace.shape[1])
 
     def reading(self) -> str:
-        """What the folder asks for beyond a plain reading, as JSON for results; "" where that is nothing."""
+        """As Encoder.reading."""
         return self.checkpoint.reading()
 
     def key(self) -> str:
-        """Names everything but text and token limit that a document's vectors depend on."""
+        """As Encoder.key: 24 hexadecimal digits."""
         subspace = b"" if self.subspace is None else self.subspace.cpu().numpy().tobytes()
-        parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type, *self.checkpoint.news]
+        parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type, *self.checkpoint.newly_read]
         parts += ["truncated from the left"] * (self.truncation_side == "left") + ["no tokens, no vector"] * (not self.specials)
-        parts += ["no padding"] * self.network.alike
+        parts += ["no padding"] * self.network.equal_lengths
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
     def about(self) -> dict[str, str]:
-        """What people know the vectors of this `key` by."""
+        """As Encoder.about."""
         return {"model": self.name, "arithmetic": self.arithmetic, "token_dimensions": str(self.token_dimensions), "weights": self.weights}
 
     @property
     def arithmetic(self) -> str:
-        """The precision, and the runtime where it is not torch: each has roundings of its own."""
+        """The precision, and the runtime unless it is torch: each runtime rounds differently."""
         return self.precision if self.runtime == "torch" else f"{self.precision}, {self.runtime}"
 
     def prompt(self, kind: str) -> str:
-        """The text that the model wants in front of a query or a document."""
+        """What the model puts before a text of a kind, "query" or "document"."""
         return self.checkpoint.query_prompt if kind == "query" else self.checkpoint.document_prompt
 
     def encode(
@@ -121,13 +121,15 @@ class BiEncoder:
         detail: Detail = Detail.TOKENS,
         progress: Callable[[int], object] = lambda done: None,
     ) -> Vectors:
-        """Encodes N texts; an empty one has a pooled vector (of the special tokens; zeros where the model has none) and no token vectors.
+        """Encodes N texts.
+
+        An empty text has no token vectors. Its pooled vector is that of the special tokens, or zeros if the model has none.
 
         Args:
             texts: any strings.
             kind: "document" or "query", which chooses the model's prompt.
-            max_tokens: own tokens kept of each text, special ones not counted; the model's limit applies too.
-            detail: what is wanted; STATES of a BERT alone.
+            max_tokens: tokens kept of each text, special ones not counted; the model's limit applies too.
+            detail: how much is kept; STATES works only for models of BERT's kind.
             progress: called after each batch with its number of texts.
 
         Raises:
@@ -137,7 +139,7 @@ class BiEncoder:
 
     @exactly(tensors=True)
     def encode_tokens(self, texts: Sequence[Tokens], *, detail: Detail = Detail.TOKENS, progress: Callable[[int], object] = lambda done: None) -> Vectors:
-        """What `encode` does, of texts that are tokenised already."""
+        """`encode` for texts that are tokenised already."""
         kept = [len(t) - int(t.special.sum()) if detail else 0 for t in texts]
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(kept)]).astype(np.int64))
         nnz, width = int(offsets[-1]), 2 * self.config.hidden_size * len(self.state_layers)
@@ -160,15 +162,15 @@ class BiEncoder:
             progress(len(batch))
         if not bool(pooled.isfinite().all() and packed["tokens"].isfinite().all() and packed["states"].isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
-        return Vectors(pooled, torch.tensor([t.wanted for t in texts], dtype=torch.int64, device="cpu"), offsets, **packed)
+        return Vectors(pooled, torch.tensor([t.full_length for t in texts], dtype=torch.int64, device="cpu"), offsets, **packed)
 
     @exactly(tensors=True)
-    def read(self, queries: Sequence[Tokens], *, detail: Detail = Detail.TOKENS) -> list[Read]:
-        """Queries as vectors and, at Detail.STATES, as the states that a one-way cross-encoder goes on from."""
+    def encode_queries(self, queries: Sequence[Tokens], *, detail: Detail = Detail.TOKENS) -> list[EncodedQuery]:
+        """As Encoder.encode_queries."""
         if detail < Detail.STATES:
             vectors = self.encode_tokens(queries, detail=detail)
-            return [Read(vectors.row(i), torch.from_numpy(~query.special)) for i, query in enumerate(queries)]
-        found: dict[int, Read] = {}
+            return [EncodedQuery(vectors.row(i), torch.from_numpy(~query.special)) for i, query in enumerate(queries)]
+        found: dict[int, EncodedQuery] = {}
         nothing = torch.zeros(0, 0, dtype=torch.float16, device=self.device)
         for batch, ends, states in forward(self.network, queries, self.device, keep=self.state_layers.start):
             for i, a, b in zip(batch.tolist(), ends[:-1].tolist(), ends[1:].tolist()):
@@ -177,8 +179,11 @@ class BiEncoder:
                 tokens = project_normalize(last[own], self.subspace, torch.float16)
                 pooled = self._pool(last, torch.tensor([0, b - a], dtype=torch.int64, device=self.device)).float()
                 offsets = torch.tensor([0, len(tokens)], dtype=torch.int64, device=self.device)
-                found[i] = Read(
-                    Vectors(pooled, torch.tensor([queries[i].wanted], dtype=torch.int64, device="cpu"), offsets, tokens, nothing), own, start[None], last[None]
+                found[i] = EncodedQuery(
+                    Vectors(pooled, torch.tensor([queries[i].full_length], dtype=torch.int64, device="cpu"), offsets, tokens, nothing),
+                    own,
+                    start[None],
+                    last[None],
                 )
         return [found[i] for i in range(len(queries))]
 
@@ -188,13 +193,13 @@ class BiEncoder:
         return range(self.config.num_hidden_layers // 2, self.config.num_hidden_layers)
 
     def flops(self, lengths: Tensor, detail: Detail) -> int:
-        """FLOPs of encoding texts of these own tokens, with the projection of their token vectors where they are wanted."""
+        """As Encoder.flops. Above Detail.POOLED the projection of token vectors is included."""
         lengths = lengths.clamp(max=self.limit)
         project = 2 * int(lengths.sum()) * self.subspace.numel() if detail and self.subspace is not None else 0
         return encoder_flops(self.config, lengths + self.specials) + project
 
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
-        """Texts as the model reads them."""
+        """As Encoder.tokenize; the model's limit applies too."""
         prompt, limit, found = self.prompt(kind), min(max_tokens, self.limit), []
         for encoding in encodings(self.tokenizer, [prompt + text for text in texts]):
             wanted = len(encoding)
@@ -203,14 +208,14 @@ class BiEncoder:
         return found
 
     def words(self, tokens: Tokens) -> list[str]:
-        """A text's own tokens as they are written, without special ones."""
+        """As Encoder.words."""
         return [self.tokenizer.id_to_token(int(i)) or "" for i, special in zip(tokens.ids, tokens.special) if not special]
 
     def _pool(self, h: Tensor, offsets: Tensor) -> Tensor:
         kept, pooling = self.checkpoint.truncate_dim, self.checkpoint.pooling
         if pooling == "mean" and [type(module) for module in self.after] == [Normalize]:
             return pool_normalize(h, offsets)[:, :kept]
-        full = offsets.diff() > 0  # a text without a token has nothing to pool
+        full = offsets.diff() > 0  # a text without tokens has nothing to pool
         starts, ends = offsets[:-1][full], offsets[1:][full]
         vector = torch.zeros(len(full), h.shape[1], dtype=h.dtype, device=h.device)
         match pooling:
@@ -226,7 +231,7 @@ class BiEncoder:
 
 
 class Normalize(nn.Module):
-    """Vectors at unit length."""
+    """Scales vectors to unit length."""
 
     def forward(self, x: Tensor) -> Tensor:
         """B × d, each row divided by its length."""
@@ -234,15 +239,21 @@ class Normalize(nn.Module):
 
 
 DECIDING = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")
-TOKENIZERS = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")  # what it is made of where there is none
+# The tokenizer of a folder without tokenizer.json.
+TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")
 
 
 def fingerprint(folder: Path, names: Sequence[str] = DECIDING) -> str:
-    """SHA-256 over the files that decide a checkpoint's output: weights, configurations, tokenizer."""
+    """SHA-256 over the files that a checkpoint's output depends on: weights, configurations, tokenizer.
+
+    Args:
+        folder: the checkpoint.
+        names: patterns of the files' names.
+    """
     digest = hashlib.sha256()
     files = {Path(place) / name for place, _, found in os.walk(folder, followlinks=True) for name in found}
     if names is DECIDING and not any(path.name == "tokenizer.json" for path in files):
-        names = (*DECIDING, *TOKENIZERS)
+        names = (*DECIDING, *TOKENIZER_FILES)
     for path in sorted(path for path in files if any(fnmatch(path.name, name) for name in names)):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
@@ -252,7 +263,7 @@ def fingerprint(folder: Path, names: Sequence[str] = DECIDING) -> str:
 
 
 def shipped_subspace(model_fingerprint: str) -> Tensor | None:
-    """The projection that the package carries for a model with this fingerprint (experiments/training/fit_subspace.py)."""
+    """The projection V (d × r) that the package ships for a model with this fingerprint; None: it ships none."""
     from safetensors import safe_open
 
     for path in sorted((Path(__file__).parent.parent / "data" / "subspaces").glob("*.safetensors")):
@@ -271,21 +282,21 @@ def _dense(folder: Path, name: str) -> nn.Sequential:
         weights = folder / "model.safetensors"
         state = load_file(weights) if weights.is_file() else torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
         linear.load_state_dict({key.removeprefix("linear."): value for key, value in state.items()})
-    except Exception as error:  # torch, pickle and safetensors raise their own; each means the same to the user
+    except Exception as error:  # torch, pickle and safetensors raise errors of their own
         raise UserError(f"model {name!r}: {folder} is no whole Dense module: {type(error).__name__}: {' '.join(str(error).split()):.200}") from error
     return nn.Sequential(linear, getattr(nn, activation)()).eval()
 
 
-def load(name: str, place: Place, subspace: str | None = None) -> BiEncoder:
-    """A bi-encoder by name.
+def load(name: str, place: Placement, subspace: str | None = None) -> BiEncoder:
+    """Loads a bi-encoder by name.
 
     Args:
         name: a registry id, a folder or a hub name.
-        place: where and how it runs.
-        subspace: a safetensors file with V; None: the shipped one, or none.
+        placement: where and how it runs.
+        subspace: a safetensors file with the projection V; None: the shipped one, or none.
 
     Raises:
-        UserError: not to be found, or of another role.
+        UserError: the model is not found, has another role, or the file holds no projection that fits.
     """
     folder, V = locate(name, "bi-encoder"), _read_subspace(subspace)
     return BiEncoder(folder, name, subspace=V, device=pick_device(place.device), runtime=place.runtime, precision=place.precision)

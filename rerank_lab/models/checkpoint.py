@@ -1,7 +1,8 @@
-"""What a checkpoint folder is, read off everything that it says before any weight is loaded, or a refusal.
+"""Reads the JSON files of a checkpoint folder before any weight is loaded, and decides how the model is scored.
 
-A folder is scored as what it is or not at all. What is not understood here (a module, a key that changes scores, a family of
-models) is refused in one sentence that says what it is and what to do. sentence-transformers 6 is the reference for what the files mean.
+A model is scored exactly as its folder describes, or refused. Anything that is not supported (a module, a key that changes
+scores, a family of models) is refused with a message that says what it is and what to do. sentence-transformers 6 is the
+reference for what the files mean.
 """
 
 from __future__ import annotations
@@ -15,17 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.families import BI, CROSS, INSTEAD, OPTIONS, as_dict, parse_json, read_json, refuse_family, refuse_foreign, refuse_parts, role_of, short
+from rerank_lab.models.families import (
+    BI,
+    CROSS,
+    INSTEAD,
+    OPTIONS,
+    as_dict,
+    last_part,
+    parse_json,
+    read_json,
+    refuse_family,
+    refuse_foreign,
+    refuse_parts,
+    role_of,
+)
 
 log = logging.getLogger(__name__)
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU")
-RISING = ("Identity", "Sigmoid", "Tanh")  # activations of a cross-encoder that change no order
+RISING = ("Identity", "Sigmoid", "Tanh")  # increasing activations: they do not change a cross-encoder's order
 KNOWN_MODULE = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(Transformer|Pooling|Dense|Normalize)")
-# Where sentence-transformers keeps a Transformer's settings; the first that is there counts.
+# Files in which sentence-transformers keeps a Transformer's settings; the first that exists counts.
 SETTINGS = tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))
 ARGUMENTS = ("model_args", "tokenizer_args", "config_args", "model_kwargs", "processor_kwargs", "config_kwargs")
-HARMLESS = {"attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code", "use_safetensors"}  # of those arguments
+# Arguments that change no score.
+HARMLESS = {"attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code", "use_safetensors"}
 KEYS = {
     "about": {  # config_sentence_transformers.json
         "__version__", "activation_fn", "default_prompt_name", "keep_in_fp32_modules", "model_type", "prompts", "requirements", "similarity_fn_name", "truncate_dim",
@@ -38,28 +53,29 @@ KEYS = {
     "Dense": {"activation_function", "bias", "in_features", "module_input_name", "module_output_name", "out_features", "use_residual"},
     "Normalize": {"module_input_name", "module_output_name"},
 }  # fmt: skip
-# transformer_task, what forward gives and what the module calls it.
+# Role → transformer_task, the output of `forward`, and the module's name for it.
 TASKS = {BI: ("feature-extraction", "last_hidden_state", "token_embeddings"), CROSS: ("sequence-classification", "logits", "scores")}
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-LEFT = re.compile(r"\d_(Transformer|Pooling|Dense|Normalize)")
+MODULE_FOLDER = re.compile(r"\d_(Transformer|Pooling|Dense|Normalize)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """How a folder is scored.
+    """How the model in a folder is scored.
 
     Attributes:
         name: what messages and results call it.
-        folder, root: the checkpoint, and the folder in it that holds the transformer.
-        pooling: one of POOLINGS; of a bi-encoder, as are the next four.
+        folder: the checkpoint.
+        root: the folder inside that holds the transformer.
+        pooling: one of POOLINGS; only for bi-encoders, as the next five.
         after: what follows the pooling, in order: "Dense" or "Normalize", and its folder.
         similarity: "cosine" or "dot".
-        truncate_dim: components kept of a pooled vector; None: all.
-        query_prompt, document_prompt: what stands in front of a text; "" is nothing.
-        pair_prompt: what stands in front of a cross-encoder's query.
-        max_seq_length: tokens of an input, special ones counted; None: what tokenizer and transformer allow.
-        lower: texts are lower-cased first.
-        news: what earlier releases passed over in silence, so that vectors made by them are not taken for this reading's.
+        truncate_dim: how many components of a pooled vector are kept; None: all.
+        query_prompt, document_prompt: put before a text; "" for no prompt.
+        pair_prompt: put before a cross-encoder's query.
+        max_seq_length: tokens of an input, special ones counted; None: as many as tokenizer and transformer allow.
+        lower: whether texts are lower-cased first.
+        newly_read: settings that earlier releases ignored. They go into the cache's key, so that vectors made then are not used now.
     """
 
     name: str
@@ -74,25 +90,25 @@ class Checkpoint:
     pair_prompt: str = ""
     max_seq_length: int | None = None
     lower: bool = False
-    news: tuple[str, ...] = ()
+    newly_read: tuple[str, ...] = ()
 
     def reading(self) -> str:
-        """What the folder asks for beyond a plain reading (similarity, prompts, dimensions), as JSON for results; "" where that is nothing."""
+        """Settings that differ from the defaults (similarity, prompts, dimensions), as JSON for results; "" without any."""
         usual = {"similarity": "cosine", "truncate_dim": None, "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
         asked = {key: value for key, before in usual.items() if (value := getattr(self, key)) != before}
         return json.dumps(asked, ensure_ascii=False) if asked else ""
 
 
 def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:
-    """Reads a folder's JSON files and decides how it is scored; no weight is loaded.
+    """Reads a folder's JSON files and decides how the model is scored. No weight is loaded.
 
     Args:
         folder: the checkpoint.
         name: what messages call it.
-        role: BI or CROSS, what it is needed as.
+        role: BI or CROSS, the role that is needed.
 
     Raises:
-        UserError: it is something else, or holds something that is not understood here.
+        UserError: the model has another role, or the folder has something that is not supported.
     """
     modules, about = _modules(folder), read_json(folder / "config_sentence_transformers.json")
     types = [kind for kind, _ in modules]
@@ -111,7 +127,7 @@ def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:
     found, sign = role_of(folder, name, role, modules, config, about)
     if found == CROSS and len(modules) > 1:
         raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), which are not computed here; {INSTEAD[role]}")
-    kinds = [short(kind) for kind in types]
+    kinds = [last_part(kind) for kind in types]
     if kinds == ["Transformer"] and found == BI:
         raise UserError(f"{folder / 'modules.json'}: names no Pooling, which makes one vector of those of the tokens; add one with sentence-transformers")
     ordered = kinds in ([], ["Transformer"]) or (kinds[:2] == ["Transformer", "Pooling"] and not {"Transformer", "Pooling"} & {*kinds[2:]})
@@ -143,7 +159,7 @@ def _read_bare(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Ma
 
 
 def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
-    name, (_, place), after = found.name, modules[1], tuple((short(kind), found.folder / path) for kind, path in modules[2:])
+    name, (_, place), after = found.name, modules[1], tuple((last_part(kind), found.folder / path) for kind, path in modules[2:])
     if not (file := found.folder / place / "config.json").is_file():
         raise UserError(f"model {name!r}: {file} is missing, which says how the model pools; copy the whole model")
     pooling, prompts = read_json(file), _prompts(about, found.folder)
@@ -171,20 +187,25 @@ def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapp
         raise UserError(f"model {name!r} compares by {similarity} (similarity_fn_name), which is not computed here; known are cosine and dot")
     before = next((prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key)), "")
     kinds = [kind for kind, _ in after]
-    news = [f"document prompt {document!r}"] if document != before else []
-    news += [f"modules {kinds}"] if "Normalize" in kinds[:-1] else []
-    news += [f"truncate_dim {truncate}"] if truncate is not None else []
+    newly_read = [f"document prompt {document!r}"] if document != before else []
+    newly_read += [f"modules {kinds}"] if "Normalize" in kinds[:-1] else []
+    newly_read += [f"truncate_dim {truncate}"] if truncate is not None else []
     return replace(
         found, pooling=_pooling_mode(pooling, name), after=after, similarity=similarity, truncate_dim=truncate, query_prompt=query, document_prompt=document,
-        news=tuple(news),
+        newly_read=tuple(newly_read),
     )  # fmt: skip
 
 
 def dense_activation(config: Mapping[str, Any], folder: Path, name: str) -> str:
     """The activation of a Dense module, one of ACTIVATIONS.
 
+    Args:
+        config: the module's config.json.
+        folder: of the module, for messages.
+        name: of the model, for messages.
+
     Raises:
-        UserError: another one, or a module that does more than a linear map of the pooled vector.
+        UserError: the activation is unknown, or the module does more than map the pooled vector linearly.
     """
     places = {config.get("module_input_name") or "sentence_embedding", config.get("module_output_name") or "sentence_embedding"}
     if config.get("use_residual") or places != {"sentence_embedding"}:
@@ -196,7 +217,7 @@ def dense_activation(config: Mapping[str, Any], folder: Path, name: str) -> str:
 
 
 def _check_modules(folder: Path, odd: Sequence[str]) -> None:
-    """Refuses modules that are not known or stand in an order that is not run."""
+    """Refuses a folder if there are odd modules: unknown ones, or an order that is not supported."""
     if odd:
         raise UserError(
             f"{folder / 'modules.json'}: only Transformer, Pooling, Dense and Normalize modules of sentence-transformers are known, a Transformer and a Pooling "
@@ -205,8 +226,12 @@ def _check_modules(folder: Path, odd: Sequence[str]) -> None:
 
 
 def _refuse_leftovers(found: Checkpoint, about: Mapping[str, Any]) -> None:
-    """Refuses a folder that has files of sentence-transformers but not the one that says how they are used."""
-    left = [path.name for path in sorted(found.folder.iterdir()) if path.name in SETTINGS or ((path / "config.json").is_file() and LEFT.fullmatch(path.name))]
+    """Refuses a folder without modules.json that has other files or settings of sentence-transformers."""
+    left = [
+        path.name
+        for path in sorted(found.folder.iterdir())
+        if path.name in SETTINGS or ((path / "config.json").is_file() and MODULE_FOLDER.fullmatch(path.name))
+    ]
     left += [
         f"{key} in config_sentence_transformers.json" for key in ("prompts", "similarity_fn_name", "truncate_dim") if about.get(key) not in (None, {}, "cosine")
     ]
@@ -215,7 +240,7 @@ def _refuse_leftovers(found: Checkpoint, about: Mapping[str, Any]) -> None:
 
 
 def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *, bare: bool) -> None:
-    """Refuses a Transformer module that reads its input, or gives its output, in another way than plain text through `forward`."""
+    """Refuses a Transformer module unless it reads plain text and returns the usual output of `forward`."""
     task, output, module_output = TASKS[role]
     given = settings.get("transformer_task") or task
     if given != task:
@@ -253,7 +278,7 @@ def _length(settings: Mapping[str, Any], root: Path) -> int | None:
 
 
 def _only(config: Mapping[str, Any], file: str, kind: str, name: str) -> None:
-    """Refuses keys that no module of this kind has."""
+    """Refuses keys that are not known for this kind of module."""
     if unknown := sorted(set(config) - KEYS[kind]):
         raise UserError(f"model {name!r}: {file} has {', '.join(unknown)}, which is not understood here and may change scores; remove it if it does not")
 
@@ -269,7 +294,7 @@ def _prompts(about: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
-    """(type by its whole dotted name, path) of each line of modules.json; none without that file."""
+    """(full dotted type, path) of each module in modules.json; empty without that file."""
     path = folder / "modules.json"
     if not path.is_file():
         return []
@@ -288,7 +313,7 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
 
 
 def _activation(dotted: object) -> str:
-    """The name of a class of torch.nn by its dotted name; anything else as it is."""
+    """The short name of a class of torch.nn, given its dotted name; anything else as it is."""
     found = re.fullmatch(r"torch\.nn\.(?:modules\.\w+\.)?(\w+)", str(dotted))
     return found[1] if found else str(dotted)
 

@@ -1,4 +1,4 @@
-"""A Hugging Face sequence-classification checkpoint as a cross-encoder: one logit a (query, document) pair."""
+"""A cross-encoder from a Hugging Face sequence-classification checkpoint: one logit for each (query, document) pair."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from torch import Tensor
 
 from rerank_kernels import exactly
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.base import Encoder, Inputs, Needs, Tokens, Work
+from rerank_lab.models.base import Encoder, Inputs, Needs, Tokens, WorkItem
 from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import read_checkpoint
 from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import CROSS
-from rerank_lab.models.forward import TokenBatch, backend, batches, encoder_flops, encodings, limit_of, load_checkpoint, padding
+from rerank_lab.models.forward import TokenBatch, batches, encoder_flops, encodings, fast_tokenizer, limit_of, load_checkpoint, padding
 from rerank_lab.models.packed import Packed
 from rerank_lab.models.padded import Padded
-from rerank_lab.models.registry import Place, locate, pick_device
+from rerank_lab.models.registry import Placement, locate, pick_device
 
 
 @dataclass(frozen=True, eq=False)
-class Pair(Work):
-    """A query with one document, as the model reads them."""
+class Pair(WorkItem):
+    """The tokens of a query with one document."""
 
     tokens: Tokens
 
 
 class CrossEncoder:
-    """Scores pairs in one forward each; equal to sentence_transformers.CrossEncoder's logits, with the prompt and the limit that the folder names.
+    """Scores pairs of texts. Logits equal those of sentence_transformers.CrossEncoder, with the folder's prompt and limit.
 
     Args:
         folder: the checkpoint, with exactly one label.
         name: what messages and results call it.
         device: torch device.
-        runtime, precision: as models.runtimes.choose takes them; the head stays fp32 where torch runs a BERT.
+        runtime, precision: as models.exported.choose takes them. If torch runs a BERT, the head stays fp32.
 
     Raises:
-        UserError: no such checkpoint, a runtime that cannot be had, no trained classification head in it, or more than one label.
+        UserError: there is no such checkpoint, the runtime is not available, the checkpoint has no trained classification
+            head or more than one label.
     """
 
     needs: Needs | None = None
@@ -65,8 +66,8 @@ class CrossEncoder:
             )
         self.runtime, self.precision = choose(runtime, precision), precision
         self.network = network(model, runtime=self.runtime, precision=precision, head=True, **padding(model, tokenizer)._asdict())
-        self.tokenizer, self.truncation_side = backend(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
-        # One of two minds: truncation is a tokenizer's state, and threads share it.
+        self.tokenizer, self.truncation_side = fast_tokenizer(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
+        # A second tokenizer: truncation is a state of the tokenizer, and threads share it.
         self.pairing = Tokenizer.from_str(self.tokenizer.to_str())
         self.pairing.enable_truncation(self.limit, strategy="longest_first", direction=self.truncation_side)
         self.fingerprint = fingerprint(folder)
@@ -76,12 +77,13 @@ class CrossEncoder:
 
         Args:
             query: any string.
-            documents: any strings.
-            max_tokens: own tokens kept of each document; then the longer of the two is cut to the model's limit.
+            documents: N strings.
+            max_tokens: tokens kept of each document, special ones not counted. If the pair is still too long for the model,
+                the longer of the two is cut.
 
         Returns:
-            logits (N, fp32), the tokens that each pair took, special ones counted (N, int64), and whether
-            something of the pair was cut off (N, bool).
+            logits (N, fp32), tokens of each pair, special ones counted (N, int64), and whether query or document was cut
+            (N, bool); all on the CPU.
 
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
@@ -91,11 +93,11 @@ class CrossEncoder:
         return self.logits(work), lengths, torch.tensor([pair.cut for pair in work], dtype=torch.bool, device="cpu")
 
     def reading(self) -> str:
-        """What the folder asks for beyond a plain reading, as JSON for results; "" where that is nothing."""
+        """As Scorer.reading."""
         return self.checkpoint.reading()
 
     def work(self, inputs: Inputs) -> list[Pair]:
-        """The query with each of N documents, as the model reads them."""
+        """Tokenises the query with each of N documents: N work items."""
         own, *_ = encodings(self.tokenizer, [self.checkpoint.pair_prompt + inputs.query])
         pairs: list[Pair] = []
         for document in encodings(self.tokenizer, inputs.texts):
@@ -106,8 +108,8 @@ class CrossEncoder:
         return pairs
 
     @exactly(tensors=True)
-    def logits(self, work: Sequence[Work]) -> Tensor:
-        """One logit a pair (fp32, on the CPU), of one query or of many.
+    def logits(self, work: Sequence[WorkItem]) -> Tensor:
+        """One logit for each pair (fp32, on the CPU). The pairs may belong to several queries.
 
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
@@ -128,21 +130,21 @@ class CrossEncoder:
         logits: Tensor = self.model.classifier(first if pooler is None else pooler(first))
         return logits
 
-    def flops(self, work: Sequence[Work]) -> int:
-        """FLOPs of these pairs; the head is left out."""
+    def flops(self, work: Sequence[WorkItem]) -> int:
+        """FLOPs of these pairs, without the head."""
         lengths = torch.tensor([pair.size for pair in work], dtype=torch.int64, device="cpu")
         return encoder_flops(self.config, lengths, first=isinstance(self.network, Packed))
 
 
-def _tokens(work: Work) -> Tokens:
+def _tokens(work: WorkItem) -> Tokens:
     assert isinstance(work, Pair)
     return work.tokens
 
 
-def load(name: str, place: Place, loaded: Mapping[str, Encoder]) -> CrossEncoder:
-    """A cross-encoder by registry id, folder or hub name; it shares no encoder.
+def load(name: str, place: Placement, loaded: Mapping[str, Encoder]) -> CrossEncoder:
+    """Loads a cross-encoder by registry id, folder or hub name. It shares no encoder, so that `loaded` is not used.
 
     Raises:
-        UserError: not to be found, or of another role.
+        UserError: the model is not found or has another role.
     """
     return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(place.device), runtime=place.runtime, precision=place.precision)

@@ -1,4 +1,4 @@
-"""The same weights under another runtime or precision, behind the call that Packed and Padded answer."""
+"""Runs transformers by another runtime (torch.compile, ONNX Runtime, OpenVINO) or in another precision, with the interface of Padded."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from torch import Tensor, nn
 
 from rerank_lab.errors import UserError
 from rerank_lab.models.packed import Packed
-from rerank_lab.models.padded import Padded, States, reads_padding
+from rerank_lab.models.padded import ForwardOutput, Padded, reads_padding
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 
-PACKAGES = {("compile", "int8"): ("torchao",), ("onnx", "fp32"): ("onnxruntime", "onnx"), ("onnx", "int8"): ("onnxruntime", "onnx")}
-PACKAGES |= {("openvino", precision): ("openvino", "onnx") for precision in ("fp32", "bf16")}
+NEEDED_PACKAGES = {("compile", "int8"): ("torchao",), ("onnx", "fp32"): ("onnxruntime", "onnx"), ("onnx", "int8"): ("onnxruntime", "onnx")}
+NEEDED_PACKAGES |= {("openvino", precision): ("openvino", "onnx") for precision in ("fp32", "bf16")}
 HEADS = ("BertForSequenceClassification", "RobertaForSequenceClassification", "XLMRobertaForSequenceClassification")
-Run = Callable[[dict[str, Tensor], bool], Sequence[Tensor]]
+RuntimeCall = Callable[[dict[str, Tensor], bool], Sequence[Tensor]]  # inputs by name, and TensorModel.detailed → outputs of TensorModel.forward
 
 
 def choose(runtime: str, precision: str) -> str:
-    """The runtime by name; "auto" is torch, or what computes in int8.
+    """The runtime for a precision. "auto" is the first of RUNTIMES that computes in it.
+
+    Args:
+        runtime: "auto" or one of RUNTIMES.
+        precision: one of PRECISIONS.
 
     Raises:
-        UserError: not a runtime or a precision, a pair that does not go together, or a package that is not installed.
+        UserError: the runtime or the precision is unknown, the two do not go together, or a package is not installed.
     """
     if precision not in PRECISIONS or runtime not in ("auto", *RUNTIMES):
         raise UserError(f"runtime {runtime!r} with precision {precision!r}: runtimes are auto, {', '.join(RUNTIMES)}, precisions {', '.join(PRECISIONS)}")
@@ -36,54 +40,56 @@ def choose(runtime: str, precision: str) -> str:
     if precision not in RUNTIMES[chosen]:
         able = ", ".join(name for name, precisions in RUNTIMES.items() if precision in precisions)
         raise UserError(f"runtime {runtime} does not compute in {precision}; it knows {', '.join(RUNTIMES[chosen])}, and {precision} is computed by {able}")
-    missing = [name for name in PACKAGES.get((chosen, precision), ()) if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED_PACKAGES.get((chosen, precision), ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"runtime {chosen} in {precision} needs {' and '.join(missing)}: pip install 'rerank_lab[runtimes]'")
     return chosen
 
 
 def network(model: Any, *, pad_id: int, token_types: bool, runtime: str, precision: str, head: bool = False) -> Packed | Padded:
-    """What runs a transformer.
+    """Wraps a transformer in what runs it fastest: Packed for BERT and its kind on a CPU, else Padded, or Exported for other runtimes.
 
     Args:
-        model: of transformers, in eval mode, fp32, on its device.
+        model: a model of transformers, in eval mode, fp32, on its device.
         pad_id, token_types: as Padded takes them.
-        runtime, precision: as `choose` gives and takes them.
-        head: the model gives logits; Packed is then of what stands below the head.
+        runtime: as `choose` returns it.
+        precision: one of PRECISIONS.
+        head: whether the model has a classification head and returns logits. Packed then runs only what is below the head.
 
     Raises:
-        UserError: the model cannot be had in that runtime.
+        UserError: the model does not read texts as an encoder does, or the runtime does not support it.
     """
     if precision != "fp32" and not head:
-        model = copy.deepcopy(model)  # a one-way cross-encoder starts from the weights as they are
+        model = copy.deepcopy(model)  # a one-way cross-encoder copies the original weights
     base = model.base_model if head else model
     if runtime == "torch" and Packed.fits(base) and (not head or type(model).__name__ in HEADS):
         return Packed(base, torch.bfloat16 if precision == "bf16" else torch.float32, token_types=token_types)
     try:
-        alike = reads_padding(Padded(model, pad_id, token_types))
-    except Exception as error:  # whatever a model of another kind makes of a text
+        equal_lengths = reads_padding(Padded(model, pad_id, token_types))
+    except Exception as error:  # a model of another kind can fail in any way
         raise UserError(
             f"{type(model).__name__} does not read texts as an encoder does ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
     if runtime == "torch":
-        return Padded(model.to(torch.bfloat16) if precision == "bf16" else model, pad_id, token_types, alike)
-    outputs = Outputs(model, head)
+        return Padded(model.to(torch.bfloat16) if precision == "bf16" else model, pad_id, token_types, equal_lengths)
+    outputs = TensorModel(model, head)
     try:
         run = BUILD[runtime](outputs, precision, token_types)
-    except Exception as error:  # each runtime raises its own; each means the same to the user
+    except Exception as error:  # each runtime raises errors of its own
         raise UserError(f"runtime {runtime} in {precision} does not take the model: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    return Exported(model, pad_id, token_types, alike, outputs, run)
+    return Exported(model, pad_id, token_types, equal_lengths, outputs, run)
 
 
-class Outputs(nn.Module):
-    """A model as a function of tensors: logits, or the last states, with those that a one-way cross-encoder reads where they are wanted.
+class TensorModel(nn.Module):
+    """A model as a function from tensors to tensors, which runtimes can trace.
 
     Args:
-        model: of transformers.
-        head: whether it gives logits.
+        model: a model of transformers.
+        head: whether it has a classification head and returns logits.
 
     Attributes:
-        upper: the layers whose keys and values are given where `detailed` is set; none of a model that is not of BERT's kind.
+        detailed: whether to return also what a one-way cross-encoder reads: keys and values of the layers `upper`.
+        upper: the upper half of the layers; empty for a model with a head, or not of BERT's kind.
     """
 
     def __init__(self, model: Any, head: bool):
@@ -94,7 +100,15 @@ class Outputs(nn.Module):
         self.upper = range(len(layers) // 2, len(layers)) if bert else range(0)
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, ...]:
-        """B × L inputs → (logits B × 1), or (last B × L × d) and, detailed, (what goes into the upper half, its keys and values B × L × 2·d·S)."""
+        """Runs the model.
+
+        Args:
+            ids, mask, types: B × L.
+
+        Returns:
+            with a head: logits, B × 1. Without: the last hidden states, B × L × d; if `detailed` is set, also the hidden
+            states that go into the upper S layers, B × L × d, and their keys and values, B × L × 2·d·S.
+        """
         given = {} if types is None else {"token_type_ids": types}
         output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=self.detailed, **given)
         if self.head:
@@ -107,31 +121,31 @@ class Outputs(nn.Module):
 
 
 class Exported(Padded):
-    """A transformer that another runtime holds.
+    """A transformer that another runtime runs.
 
     Args:
-        model, pad_id, token_types, alike: as Padded takes them.
-        outputs: what was handed to the runtime.
-        run: (inputs of `outputs` by name, whether detailed) → its outputs.
+        model, pad_id, token_types, equal_lengths: as Padded takes them.
+        outputs: the module that was given to the runtime.
+        run: calls the runtime.
     """
 
-    def __init__(self, model: Any, pad_id: int, token_types: bool, alike: bool, outputs: Outputs, run: Run):
-        super().__init__(model, pad_id, token_types, alike)
+    def __init__(self, model: Any, pad_id: int, token_types: bool, equal_lengths: bool, outputs: TensorModel, run: RuntimeCall):
+        super().__init__(model, pad_id, token_types, equal_lengths)
         self.outputs, self._run = outputs, run
 
     def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> Tensor:
         return self._run(self.inputs(ids, types, lengths), False)[0]
 
-    def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> States:
+    def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> ForwardOutput:
         inputs, upper = self.inputs(ids, types, lengths), self.outputs.upper
         if keep not in (None, upper.start) or keys_values not in (range(0), upper):
             raise ValueError(f"only the layers {upper} were handed to the runtime")
         inside = inputs["attention_mask"].bool()
         found = [part.to(inside.device)[inside].float() for part in self._run(inputs, keep is not None or len(keys_values) > 0)]
-        return States(found[0], {} if keep is None else {keep: found[1]}, found[2] if len(keys_values) else None)
+        return ForwardOutput(found[0], {} if keep is None else {keep: found[1]}, found[2] if len(keys_values) else None)
 
 
-def _compiled(outputs: Outputs, precision: str, token_types: bool) -> Run:
+def _compiled(outputs: TensorModel, precision: str, token_types: bool) -> RuntimeCall:
     if precision == "bf16":
         outputs.model.to(torch.bfloat16)
     elif precision == "int8":
@@ -151,7 +165,7 @@ def _compiled(outputs: Outputs, precision: str, token_types: bool) -> Run:
 
 
 def _inner(model: Any) -> set[int]:
-    """Ids of the linear maps of the layers, whatever a model calls those: a head or a pooler is small and decides.
+    """id() of the linear maps to quantise: those of the layers. Head and pooler are left out, since they are small and matter most.
 
     Raises:
         UserError: there are none.
@@ -162,11 +176,11 @@ def _inner(model: Any) -> set[int]:
     return found
 
 
-def _onnx_file(outputs: Outputs, folder: Path, token_types: bool) -> Path:
-    """The model as an ONNX graph with free batch and length.
+def _onnx_file(outputs: TensorModel, folder: Path, token_types: bool) -> Path:
+    """Writes the model to an ONNX file in a folder, with dynamic batch size and length.
 
     Raises:
-        UserError: it is not on the CPU, where the runtimes that read such a graph compute here.
+        UserError: the model is not on the CPU; ONNX Runtime and OpenVINO run only there.
     """
     if outputs.model.device.type != "cpu":
         raise UserError("it runs on the CPU here")
@@ -177,12 +191,12 @@ def _onnx_file(outputs: Outputs, folder: Path, token_types: bool) -> Path:
     axes = {name: {0: "batch", 1: "length"} for name in (*names, *made)} | ({"logits": {0: "batch"}} if outputs.head else {})
     path = folder / "model.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter: what it says of its own future, and of shapes that are free here
+        warnings.simplefilter("ignore")  # the exporter warns of its deprecation and of the dynamic shapes
         torch.onnx.export(outputs, (ids,) * len(names), str(path), input_names=names, output_names=made, dynamic_axes=axes, opset_version=18, dynamo=False)
     return path
 
 
-def _onnx(outputs: Outputs, precision: str, token_types: bool) -> Run:
+def _onnx(outputs: TensorModel, precision: str, token_types: bool) -> RuntimeCall:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -203,7 +217,7 @@ def _onnx(outputs: Outputs, precision: str, token_types: bool) -> Run:
     return run
 
 
-def _openvino(outputs: Outputs, precision: str, token_types: bool) -> Run:
+def _openvino(outputs: TensorModel, precision: str, token_types: bool) -> RuntimeCall:
     from openvino import Core  # type: ignore[attr-defined]
 
     hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(precision, precision), "INFERENCE_NUM_THREADS": torch.get_num_threads()}

@@ -1,4 +1,4 @@
-"""What tells a checkpoint's family and role: other families than bi-encoders and cross-encoders are refused by name, with the remedy."""
+"""Recognises a checkpoint's family and role by its files. Families other than bi-encoders and cross-encoders are refused by name, with a remedy."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rerank_lab.errors import UserError
 BI, CROSS = "bi-encoder", "cross-encoder"
 OPTIONS = {BI: "--model", CROSS: "--model-cross"}
 T5 = ("longt5", "mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "udop", "umt5")
-LARGE, POINTER = (".safetensors", ".bin", ".json", ".model"), b"version https://git-lfs"  # files that git-lfs may hold, and what it leaves in their place
+LARGE, POINTER = (".safetensors", ".bin", ".json", ".model"), b"version https://git-lfs"  # files that git-lfs may replace by pointers, and how a pointer begins
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 OTHERS = {"ONNX": "*.onnx", "GGUF": "*.gguf", "TensorFlow": "tf_model*.h5", "Flax": "flax_model*.msgpack", "OpenVINO": "openvino_*.xml"}
 LATE = "a late-interaction model (ColBERT, as {sign} says): it has a vector for each token and none for a text, and its own score is not computed here"
 SPARSE = "a sparse encoder (SPLADE, as {sign} says): it weighs words of its vocabulary, which is not computed here"
 STATIC = "a static embedding model (as {sign} says): it has no transformer, and is not computed here"
 CAUSAL = "a causal language model (as {sign} says): a reranker of this kind answers a prompt with yes or no, which is not computed here"
-# What a module's whole dotted name, or model_type, tells of the folder.
+# Patterns of a module's full dotted name, or of model_type, and the family that they mean.
 FAMILIES = [
     (re.compile(r"pylate\..*|.*\.multi_vector_encoder\..*|ColBERT|MultiVectorEncoder"), LATE),
     (re.compile(r".*\.sparse_encoder\..*|SparseEncoder"), SPARSE),
@@ -31,7 +31,13 @@ INSTEAD = {BI: "name an embedding model that pools", CROSS: "name a model with a
 
 
 def refuse_family(folder: Path, name: str, role: str, types: Sequence[str], about: Mapping[str, Any]) -> None:
-    """Refuses other families of models by what only they have."""
+    """Refuses other families of models by their signs in modules.json and config_sentence_transformers.json.
+
+    Args:
+        folder, name, role: as read_checkpoint takes them.
+        types: full dotted names of the modules.
+        about: config_sentence_transformers.json.
+    """
     signs = [(kind, "modules.json") for kind in types] + [(str(about.get("model_type")), "config_sentence_transformers.json")]
     for value, place in signs:
         for pattern, family in FAMILIES:
@@ -39,7 +45,7 @@ def refuse_family(folder: Path, name: str, role: str, types: Sequence[str], abou
                 raise _refusal(name, family.format(sign=f"{value} in {place}"), role)
     late = "artifact.metadata" if (folder / "artifact.metadata").is_file() else None
     late = "config_sentence_transformers.json" if about.get("similarity_fn_name") == "MaxSim" or "query_prefix" in about else late
-    late = "a Dense module on token vectors in modules.json" if [short(kind) for kind in types[:2]] == ["Transformer", "Dense"] else late
+    late = "a Dense module on token vectors in modules.json" if [last_part(kind) for kind in types[:2]] == ["Transformer", "Dense"] else late
     if late:
         raise _refusal(name, LATE.format(sign=late), role)
     if about.get("model_type") not in (None, "SentenceTransformer", "CrossEncoder"):
@@ -47,7 +53,7 @@ def refuse_family(folder: Path, name: str, role: str, types: Sequence[str], abou
 
 
 def refuse_parts(folders: Sequence[Path], name: str) -> None:
-    """Refuses folders that lack what others hold: adapters without their model, pointers to files."""
+    """Refuses folders that are incomplete: a LoRA adapter without its model, or pointers of git-lfs instead of files."""
     for folder in dict.fromkeys(folders):
         if (folder / "adapter_config.json").is_file():
             base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "another model"
@@ -62,13 +68,19 @@ def refuse_parts(folders: Sequence[Path], name: str) -> None:
 
 
 def weights_of(root: Path) -> tuple[str, ...]:
-    """Patterns of the files that transformers reads a model's weights from, where a folder has them in several formats."""
+    """Patterns of the files that transformers loads a model's weights from. A folder may hold them in several formats."""
     order = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
     return next(((pattern,) for pattern in order if any(root.glob(pattern))), WEIGHTS)
 
 
 def refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) -> None:
-    """Refuses what a transformer's own files tell: other families, own code, weights of another kind."""
+    """Refuses a transformer by its config.json and weights: other families, code of its own, weights in other formats.
+
+    Args:
+        root: the transformer's folder.
+        name, role: as read_checkpoint takes them.
+        config: config.json.
+    """
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
         raise UserError(f"model {name!r}: {root / 'config.json'} is no readable model configuration (architectures must be a list of names)")
@@ -103,10 +115,20 @@ def refuse_foreign(root: Path, name: str, role: str, config: Mapping[str, Any]) 
 
 
 def role_of(folder: Path, name: str, role: str, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> tuple[str, str]:
-    """BI or CROSS, by modules.json, model_type and the architecture together, and what says so."""
+    """BI or CROSS, and the evidence for messages.
+
+    Args:
+        folder, name, role: as read_checkpoint takes them.
+        modules: (full dotted type, path) of each module.
+        config: the transformer's config.json.
+        about: config_sentence_transformers.json.
+
+    Raises:
+        UserError: the files contradict each other, or the model is neither.
+    """
     architecture = next(iter(config.get("architectures") or ()), "")
-    kinds = ", ".join(short(kind) for kind, _ in modules)
-    scores = any(short(kind) == "Dense" and read_json(folder / path / "config.json").get("module_output_name") == "scores" for kind, path in modules)
+    kinds = ", ".join(last_part(kind) for kind, _ in modules)
+    scores = any(last_part(kind) == "Dense" and read_json(folder / path / "config.json").get("module_output_name") == "scores" for kind, path in modules)
     if about.get("model_type") == "CrossEncoder" or scores:
         return CROSS, kinds or architecture
     classifies = architecture.endswith("ForSequenceClassification")
@@ -134,13 +156,13 @@ def _refusal(name: str, what: str, role: str) -> UserError:
     return UserError(f"model {name!r} is {what}; {INSTEAD[role]}")
 
 
-def short(kind: str) -> str:
+def last_part(kind: str) -> str:
     """The last part of a dotted name."""
     return kind.rsplit(".", 1)[-1]
 
 
 def _own_code(config: Mapping[str, Any]) -> str | None:
-    """What a configuration names in auto_map for a class of its own; None: transformers' classes do."""
+    """The custom class that a configuration names in auto_map; None: it uses transformers' own classes."""
     for key, named in as_dict(config.get("auto_map")).items():
         if key != "AutoProcessor" and (first := next((one for one in (named if isinstance(named, list) else [named]) if one), None)):
             return str(first)
@@ -148,7 +170,7 @@ def _own_code(config: Mapping[str, Any]) -> str | None:
 
 
 def _decodes_only(model_type: str) -> bool:
-    """Whether transformers knows a kind of model as a language model that reads from left to right alone."""
+    """Whether a model type is only a left-to-right language model, by transformers' tables."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
 
@@ -156,10 +178,10 @@ def _decodes_only(model_type: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file.
+    """Reads a JSON object; empty if there is no such file.
 
     Raises:
-        UserError: the file cannot be read, or holds anything else.
+        UserError: the file cannot be read, or does not hold an object.
     """
     if not path.is_file():
         return {}
@@ -170,15 +192,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def as_dict(value: object) -> dict[str, Any]:
-    """The value, where it is an object; else an empty one."""
+    """The value if it is a dict, else an empty dict."""
     return value if isinstance(value, dict) else {}
 
 
 def parse_json(path: Path) -> Any:
-    """Whatever a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What bi-encoder and cross-encoder share: loading a checkpoint, and the forward in length-sorted batches under a token budget."""
+"""What bi-encoders and cross-encoders share: loading a checkpoint, tokenising, and forwards in length-sorted batches under a token budget."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import Tokens
 from rerank_lab.models.checkpoint import Checkpoint
 from rerank_lab.models.packed import Packed
-from rerank_lab.models.padded import Padded, States
+from rerank_lab.models.padded import ForwardOutput, Padded
 
 T = TypeVar("T")
-# Buffers and unused poolers that old checkpoints carry; transformers computes, or leaves out, the same without them.
+# Buffers and unused poolers in old checkpoints. transformers computes the same without them.
 SPARE = re.compile(r"(.*\.)?(position_ids|token_type_ids|rotary_emb\.inv_freq|attention\.(bias|masked_bias)|pooler\.dense\.(weight|bias))")
-LONGEST = 2**31 - 1  # tokens of one text, where neither model nor tokenizer names a bound
-# Padded tokens of one batch. On a CPU small batches keep the activations in cache; a GPU wants them large.
+LONGEST = 2**31 - 1  # tokens of a text if neither model nor tokenizer has a limit
+# Padded tokens of one batch. On a CPU, small batches keep the activations in cache; a GPU needs large ones.
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 65536, "mps": 16384}
-# Characters tokenised at once: a tokenizer's own objects take a hundred times the bytes of what is kept of them.
+# Characters tokenised at once: an Encoding takes about a hundred times the memory of the Tokens made of it.
 CHARACTERS = 1 << 18
 
 
 def encodings(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
-    """The texts' own tokens, no special ones, never many texts' at once."""
+    """Tokenises texts without special tokens, a limited number of characters at once."""
     start, size = 0, 0
     for end, text in enumerate(texts, 1):
         size += len(text)
@@ -40,7 +40,7 @@ def encodings(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
 
 
 def in_advance(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Results of calls in order, each made on another thread while the one before is in use."""
+    """Yields the results of calls in order. While one result is used, another thread makes the next call."""
     with ThreadPoolExecutor(1, thread_name_prefix="in-advance") as pool:
         waiting: Future[T] | None = None
         for call in calls:
@@ -53,24 +53,24 @@ def in_advance(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None) -> tuple[Any, Any]:
-    """A Hugging Face model in fp32 and its tokenizer. Code that the folder brings is never run, and nobody is asked whether to.
+    """Loads a Hugging Face model in fp32, in eval mode, and its tokenizer. Code in the folder is never run.
 
     Args:
-        kind: AutoModel or one of its like.
+        kind: AutoModel or another Auto class of transformers.
         folder: the checkpoint.
         name: what messages call the model.
-        spare: weights with this in their name may be missing; transformers makes up any that are.
+        spare: weights with this in their name may be missing; transformers initialises them.
 
     Raises:
-        UserError: nothing that loads, weights missing or weights that nothing takes, no tokenizer that fits.
+        UserError: the folder does not load, weights are missing or unused, or there is no fitting fast tokenizer.
     """
     from transformers import AutoTokenizer
 
     try:
-        # What does not fit is told below; the library's own sentence is for those who train.
+        # Weights that do not fit are reported below; the library's own message is meant for training.
         model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers, tokenizers and safetensors raise of every kind; each means the same to the user
+    except Exception as error:  # transformers, tokenizers and safetensors raise errors of many types
         raise UserError(f"model {name!r}: {folder} does not load: {str(error).strip().partition(chr(10))[0]}; are its files whole? copy it again") from error
     for key, stored, wanted in sorted(map(tuple, info["mismatched_keys"])):
         shapes = f"{' x '.join(map(str, stored))} in the file and {' x '.join(map(str, wanted))} by config.json"
@@ -85,7 +85,7 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
         )
     if not tokenizer.is_fast:
         raise UserError(f"model {name!r} has no fast tokenizer (tokenizer.json), which is needed")
-    # Without its files transformers makes a tokenizer of the special tokens alone; a vocabulary padded to a round size is fine.
+    # If a tokenizer's files are missing, transformers makes one with only the special tokens. A model's vocabulary may be padded to a round size.
     vocabulary = getattr(model.config, "vocab_size", 0)
     if len(tokenizer) < vocabulary // 2:
         raise UserError(f"model {name!r}: the tokenizer in {folder} knows {len(tokenizer)} tokens, the model {vocabulary}")
@@ -99,7 +99,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _heads(config: Any) -> set[str]:
-    """Names of all weights of the language model that a configuration names: its head is no part of an encoder."""
+    """Names of all weights of a language model, with its head, which an encoder does not load; empty for another architecture."""
     import transformers
 
     architecture = next(iter(config.architectures or ()), "")
@@ -110,8 +110,13 @@ def _heads(config: Any) -> set[str]:
         return set(kind(config).state_dict())
 
 
-def backend(tokenizer: Any, *, lower: bool) -> Tokenizer:
-    """A fast tokenizer's own object, without padding and truncation; `lower` puts lower-casing first, as sentence-transformers does."""
+def fast_tokenizer(tokenizer: Any, *, lower: bool) -> Tokenizer:
+    """The Tokenizer inside a fast tokenizer of transformers, without padding and truncation.
+
+    Args:
+        tokenizer: of transformers.
+        lower: whether texts are lower-cased first, as sentence-transformers does.
+    """
     found: Tokenizer = tokenizer.backend_tokenizer
     found.no_padding()
     found.no_truncation()
@@ -122,35 +127,42 @@ def backend(tokenizer: Any, *, lower: bool) -> Tokenizer:
 
 
 class Padding(NamedTuple):
-    """What Padded needs to know of a model: its padding token, and whether it takes token_type_ids."""
+    """How a model is padded: its padding token, and whether it takes token_type_ids."""
 
     pad_id: int
     token_types: bool
 
 
 def padding(model: Any, tokenizer: Any) -> Padding:
-    """Of a model and its tokenizer; the model's own padding token counts where both name one."""
+    """The Padding of a model and its tokenizer. The model's padding token is used if both have one."""
     own = next((n for n in (getattr(model.config, "pad_token_id", None), tokenizer.pad_token_id) if n is not None), 0)
     return Padding(own, "token_type_ids" in tokenizer.model_input_names)
 
 
 def limit_of(found: Checkpoint, model: Any, tokenizer: Any, specials: int) -> int:
-    """Tokens of one input, special ones counted: the folder's own limit, or else the tokenizer's, as far as the model has positions.
+    """How many tokens one input may have, special ones counted.
+
+    This is the folder's limit, or else the tokenizer's, and at most the number of positions that the model has.
+
+    Args:
+        found: the checkpoint.
+        model, tokenizer: of transformers.
+        specials: number of special tokens of an input.
 
     Raises:
-        UserError: no room for a text.
+        UserError: the limit leaves no token for the text.
     """
-    limits = [found.max_seq_length or tokenizer.model_max_length, places(model)]
+    limits = [found.max_seq_length or tokenizer.model_max_length, position_count(model)]
     limit = min((min(n, LONGEST) for n in limits if isinstance(n, int) and n > 0), default=512)
     if limit <= specials:
         raise UserError(f"model {found.name!r}: a limit of {limit} tokens leaves none for the text")
     return limit
 
 
-def places(model: Any) -> int | None:
-    """Tokens that a model has positions for; None: any number.
+def position_count(model: Any) -> int | None:
+    """How many tokens a model has positions for; None: no limit.
 
-    Some kinds (RoBERTa, MPNet, Longformer) leave the first positions, up to the padding token's, unused.
+    Some models (RoBERTa, MPNet, Longformer) do not use the first positions, up to the padding token's.
     """
     total = getattr(model.config, "max_position_embeddings", None)
     table = next((module for name, module in model.named_modules() if name.endswith("position_embeddings")), None)
@@ -158,14 +170,23 @@ def places(model: Any) -> int | None:
     return total - (0 if unused is None else unused + 1) if isinstance(total, int) and total > 0 else None
 
 
-def plan_batches(lengths: Sequence[int], budget: int, alike: bool = False) -> list[np.ndarray]:
-    """Positions in batches: longest first, each padded to at most `budget` tokens (one text alone may exceed it); with `alike` of one length each."""
+def plan_batches(lengths: Sequence[int], budget: int, equal_lengths: bool = False) -> list[np.ndarray]:
+    """Groups texts into batches, the longest first.
+
+    Args:
+        lengths: tokens of each text.
+        budget: padded tokens of a batch at most. A single text may exceed it.
+        equal_lengths: whether all texts of a batch must have the same length.
+
+    Returns:
+        positions of each batch's texts, int64.
+    """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches, start = [], 0
     while start < len(order):
         size = max(1, budget // max(1, lengths[order[start]]))
         batch = order[start : start + size]
-        if alike:
+        if equal_lengths:
             batch = batch[: sum(lengths[i] == lengths[batch[0]] for i in batch)]
         batches.append(batch)
         start += len(batch)
@@ -173,21 +194,21 @@ def plan_batches(lengths: Sequence[int], budget: int, alike: bool = False) -> li
 
 
 def token_budget(device: torch.device) -> int:
-    """Padded tokens of one batch on a device."""
+    """How many padded tokens a batch may have on a device."""
     return TOKEN_BUDGET.get(device.type, 4096)
 
 
-def forward(network: Padded | Packed, tokens: Sequence[Tokens], device: torch.device, **wanted: Any) -> Iterator[tuple[np.ndarray, Tensor, States]]:
-    """Runs a transformer over all texts.
+def forward(network: Padded | Packed, tokens: Sequence[Tokens], device: torch.device, **wanted: Any) -> Iterator[tuple[np.ndarray, Tensor, ForwardOutput]]:
+    """Runs a transformer on all texts, batch by batch.
 
     Args:
-        network: what runs it.
-        tokens: what it reads.
-        device: where it is.
-        wanted: as Packed takes it.
+        network: the transformer.
+        tokens: the texts.
+        device: of the transformer.
+        wanted: keyword arguments of `network`, as Packed takes them.
 
     Yields:
-        (positions of the batch's B texts, where each begins and the last ends (B + 1, int64), what the transformer leaves).
+        (positions of the batch's B texts, offsets of their tokens (B + 1, int64), the transformer's output).
     """
     for batch, texts in batches(tokens, network, device):
         with torch.inference_mode():
@@ -195,7 +216,12 @@ def forward(network: Padded | Packed, tokens: Sequence[Tokens], device: torch.de
 
 
 class TokenBatch(NamedTuple):
-    """Texts one after another, as Packed and Padded take them."""
+    """B texts with T tokens together, without padding.
+
+    Attributes:
+        ids, types: T, int64, one text after another.
+        lengths: tokens of each of the B texts.
+    """
 
     ids: Tensor
     types: Tensor
@@ -203,9 +229,16 @@ class TokenBatch(NamedTuple):
 
 
 def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.device) -> Iterator[tuple[np.ndarray, TokenBatch]]:
-    """All texts in batches under the device's token budget: positions, and what stands there."""
+    """Groups all texts into batches under the device's token budget.
+
+    Yields:
+        (positions of the batch's texts, their tokens).
+
+    Raises:
+        ModelError: a token id has no embedding.
+    """
     embedded = network.model.get_input_embeddings().num_embeddings
-    for batch in plan_batches([len(t) for t in tokens], token_budget(device), network.alike):
+    for batch in plan_batches([len(t) for t in tokens], token_budget(device), network.equal_lengths):
         chosen = [tokens[position] for position in batch]
         ids, types = (torch.from_numpy(np.concatenate([getattr(t, name) for t in chosen]).astype(np.int64)) for name in ("ids", "types"))
         if len(ids) and int(ids.max()) >= embedded:
@@ -217,11 +250,16 @@ def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.de
 
 
 def encoder_flops(config: Any, lengths: Tensor, *, first: bool = False) -> int:
-    """FLOPs of texts of these lengths in tokens (int64), together, through a transformer encoder; a multiplication and an addition are two.
+    """FLOPs of running a transformer encoder on N texts; a multiplication and an addition count as two.
 
     A layer has four d × d projections and two of d × m (m = intermediate size), 2·L·(4d² + 2dm), and attention's two
-    products over L × L, 4·L²·d; with `first` the last layer makes keys and values of every token, 4·L·d², and the rest of one.
-    Embeddings, norms, softmax and activations are left out (under 1%).
+    products over L × L, 4·L²·d. Embeddings, norms, softmax and activations are left out (under 1%).
+
+    Args:
+        config: of the transformer.
+        lengths: N, int64, tokens of each text, special ones counted.
+        first: whether only the first token of the last layer is wanted. That layer then makes keys and values of every token,
+            4·L·d², and everything else of one token.
     """
     d, m = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
     total, squares = int(lengths.sum()), int(lengths.square().sum())

@@ -1,4 +1,4 @@
-"""The kinds of models, and a name → a loaded model in a role. A new kind is a file here, a line in ENCODERS or SCORERS, and a test."""
+"""The kinds of models, and loading a model by its name. To add a kind, write a file here, a line in ENCODERS or SCORERS, and a test."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rerank_lab.files import expanded
 from rerank_lab.models import bi_encoder, cross_encoder, one_way
 from rerank_lab.models.base import Encoder, Scorer
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
-from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Place, locate, pick_device
+from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Placement, locate, pick_device
 
 __all__ = [
-    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Place", "ScorerKind", "backbone_of",
+    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Placement", "ScorerKind", "backbone_of",
     "load_bi_encoder", "load_cross_encoder", "locate", "pick_device",
 ]  # fmt: skip
 
@@ -27,11 +27,11 @@ class EncoderKind:
 
     Attributes:
         takes: whether a name (an id, a folder, a file, a hub name) is of this kind.
-        load: name, place and the file of a token projection → the model.
+        load: name, placement, and the file of a token projection or None → the model.
     """
 
     takes: Callable[[str], bool]
-    load: Callable[[str, Place, str | None], Encoder]
+    load: Callable[[str, Placement, str | None], Encoder]
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class ScorerKind:
 
     Attributes:
         takes: whether a name (an id, a folder, a file, a hub name) is of this kind.
-        load: name, place and the encoders that are loaded already, by name → the model, which shares those that it needs.
+        load: name, placement, and the loaded encoders by name → the model. It uses a loaded encoder if it needs that one.
     """
 
     takes: Callable[[str], bool]
-    load: Callable[[str, Place, Mapping[str, Encoder]], Scorer]
+    load: Callable[[str, Placement, Mapping[str, Encoder]], Scorer]
 
 
-# The last kind that takes a name loads it; the first takes all that is left.
+# The last kind that takes a name loads it. The first kind takes every name.
 ENCODERS = {"bi-encoder": EncoderKind(lambda name: True, bi_encoder.load)}
 SCORERS = {
     "cross-encoder": ScorerKind(lambda name: True, cross_encoder.load),
@@ -59,20 +59,21 @@ SCORERS = {
 def load_bi_encoder(
     name: str | Path, *, subspace: str | Path | None = None, device: str | torch.device = "auto", runtime: str = "auto", precision: str = "fp32"
 ) -> Encoder:
-    """A bi-encoder by registry id, checkpoint folder or hub name.
+    """Loads a bi-encoder by registry id, checkpoint folder or hub name.
 
     Args:
         name: e.g. "all-MiniLM-L6-v2", "./my-model", "BAAI/bge-small-en-v1.5".
-        subspace: a safetensors file with V, as experiments/training/fit_subspace.py writes it; None: the shipped one, or none.
+        subspace: a safetensors file with the projection V, as experiments/training/fit_subspace.py writes it; None: the shipped one, or none.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        runtime, precision: "auto", "torch", "compile", "onnx", "openvino"; "fp32", "bf16", "int8".
+        runtime: "auto", "torch", "compile", "onnx", "openvino".
+        precision: "fp32", "bf16", "int8".
 
     Raises:
-        UserError: not to be found, or of another role.
+        UserError: the model is not found or has another role.
     """
     name = expanded(str(name))
     kind = next(kind for kind in reversed(ENCODERS.values()) if kind.takes(name))
-    return kind.load(name, Place(device, runtime, precision), None if subspace is None else expanded(str(subspace)))
+    return kind.load(name, Placement(device, runtime, precision), None if subspace is None else expanded(str(subspace)))
 
 
 @exactly(tensors=True)
@@ -84,11 +85,11 @@ def load_cross_encoder(
     precision: str = "fp32",
     encoder: Encoder | Mapping[str, Encoder] | None = None,
 ) -> Scorer:
-    """A cross-encoder by registry id, checkpoint folder, hub name, or the file of a one-way adapter on the default model.
+    """Loads a cross-encoder by registry id, checkpoint folder, hub name, or the file of a one-way adapter on the default model.
 
     Args:
         name, device, runtime, precision: as for load_bi_encoder.
-        encoder: a loaded bi-encoder, or several by name, shared by a one-way adapter that belongs to one of them.
+        encoder: a loaded bi-encoder, or several by name. A one-way adapter that belongs to one of them uses it.
 
     Raises:
         UserError: as for load_bi_encoder.
@@ -96,4 +97,4 @@ def load_cross_encoder(
     name = expanded(str(name))
     loaded = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {encoder.name: encoder}
     kind = next(kind for kind in reversed(SCORERS.values()) if kind.takes(name))
-    return kind.load(name, Place(device, runtime, precision), loaded)
+    return kind.load(name, Placement(device, runtime, precision), loaded)

@@ -1,14 +1,15 @@
-"""A one-way cross-encoder: the query reads the document, the document never sees the query, so its side is cached.
+"""A one-way cross-encoder: the query attends to the document, but the document never to the query, so the document's side can be cached.
 
-Query and document run through a bi-encoder of BERT's kind. In the upper half of its layers a copy of the query's side,
-changed by low-rank updates, also attends to the keys and values that the document left in the same layer. The document's
-side is the bi-encoder's own, untouched: its pooled vector, token vectors, keys and values serve fast and best too.
+Query and document run through a bi-encoder of BERT's kind. In the upper half of the layers, the query runs through copies
+of the layers that are changed by low-rank updates. There it also attends to the document's keys and values of the same
+layer. The document's side is the unchanged bi-encoder, so fast and best use the same cached vectors.
 
     u     = unit mean of the query's fused states,  w_i = softplus(W h_i), Σ_i w_i = 1,  over the query's own tokens i
     logit = c_cos u·e_k + c_diag·(u ⊙ e_k) + c_tok Σ_i w_i A_ik + r·mean + r_w·(Σ_i w_i x_i) + bias
 
-with e_k the document's pooled vector, A the subspace attention of `best` (tau = 0.1), h the query's last bi-encoder states
-and x its fused ones. Where the gates of the attention to the document are 0, and all but c_cos, it is the cosine.
+with e_k the document's pooled vector, A the subspace attention of `best` (tau = 0.1), h the query's last hidden states in
+the bi-encoder, x its fused states, and mean their mean. With the gates of the attention to the document and all
+coefficients but c_cos at 0, the logit is c_cos times the cosine.
 """
 
 from __future__ import annotations
@@ -28,24 +29,27 @@ from torch.nn.functional import gelu, normalize, scaled_dot_product_attention, s
 
 from rerank_kernels import exactly, subspace_attention
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.base import Detail, Encoder, Inputs, Needs, Read, Vectors, Work
+from rerank_lab.models.base import Detail, EncodedQuery, Encoder, Inputs, Needs, Vectors, WorkItem
 from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
 from rerank_lab.models.bi_encoder import load as load_encoder
 from rerank_lab.models.forward import plan_batches
-from rerank_lab.models.registry import DEFAULT_MODEL, REGISTRY, Place
+from rerank_lab.models.registry import DEFAULT_MODEL, REGISTRY, Placement
 
 ADAPTERS = Path(__file__).parent.parent / "data" / "cross-encoders"
 TAU = 0.1
-# Padded document tokens of one batch. Keys and values of 2,048 take 19 MB in fp32 and stay in cache.
-TOKEN_BUDGET = 2048
-NEW: Any = {"dtype": torch.float32, "device": "cpu"}  # of parameters, until the network is moved
+# Padded document tokens of one batch. Keys and values of 2,048 tokens take 19 MB in fp32 and stay in the CPU's cache.
+DOCUMENT_TOKEN_BUDGET = 2048
+NEW: Any = {"dtype": torch.float32, "device": "cpu"}  # arguments for new parameters; the network is moved later
 
 
 class FusedLayer(nn.Module):
-    """A layer of BERT for the query, with attention to a document's keys and values beside its own.
+    """A BERT layer for the query that also attends to a document's keys and values.
 
-    The heads of that attention share one more key, whose value is zero, and have a gate each: a head that finds nothing
-    adds nothing, and a document without tokens is no special case.
+    In that attention each head has a gate and one additional key, null_key, whose value is zero. A head that finds nothing
+    attends to it and adds nothing, and a document without tokens needs no special case.
+
+    Args:
+        layer: the BERT layer whose weights are copied.
     """
 
     def __init__(self, layer: Any):
@@ -61,11 +65,11 @@ class FusedLayer(nn.Module):
         self.null_key = nn.Parameter(torch.zeros(self.heads, self.query.out_features // self.heads, **NEW))
 
     def forward(self, x: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor, document_mask: Tensor) -> Tensor:
-        """One layer.
+        """Runs the layer on B pairs.
 
         Args:
-            x: B × Lq × d states of the query; 1 × Lq × d where they do not differ yet.
-            mask: B × 1 × 1 × Lq, true for the query's tokens; None: all are.
+            x: B × Lq × d hidden states of the query; 1 × Lq × d if they are the same for all pairs.
+            mask: B × 1 × 1 × Lq, true for the query's tokens; None: there is no padding.
             keys, values: B × heads × (1 + Ld) × d/heads of the document; position 0 holds null_key and zeros.
             document_mask: B × 1 × 1 × (1 + Ld), true for the document's tokens and position 0.
 
@@ -84,18 +88,18 @@ class FusedLayer(nn.Module):
 
 
 def _own(linear: nn.Linear) -> Any:
-    """A copy that holds its own weights alone; those of a packed transformer are views of larger ones, which deepcopy would take along."""
+    """A copy of a linear map with storage of its own. In Packed, weights are views of larger tensors, and deepcopy would copy those."""
     own = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features, **NEW)  # type: ignore[no-untyped-call]
     own.load_state_dict(linear.state_dict())
     return own
 
 
 class OneWay(nn.Module):
-    """What a query's side needs beyond the bi-encoder: its fused layers and the head that makes a logit.
+    """The query's side: the fused layers, and the head that makes a logit.
 
     Args:
-        bert: the bi-encoder's transformer, a BertModel, whose weights the layers start from.
-        layers: which of its layers the query's side fuses; the others are the bi-encoder's.
+        bert: the bi-encoder's transformer, a BertModel. The fused layers start as copies of its layers.
+        layers: which layers are fused, the upper ones. Below them the query runs through the bi-encoder.
     """
 
     calibration: Tensor
@@ -107,7 +111,7 @@ class OneWay(nn.Module):
         self.token_weight = nn.Linear(d, 1, **NEW)
         self.cosine_scale, self.token_scale = nn.Parameter(torch.tensor(6.0, **NEW)), nn.Parameter(torch.tensor(12.0, **NEW))
         self.diagonal, self.mean_readout, self.token_readout = (nn.Parameter(torch.zeros(d, **NEW)) for _ in range(3))
-        self.register_buffer("calibration", torch.tensor([1.0, 0.0], **NEW))  # slope and intercept on training lists
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0], **NEW))  # slope and intercept, fitted on training lists
         nn.init.zeros_(self.token_weight.weight), nn.init.zeros_(self.token_weight.bias)
 
     def forward(
@@ -124,14 +128,17 @@ class OneWay(nn.Module):
         """Logits of B pairs.
 
         Args:
-            x: B × Lq × d (or 1 × Lq × d) states of the query where the fused layers begin.
-            last: the same of the bi-encoder's last layer.
-            mask: B × Lq, true for the query's tokens, special ones too; None: all are.
-            own: B × Lq (or 1 × Lq), true for its own tokens alone.
-            states: (keys, values) a layer, as FusedLayer takes them.
-            document_mask: B × (1 + Ld).
+            x: B × Lq × d (or 1 × Lq × d) hidden states of the query that go into the fused layers.
+            last: B × Lq × d (or 1 × Lq × d) hidden states of the query after the bi-encoder's last layer.
+            mask: B × Lq, true for the query's tokens, special ones too; None: there is no padding.
+            own: B × Lq (or 1 × Lq), true for the query's tokens, false at special ones and padding.
+            states: (keys, values) of each fused layer, as FusedLayer takes them.
+            document_mask: B × (1 + Ld), true for the document's tokens and position 0.
             pooled: B × d unit vectors of the documents.
             A: B × Lq subspace attention, 0 at special tokens.
+
+        Returns:
+            B logits, calibrated.
         """
         weight = softplus(self.token_weight(last))[..., 0] * own
         weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
@@ -147,20 +154,20 @@ class OneWay(nn.Module):
 
 
 def padded_states(documents: Sequence[Tensor], net: OneWay, longest: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Keys and values of B documents as the layers take them, fp32, and which positions hold something.
+    """Pads keys and values of B documents for the fused layers, in fp32.
 
     Args:
-        documents: states of each, as VectorCache.states gives them.
-        net: whose null keys take position 0.
-        longest: tokens kept of each document at most.
+        documents: states of each document (Ld × 2·d·S), as VectorCache.states returns them.
+        net: its null keys go to position 0.
+        longest: how many tokens of a document to keep at most.
 
     Returns:
-        (keys, values) a layer, each B × heads × (1 + L) × d/heads, and a mask B × (1 + L).
+        (keys, values) of each fused layer, each B × heads × (1 + L) × d/heads; and a mask, B × (1 + L), false at padding.
     """
     device, lengths = net.cosine_scale.device, [min(len(states), longest) for states in documents]
     size = max(lengths, default=0)
     mask = torch.arange(-1, size, dtype=torch.int64, device=device) < torch.tensor(lengths, dtype=torch.int64, device=device)[:, None]
-    # One pass from packed fp16 to padded fp32; what is padding must be finite, since softmax gives it a weight of 0.
+    # One pass from packed fp16 to padded fp32. Padding must be finite: its weight is 0, and 0 times infinity is NaN.
     taken = torch.empty(len(lengths), 1 + size, documents[0].shape[1], dtype=torch.float32, device=device)
     taken[:, 0] = 0
     for row, own, length in zip(taken, documents, lengths):
@@ -172,27 +179,28 @@ def padded_states(documents: Sequence[Tensor], net: OneWay, longest: int) -> tup
         assert isinstance(layer, FusedLayer)
         keys, values = (parts[:, :, n, kind].transpose(1, 2) for kind in (0, 1))
         if torch.is_grad_enabled():
-            keys = keys.contiguous()  # of its own, so that the null key's gradient does not run through all of them
+            keys = keys.contiguous()  # a copy, so that the null key's gradient does not run through `taken`
         keys[:, :, 0] = layer.null_key
         padded.append((keys, values))
     return padded, mask
 
 
-class Reading:
-    """A query with N documents, all of them as the bi-encoder left them.
+class EncodedInputs:
+    """A query and N documents, all encoded by the bi-encoder.
 
     Args:
-        query: read at Detail.STATES.
-        documents, states: of N documents, at Detail.TOKENS or more; Ld × 2·d·S each.
+        query: encoded at Detail.STATES.
+        documents: vectors of N documents, at Detail.TOKENS or more.
+        states: of each document, Ld × 2·d·S.
     """
 
-    def __init__(self, query: Read, documents: Vectors, states: Sequence[Tensor]):
+    def __init__(self, query: EncodedQuery, documents: Vectors, states: Sequence[Tensor]):
         assert query.start is not None and query.last is not None
         self.start, self.last, self.query, self.documents, self.states = query.start, query.last, query, documents, states
 
     @cached_property
     def attention(self) -> Tensor:
-        """N × Lq, what each token of the query finds in each document; 0 at special tokens."""
+        """Subspace attention of each of the query's tokens over each document: N × Lq, 0 at special tokens."""
         own, tokens, documents = self.query.own, self.query.vectors.tokens, self.documents
         count = len(documents.pooled)
         A = self.start.new_zeros(count, self.start.shape[1])
@@ -205,23 +213,23 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class DocumentBatch(Work):
-    """Some of the documents: one forward, since its first layer reads the query once for them all."""
+class DocumentBatch(WorkItem):
+    """Some of a query's documents. They share one forward, whose first layer reads the query once for all of them."""
 
-    reading: Reading
+    inputs: EncodedInputs
     tokens: int  # of these documents, without special ones
 
 
 class OneWayCrossEncoder:
-    """Scores a query against documents whose vectors are at hand.
+    """Scores a query against documents that the bi-encoder has encoded.
 
     Args:
         encoder: the bi-encoder that the adapter belongs to.
-        adapter: a safetensors file, as experiments/training/train_cross_encoder.py writes it; its low-rank updates are merged here.
+        adapter: a safetensors file, as experiments/training/train_cross_encoder.py writes it. Its low-rank updates are merged on loading.
         name: what messages and results call it.
 
     Raises:
-        UserError: no such file, or one that does not fit the bi-encoder.
+        UserError: there is no such file, or it does not fit the bi-encoder.
     """
 
     shares = False
@@ -249,62 +257,62 @@ class OneWayCrossEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The bi-encoder's device."""
         return self.encoder.device
 
     @property
     def needs(self) -> Needs:
-        """The keys and values that the bi-encoder's upper layers left of a document."""
+        """Keys and values of a document in the bi-encoder's upper layers."""
         return Needs(self.encoder, Detail.STATES)
 
     @property
     def runtime(self) -> str:
-        """The bi-encoder's."""
+        """The bi-encoder's runtime."""
         return self.encoder.runtime
 
     @property
     def precision(self) -> str:
-        """The bi-encoder's."""
+        """The bi-encoder's precision."""
         return self.encoder.precision
 
     def reading(self) -> str:
-        """Nothing: an adapter asks for no prompt."""
+        """Always "": an adapter has no settings."""
         return ""
 
     def score(self, query: str, documents: Vectors, states: Sequence[Tensor]) -> tuple[Tensor, int]:
         """Logits of N documents.
 
         Args:
-            query: any string; its own tokens past the limit are cut.
-            documents: the bi-encoder's, at Detail.TOKENS or more.
+            query: any string; it is cut to the model's limit.
+            documents: the bi-encoder's vectors of N documents, at Detail.TOKENS or more.
             states: of each document, Ld × 2·d·S.
 
         Returns:
-            logits (N, fp32, on the CPU) and the query's own tokens before truncation.
+            logits (N, fp32, on the CPU), and the number of the query's tokens before truncation, special ones not counted.
 
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
         """
         tokens = self.encoder.tokenize([query], "query", self.limit)
-        (read,) = self.encoder.read(tokens, detail=Detail.STATES)
-        work = self.work(Inputs(query, (), self.limit, read, documents, states))
+        (encoded,) = self.encoder.encode_queries(tokens, detail=Detail.STATES)
+        work = self.work(Inputs(query, (), self.limit, encoded, documents, states))
         logits = torch.zeros(len(documents.pooled), dtype=torch.float32, device="cpu")
         logits[[place for batch in work for place in batch.positions]] = self.logits(work)
-        return logits, tokens[0].wanted
+        return logits, tokens[0].full_length
 
     def work(self, inputs: Inputs) -> list[DocumentBatch]:
-        """Documents in the batches that one forward takes."""
-        assert inputs.read is not None and inputs.vectors is not None
-        reading, lengths = Reading(inputs.read, inputs.vectors, inputs.states), inputs.vectors.offsets.diff().tolist()
+        """Groups the documents into batches, one for each forward."""
+        assert inputs.encoded_query is not None and inputs.vectors is not None
+        encoded, lengths = EncodedInputs(inputs.encoded_query, inputs.vectors, inputs.states), inputs.vectors.offsets.diff().tolist()
         found = []
-        for batch in plan_batches([length + 1 for length in lengths], TOKEN_BUDGET):
+        for batch in plan_batches([length + 1 for length in lengths], DOCUMENT_TOKEN_BUDGET):
             tokens = sum(lengths[place] for place in batch)
-            found.append(DocumentBatch(batch.tolist(), tokens + len(batch), False, reading, tokens))
+            found.append(DocumentBatch(batch.tolist(), tokens + len(batch), False, encoded, tokens))
         return found
 
     @exactly(tensors=True)
-    def logits(self, work: Sequence[Work]) -> Tensor:
-        """One logit a document, batch by batch (fp32, on the CPU).
+    def logits(self, work: Sequence[WorkItem]) -> Tensor:
+        """One logit for each document, batch by batch (fp32, on the CPU).
 
         Raises:
             ModelError: the model gave a NaN or an infinite logit.
@@ -313,26 +321,26 @@ class OneWayCrossEncoder:
         with torch.inference_mode():
             for batch in work:
                 assert isinstance(batch, DocumentBatch)
-                reading, rows = batch.reading, torch.tensor(batch.positions, dtype=torch.int64, device=self.device)
-                padded, mask = padded_states([reading.states[i] for i in batch.positions], self.net, self.limit)
-                pooled, A = reading.documents.pooled[rows], reading.attention[rows]
-                found.append(self.net(reading.start, reading.last, None, reading.query.own[None], padded, mask, pooled, A).cpu())
+                inputs, rows = batch.inputs, torch.tensor(batch.positions, dtype=torch.int64, device=self.device)
+                padded, mask = padded_states([inputs.states[i] for i in batch.positions], self.net, self.limit)
+                pooled, A = inputs.documents.pooled[rows], inputs.attention[rows]
+                found.append(self.net(inputs.start, inputs.last, None, inputs.query.own[None], padded, mask, pooled, A).cpu())
         logits = torch.cat(found)
         if not bool(logits.isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite score")
         return logits
 
-    def flops(self, work: Sequence[Work]) -> int:
-        """FLOPs of a query, read already, against documents whose vectors are at hand; a multiplication and an addition are two.
+    def flops(self, work: Sequence[WorkItem]) -> int:
+        """FLOPs of scoring encoded documents for an encoded query; a multiplication and an addition count as two.
 
-        A fused layer's six d × d and two d × m maps, 2·Lq·(6d² + 2dm), attention within the query,
-        4·Lq²·d, and to the document, 4·Lq·Ld·d; subspace attention, 2·Lq·Ld·r.
+        A fused layer has six d × d and two d × m maps, 2·Lq·(6d² + 2dm), attention within the query, 4·Lq²·d, and attention
+        to the document, 4·Lq·Ld·d. Subspace attention takes 2·Lq·Ld·r.
         """
         config, total = self.encoder.config, 0
         d, m = int(config.hidden_size), int(config.intermediate_size)
         for batch in work:
             assert isinstance(batch, DocumentBatch)
-            own = min(int(batch.reading.query.vectors.lengths), self.limit)
+            own = min(int(batch.inputs.query.vectors.lengths), self.limit)
             Lq, count, tokens = own + self.encoder.specials, len(batch.positions), batch.tokens
             layer = count * (2 * Lq * (6 * d * d + 2 * d * m) + 4 * Lq * Lq * d) + 4 * Lq * tokens * d
             total += len(self.net.layers) * layer + 2 * own * tokens * self.encoder.token_dimensions
@@ -340,10 +348,14 @@ class OneWayCrossEncoder:
 
 
 def merge(net: OneWay, tensors: dict[str, Tensor]) -> None:
-    """Fills a network fresh from its bi-encoder: NAME.A (r × in) and NAME.B (out × r) add B·A to the weight NAME, others take a parameter's place.
+    """Loads an adapter's tensors into a network that was just made from its bi-encoder.
+
+    Args:
+        net: the network.
+        tensors: NAME.A (r × in) and NAME.B (out × r) add B·A to the weight NAME. Any other tensor replaces the parameter of its name.
 
     Raises:
-        KeyError, RuntimeError: a name too many or too few, or a shape that does not fit.
+        KeyError, RuntimeError: a name is missing or unknown, or a shape does not fit.
     """
     weights = net.state_dict()
     updates = {name.removesuffix(".A") for name in tensors if name.endswith(".A")}
@@ -357,11 +369,16 @@ def merge(net: OneWay, tensors: dict[str, Tensor]) -> None:
     net.load_state_dict(weights | plain)
 
 
-def load(name: str, place: Place, loaded: Mapping[str, Encoder]) -> OneWayCrossEncoder:
-    """A one-way cross-encoder by registry id or by its adapter's file; it shares its bi-encoder where that is loaded.
+def load(name: str, place: Placement, loaded: Mapping[str, Encoder]) -> OneWayCrossEncoder:
+    """Loads a one-way cross-encoder by registry id or by its adapter's file.
+
+    Args:
+        name: the id or the file.
+        placement: where and how its bi-encoder runs, if that must be loaded.
+        loaded: loaded encoders by name. If the adapter's bi-encoder is among them, it is used.
 
     Raises:
-        UserError: not to be found, or an adapter of other weights.
+        UserError: the model is not found, or the adapter was trained on other weights.
     """
     backbone = backbone_of(name)
     assert backbone is not None
@@ -370,7 +387,7 @@ def load(name: str, place: Place, loaded: Mapping[str, Encoder]) -> OneWayCrossE
 
 
 def backbone_of(name: str) -> str | None:
-    """The bi-encoder that a one-way adapter belongs to; None: no such adapter."""
+    """The id of the bi-encoder that a one-way adapter belongs to; None if the name is not that of a one-way adapter."""
     info = REGISTRY.get(name)
     if info is not None:
         return info.source.removeprefix("adapter:") if info.source.startswith("adapter:") else None

@@ -1,4 +1,4 @@
-"""BERT and its kind on a CPU, run on texts one after another without padding."""
+"""Runs BERT and its kind on a CPU, on texts one after another without padding."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rerank_kernels import add_norm_, bias_gelu_, packed_attention
-from rerank_lab.models.padded import States
+from rerank_lab.models.padded import ForwardOutput
 
-KINDS = ("BertModel", "RobertaModel", "XLMRobertaModel")
+ARCHITECTURES = ("BertModel", "RobertaModel", "XLMRobertaModel")
 
 
 class Packed:
-    """A transformer that never sees padding: the same weights and arithmetic in fewer passes over memory.
+    """A transformer that never reads padding: the same weights and arithmetic as the model, in fewer passes over memory.
 
-    One product makes queries, keys and values, whose weights stand side by side (the model's own become views of them); each text
-    attends to itself alone; where only the first token is wanted, the last layer computes no other. In fp32 the products leave
-    biases out: what reads their result next adds them, and a bias of values, which attention takes through as it is, is a part of
-    the bias behind it.
+    One matrix product makes queries, keys and values; their weights are joined, and the model's own become views. Each text
+    attends only to itself. If only the first token is wanted, the last layer computes only that one. In fp32 the products
+    leave biases out, and the operation that reads the result adds them. Attention does not change the bias of values, so
+    it is merged into the bias of the linear map after attention.
 
     Args:
         model: a BertModel, RobertaModel or XLMRobertaModel in eval mode on the CPU, fp32.
-        dtype: of the linear maps and of attention; the sums between them, norms and embeddings stay fp32. The model's own linear
-            maps are turned into it.
-        token_types: whether the model's tokenizer gives segments; without, all are 0.
+        dtype: of linear maps and attention. Residual sums, norms and embeddings stay fp32. The model's linear maps are
+            converted in place.
+        token_types: whether the model's tokenizer gives segments; False: all segments are 0.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32, *, token_types: bool = True):
-        self.model, self.dtype, self.token_types, self.alike, config = model, dtype, token_types, False, model.config
+        self.model, self.dtype, self.token_types, self.equal_lengths, config = model, dtype, token_types, False, model.config
         model.encoder.requires_grad_(False)
         for module in model.encoder.modules():
             if isinstance(module, torch.nn.Linear):
@@ -45,29 +45,29 @@ class Packed:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether a transformer is one that this computes."""
+        """Whether Packed can run a transformer."""
         config = model.config
         plain = getattr(config, "position_embedding_type", "absolute") in (None, "absolute") and not getattr(config, "is_decoder", False)
         on_cpu = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
-        return type(model).__name__ in KINDS and plain and on_cpu
+        return type(model).__name__ in ARCHITECTURES and plain and on_cpu
 
     def __call__(
         self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, first: bool = False, keep: int | None = None, keys_values: range = range(0)
-    ) -> States:
-        """Runs the model.
+    ) -> ForwardOutput:
+        """Runs the model on B texts with T tokens together.
 
         Args:
-            ids, types: T, int64, of B texts one after another.
+            ids, types: T, int64, one text after another.
             lengths: of each text, at least 1.
-            first: of the last layer only each text's first token is wanted.
-            keep: a layer whose input is wanted too.
+            first: whether only each text's first token of the last layer is wanted.
+            keep: a layer whose input is wanted too; None: no layer.
             keys_values: layers whose keys and values are wanted too.
         """
         ends = torch.tensor([0, *lengths], dtype=torch.int64, device=ids.device).cumsum(0)
         types = types if self.token_types else torch.zeros_like(types)
         starts = torch.repeat_interleave(ends[:-1], ends.diff())
         positions = torch.arange(len(ids), dtype=torch.int64, device=ids.device) - starts
-        if self.pad_id is not None:  # RoBERTa counts from after its padding token, and leaves that out where a text holds one
+        if self.pad_id is not None:  # RoBERTa's positions begin after pad_id; a padding token inside a text gets pad_id and is not counted
             present = (ids != self.pad_id).long()
             before = torch.cat([present.new_zeros(1), present.cumsum(0)])
             positions = (before[1:] - before[starts]) * present + self.pad_id
@@ -77,7 +77,7 @@ class Packed:
             if n == keep:
                 kept[n] = x
             read, asked = x.to(self.dtype), ends
-            bare = self.plain and n not in keys_values  # biases are left to what comes next
+            bare = self.plain and n not in keys_values  # biases are added by the next operation
             if first and n == len(self.layers) - 1:
                 asked = torch.arange(len(ends), dtype=torch.int64, device=ids.device)
                 joined, rows = linear(read, weight[d:], None if bare else bias[d:]), x[ends[:-1]]
@@ -89,10 +89,10 @@ class Packed:
                 seen.append(joined)
             attended = packed_attention(queries, joined[:, :d], joined[:, d:], asked, ends, self.heads, bias[:d] if bare else None)
             x = self._after(layer, attended, rows, layer.behind if bare else layer.attended.bias)
-        return States(x, kept, torch.cat(seen, 1) if seen else None)
+        return ForwardOutput(x, kept, torch.cat(seen, 1) if seen else None)
 
     def _after(self, layer: _Layer, attended: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """What a layer does with what was attended to; `bias` stands behind attention."""
+        """The part of a layer after attention. `bias` is the bias of the linear map that follows attention."""
         x, up = self._add_norm(layer.attended, attended, bias, rows), layer.up
         if self.gelu:
             wide = bias_gelu_(linear(x, up.weight), up.bias)
@@ -107,14 +107,14 @@ class Packed:
 
 
 class _Linear(NamedTuple):
-    """A linear map's own tensors, which a module finds by name at each call."""
+    """The tensors of a linear map. A module looks them up by name on every call, which is slower."""
 
     weight: Tensor
     bias: Tensor
 
 
 class _Output(NamedTuple):
-    """A linear map and the norm behind it."""
+    """A linear map and the norm after it."""
 
     weight: Tensor
     bias: Tensor
@@ -128,11 +128,12 @@ class _Output(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What stands behind attention in a layer.
+    """The part of a layer after attention.
 
     Attributes:
-        attended, up, down: its linear maps.
-        behind: the bias behind attention, with what values' own adds to it; None where values keep theirs.
+        attended, up, down: its linear maps, in order.
+        activation: between `up` and `down`.
+        behind: the bias of `attended` with the bias of values merged into it; None if values keep their bias.
     """
 
     attended: _Output
@@ -149,7 +150,7 @@ class _Layer(NamedTuple):
 
 
 def _join(parts: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Weights and biases of linear maps in one tensor each, of which their own become views, so that nothing is held twice."""
+    """Joins the weights and the biases of linear maps into one tensor each. The maps' own tensors become views, so that nothing is stored twice."""
     weight, bias = (torch.cat([getattr(part, name).detach() for part in parts]) for name in ("weight", "bias"))
     for part, own_weight, own_bias in zip(parts, weight.chunk(len(parts)), bias.chunk(len(parts))):
         part.weight.data, part.bias.data = own_weight, own_bias

@@ -1,4 +1,4 @@
-"""Any Hugging Face transformer, run as it is on texts padded to the longest."""
+"""Runs any Hugging Face transformer, on texts that are padded to the longest of their batch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 @dataclass
-class States:
-    """What a forward leaves of B texts, T tokens together.
+class ForwardOutput:
+    """The output of a forward on B texts with T tokens together.
 
     Attributes:
-        last: T × d, the last layer's; B × d where only the first token of each was asked for.
-        kept: number of a layer → T × d, what goes into it.
-        keys_values: T × 2·d·S, keys and values of the layers asked for, in turn.
+        last: T × d, hidden states of the last layer; B × d if only the first token of each text was asked for.
+        kept: layer → T × d, the hidden states that go into it.
+        keys_values: T × 2·d·S, keys and values of the S layers that were asked for, in turn; None: of no layer.
     """
 
     last: Tensor
@@ -26,20 +26,25 @@ class States:
 
 
 class Padded:
-    """Any transformer, run as it is on texts padded to the longest.
+    """Any transformer, run by its own `forward` on padded texts.
 
     Args:
-        model: in eval mode; a head may stand on it.
+        model: in eval mode, with or without a head.
         pad_id: the tokenizer's padding token.
-        token_types: whether it takes token_type_ids.
-        alike: it reads padding, so that texts of one length alone may share a batch (`reads_padding`).
+        token_types: whether the model takes token_type_ids.
+        equal_lengths: whether only texts of equal length may share a batch, because the model reads padding (`reads_padding`).
     """
 
-    def __init__(self, model: Any, pad_id: int, token_types: bool, alike: bool = False):
-        self.model, self.pad_id, self.token_types, self.alike = model, pad_id, token_types, alike
+    def __init__(self, model: Any, pad_id: int, token_types: bool, equal_lengths: bool = False):
+        self.model, self.pad_id, self.token_types, self.equal_lengths = model, pad_id, token_types, equal_lengths
 
     def inputs(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
-        """B × L of what the model takes, of packed tokens."""
+        """The model's inputs by name, each B × L, on its device.
+
+        Args:
+            ids, types: T, int64, of B texts one after another.
+            lengths: of each text.
+        """
         mask = torch.arange(max(1, *lengths), dtype=torch.int64, device=ids.device) < torch.tensor(lengths, dtype=torch.int64, device=ids.device)[:, None]
         padded = {
             "input_ids": torch.full(mask.shape, self.pad_id, dtype=torch.int64, device=ids.device).masked_scatter_(mask, ids),
@@ -50,12 +55,12 @@ class Padded:
         return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
 
     def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> Tensor:
-        """B × labels, of a model with a head."""
+        """Logits of a model with a head: B × labels. Arguments as for `inputs`."""
         logits: Tensor = self.model(**self.inputs(ids, types, lengths)).logits
         return logits
 
-    def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> States:
-        """As Packed's; `first` there only saves work."""
+    def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> ForwardOutput:
+        """As Packed.__call__, without `first`, which only saves work there."""
         inputs, seen, hooks = self.inputs(ids, types, lengths), [], []
         for part in [getattr(self.model.encoder.layer[n].attention.self, name) for n in keys_values for name in ("key", "value")]:
             hooks.append(part.register_forward_hook(lambda _, __, output: seen.append(output)))
@@ -66,12 +71,12 @@ class Padded:
                 hook.remove()
         inside = inputs["attention_mask"].bool()
         kept = {} if keep is None else {keep: output.hidden_states[keep][inside].float()}
-        return States(output.last_hidden_state[inside].float(), kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
+        return ForwardOutput(output.last_hidden_state[inside].float(), kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
 
 
 @torch.inference_mode()
 def reads_padding(network: Padded) -> bool:
-    """Whether what a transformer makes of a text depends on the padding behind it, which its mask should hide; convolutions and Fourier transforms do."""
+    """Whether a transformer's output depends on padding, although the mask should hide it. Convolutions and Fourier transforms read padding."""
     vocabulary = int(getattr(network.model.config, "vocab_size", 0) or 0)
     ids = [n for n in range(vocabulary - 1, 0, -1) if n != network.pad_id][:8]
 

@@ -1,4 +1,4 @@
-"""Models that are known by name, and where any model's files are: a package, a folder, the hub."""
+"""The models that are known by an id, and finding a model's files: in a package, a folder, or on the hub."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ import torch
 
 from rerank_lab.errors import UserError
 
-for noisy in ("torchao", "torch.utils._pytree"):  # where torchao is installed transformers imports it, and it says which GPU libraries it misses
+for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if it is installed, and torchao warns about missing GPU libraries
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
 log = logging.getLogger(__name__)
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_CROSS = "minilm-cross"
-FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata", "[0-9]*_*/pytorch_model.bin"]  # what a folder is, and modules
+# Of the transformer, *.bin is fetched only if there are no safetensors.
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata", "[0-9]*_*/pytorch_model.bin"]
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where and how a model runs.
 
     Attributes:
-        device: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's own.
-        runtime, precision: as models.runtimes.choose takes them.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
+        runtime, precision: as models.exported.choose takes them.
     """
 
     device: str | torch.device = "auto"
@@ -38,14 +39,14 @@ class Place:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model that is known by name.
+    """A model that is known by an id.
 
     Attributes:
         id: what the user types.
         role: "bi-encoder" or "cross-encoder".
-        source: "package:NAME" of a Python package with get_model_path(), "folder:PATH", "hub:NAME", or "adapter:ID" of
-            the registered bi-encoder that a one-way adapter in data/cross-encoders belongs to.
-        token_limit: a text's own tokens.
+        source: "package:NAME", a Python package with get_model_path(); "folder:PATH"; "hub:NAME"; or "adapter:ID" for a
+            one-way adapter in data/cross-encoders, with the id of its bi-encoder.
+        token_limit: tokens of a text, special ones not counted.
         dimensions: of pooled vectors; 1 for a cross-encoder.
         note: one line for --list.
     """
@@ -68,7 +69,11 @@ REGISTRY = {
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """The device by name; "auto" is CUDA, then MPS, then the CPU."""
+    """The device of a name. "auto" means CUDA if available, else MPS, else the CPU.
+
+    Raises:
+        UserError: the name is unknown, or the device cannot be used.
+    """
     device = str(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -82,7 +87,15 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def locate(name: str, role: str) -> Path:
-    """The checkpoint's folder, fetched from the hub where it is neither a known id nor a folder; of a known id the role is checked."""
+    """The folder of a model's checkpoint. A name that is neither a known id nor a folder is fetched from the hub.
+
+    Args:
+        name: a registry id, a folder or a hub name.
+        role: "bi-encoder" or "cross-encoder", the role that is needed. It is checked only for a registry id.
+
+    Raises:
+        UserError: the model is not found, or a registry id has another role.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -115,7 +128,7 @@ def _download(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=FETCHED))
         if not any(path for place in ("", "0_*/") for path in folder.glob(f"{place}*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*FETCHED, "*.bin"]))
-    except Exception as error:  # the hub client raises its own, requests' and OS errors; each means the same to the user
+    except Exception as error:  # the hub client raises errors of its own, of its transport and of the system
         known = ", ".join(REGISTRY)
         raise UserError(f"model {name!r} is no known id ({known}), no folder, and the hub did not give it: {str(error).splitlines()[0]}") from error
     if not any(path for kind in ("*.safetensors", "*.bin") for path in folder.rglob(kind)):

@@ -1,4 +1,4 @@
-"""What runs transformers, and which numbers each computes in. Imports nothing, so that --help needs no torch."""
+"""The runtimes of transformers, and the precisions of each. Imports nothing, so that --help needs no torch."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from rerank_lab import cli
-from rerank_lab.cli import count, path_of, positive, weight
+from rerank_lab.cli import count, non_negative, path_of, positive
 from rerank_lab.client.v3 import KEY, TIMEOUT, V3
 from rerank_lab.errors import ModelError, UserError
 
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("requests", type=path_of, metavar="REQUESTS.jsonl", help="one request a line; blank lines are skipped")
     p.add_argument("a", metavar="URL_A", help="http(s)://host:port, with a path where the server stands behind one")
     p.add_argument("b", metavar="URL_B", help="the same of the other")
-    p.add_argument("--tolerance", type=weight, default=1e-4, metavar="X", help="absolute difference up to which scores are the same (default: 1e-4)")
+    p.add_argument("--tolerance", type=non_negative, default=1e-4, metavar="X", help="absolute difference up to which scores are the same (default: 1e-4)")
     p.add_argument("--concurrency", type=count, default=1, metavar="N", help="requests at a time (default: 1, which is how to compare latency)")
     p.add_argument("--limit", type=count, metavar="N", help="the first N requests only")
     p.add_argument("--timeout", type=positive, default=TIMEOUT, metavar="S", help=f"without a byte, then it is no answer (default: {TIMEOUT:g})")

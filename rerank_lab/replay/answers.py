@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rerank_lab.datasets.runs import LARGEST
+from rerank_lab.datasets.runs import LARGEST_SCORE
 from rerank_lab.measures.stats import agreement
 
 # What may differ, in the order in which it is counted.
@@ -73,7 +73,7 @@ def ranking(body: Any) -> Ranked | str:
         index, score = own.pop("index", None), own.pop("relevance_score", None) if "relevance_score" in own else own.pop("score", None)
         if type(index) is not int:
             return f"a ranking without an index at rank {place + 1}"
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= LARGEST:
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= LARGEST_SCORE:
             return f"a ranking without a finite score at rank {place + 1}"
         if index in found:
             return f"a ranking with index {index} twice"

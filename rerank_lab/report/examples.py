@@ -12,7 +12,7 @@ import torch
 from rerank_lab.datasets.dataset import Dataset
 from rerank_lab.errors import UserError
 from rerank_lab.eval.results import Row
-from rerank_lab.files import Misfit, decode
+from rerank_lab.files import DecodeError, decode
 from rerank_lab.methods import Pool
 from rerank_lab.methods.best import Best
 from rerank_lab.models.base import Detail, Encoder
@@ -64,7 +64,7 @@ def loaded_model(one: Loaded, cache: str | None) -> Reranker:
         raise UserError("no bi-encoder ran")
     try:
         given = decode(ModelOptions, one.result.config.options, "config")
-    except Misfit as problem:
+    except DecodeError as problem:
         raise UserError(f"the model is not to be loaded: {problem}") from None
     reranker = Reranker(
         given.model, "best", max_tokens_per_doc=given.max_tokens_per_doc, subspace=given.subspace, cache_dir=cache,

@@ -13,7 +13,7 @@ import pandas as pd
 
 from rerank_lab.errors import UserError
 from rerank_lab.eval.results import Row, Versus
-from rerank_lab.files import Json, Misfit, decode, expanded
+from rerank_lab.files import DecodeError, Json, decode, expanded
 from rerank_lab.measures import stats
 from rerank_lab.report.compare import timed_on
 from rerank_lab.report.load import GRID, Loaded, anchor, load
@@ -178,8 +178,8 @@ def _described(path: Path) -> GridFile:
     try:
         about = decode(GridFile, value)
         for problem in _inconsistent(about):
-            raise Misfit(problem)
-    except Misfit as problem:
+            raise DecodeError(problem)
+    except DecodeError as problem:
         raise UserError(f"{path}: {problem}; {REMEDY}") from None
     return about
 

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from rerank_lab import cli
-from rerank_lab.cli import SUBSPACE, count, machine_options, named_place, path_of, place_of, positive, weight
+from rerank_lab.cli import SUBSPACE, add_compute_options, count, named_place, non_negative, path_of, place_of, positive
 from rerank_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
     limits.add_argument("--max-queue-tokens", type=count, default=1 << 18, metavar="N", help="that may wait; then 429 (default: 262144)")
     limits.add_argument("--batch-tokens", type=count, metavar="N", help="of a batch, padded (default: what suits the device)")
     limits.add_argument("--timeout", type=positive, default=60.0, metavar="S", help="from a request's start to its answer; then 504 (default: 60)")
-    limits.add_argument("--cache-gb", type=weight, default=2.0, metavar="GB", help="of documents' vectors, in memory (default: 2)")
-    machine_options(p.add_argument_group("machine"))
+    limits.add_argument("--cache-gb", type=non_negative, default=2.0, metavar="GB", help="of documents' vectors, in memory (default: 2)")
+    add_compute_options(p.add_argument_group("machine"))
     return p
 
 

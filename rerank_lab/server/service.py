@@ -202,7 +202,7 @@ def _query_cut(reranker: Reranker, query: str) -> bool:
     """Whether an encoder reads only a part of the query; of pairs, rankings tell it themselves."""
     needs = None if reranker.scorer is None else reranker.scorer.needs
     encoder = reranker.encoder if needs is None else needs.encoder
-    return encoder is not None and encoder.tokenize([query], "query", encoder.limit)[0].wanted > encoder.limit
+    return encoder is not None and encoder.tokenize([query], "query", encoder.limit)[0].full_length > encoder.limit
 
 
 def _digest(key: str) -> bytes:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rerank_lab.cache.vectors import VectorCache, text_key
 from rerank_lab.methods import Pool
-from rerank_lab.models.base import Detail, Encoder, Read, Scorer, Tokens, Work
+from rerank_lab.models.base import Detail, EncodedQuery, Encoder, Scorer, Tokens, WorkItem
 from rerank_lab.reranker import Ranking, Reranker
 
 
@@ -72,7 +72,7 @@ class StepPool(Pool):
         # What is borrowed from the shared caches stays for as long as this ranking needs it.
         self.caches = {key: VectorCache("") for key in self.shared}
         self.seen = self.new = 0  # distinct documents whose vectors were wanted at first, by where they were
-        self.done: dict[int, tuple[float, Work]] = {}  # position → logit, and the work that made it
+        self.done: dict[int, tuple[float, WorkItem]] = {}  # position → logit, and the work that made it
 
     def first(self, roles: Sequence[str]) -> Sequence[Unit]:
         """Everything that is known to be needed, so that it can share a batch."""
@@ -80,12 +80,12 @@ class StepPool(Pool):
         if encoder is None:
             assert self.cross is not None
             return self._scores(self.cross, torch.unique(self._first))
-        keys, texts = self._texts(encoder, self.documents, self.ahead(encoder))
+        keys, texts = self._texts(encoder, self.documents, self.full_detail(encoder))
         self.new = len(texts)
         self.seen = len(set(keys)) - self.new
         return [*texts, self._query(encoder, self.query_detail(encoder, self.detail))]
 
-    def read(self, encoder: Encoder, detail: Detail) -> Read:
+    def encode_query(self, encoder: Encoder, detail: Detail) -> EncodedQuery:
         raise Missing([self._query(encoder, detail)])
 
     def ensure(self, encoder: Encoder, texts: Sequence[str], detail: Detail) -> list[bytes]:
@@ -94,14 +94,14 @@ class StepPool(Pool):
             raise Missing(units)
         return keys
 
-    def scored(self, cross: Scorer, positions: Tensor) -> Tensor:
+    def run_scorer(self, cross: Scorer, positions: Tensor) -> Tensor:
         own = positions.tolist()
         lacking = [position not in self.done for position in own]
         if any(lacking):
             raise Missing(self._scores(cross, positions[torch.tensor(lacking, device="cpu")]))
         logits, work = zip(*(self.done[position] for position in own))
         if cross.needs is None:
-            self.has_paired(positions, work)
+            self.note_pairs(positions, work)
         return torch.tensor(logits, dtype=torch.float32, device="cpu")
 
     def _scores(self, cross: Scorer, positions: Tensor) -> list[Unit]:
@@ -159,8 +159,8 @@ class Query(Unit):
         return "query", id(self.encoder), self.detail
 
     def run(self, units: Sequence[Query]) -> None:
-        for unit, read in zip(units, self.encoder.read([u.tokens for u in units], detail=self.detail)):
-            unit.pool.has_read(self.encoder, read, self.detail)
+        for unit, query in zip(units, self.encoder.encode_queries([u.tokens for u in units], detail=self.detail)):
+            unit.pool.keep_query(self.encoder, query, self.detail)
 
 
 @dataclass(eq=False)
@@ -192,7 +192,7 @@ class Score(Unit):
     """A part of a scorer's work, for the documents at these positions of the pool."""
 
     cross: Scorer
-    work: Work
+    work: WorkItem
     positions: list[int]
 
     @property

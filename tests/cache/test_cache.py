@@ -1,4 +1,4 @@
-"""Vectors are made once, survive the process, and a damaged shard costs no more than its texts."""
+"""Vectors are made once and outlive the process. If a shard is damaged, only its own texts are encoded again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = [*(text for _, text in DOCUMENTS.values()), ""]
 
 @pytest.fixture
 def encoded(encoder: BiEncoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that the real encoder is given from here on."""
+    """Collects every text that the real encoder encodes from now on."""
     seen: list[str] = []
     real = encoder.tokenize
 
@@ -100,7 +100,7 @@ def test_pooled_entries_are_encoded_again_for_tokens_and_not_the_other_way(encod
     wanted = get(encoder, cache)
     assert encoded == TEXTS * 2 and len(wanted.tokens) > 0
     get(encoder, cache, detail=Detail.POOLED)
-    for turn in range(2):  # whichever shard is read first
+    for turn in range(2):  # in both orders of reading the shards
         for place, path in enumerate(shards(tmp_path)):
             os.utime(path, (1000 + abs(turn - place),) * 2)
         assert_same(get(encoder, VectorCache(encoder.key(), tmp_path)), wanted)
@@ -139,9 +139,11 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "flipped at the end": lambda p: change(p, lambda b: b[:-1] + bytes([b[-1] ^ 128])),
     "another kind of shard": lambda p: change(p, lambda b: b.replace(b'"detail":"1"', b'"detail":"0"', 1)),
     "text": lambda p: change(p, lambda b: b"a file of someone else's"),
-    "keys of another shape": lambda p: save_file(load_file(p) | {"keys": torch.zeros(16, 3, dtype=torch.uint8)}, p, {"schema": files.SCHEMA, "detail": "1"}),
-    "no rows of keys": lambda p: save_file(load_file(p) | {"keys": torch.zeros((), dtype=torch.uint8)}, p, {"schema": files.SCHEMA, "detail": "1"}),
-    "another safetensors file": lambda p: save_file(load_file(p), p, {"schema": files.SCHEMA}),
+    "keys of another shape": lambda p: save_file(
+        load_file(p) | {"keys": torch.zeros(16, 3, dtype=torch.uint8)}, p, {"schema": files.SHARD_SCHEMA, "detail": "1"}
+    ),
+    "no rows of keys": lambda p: save_file(load_file(p) | {"keys": torch.zeros((), dtype=torch.uint8)}, p, {"schema": files.SHARD_SCHEMA, "detail": "1"}),
+    "another safetensors file": lambda p: save_file(load_file(p), p, {"schema": files.SHARD_SCHEMA}),
 }
 
 
@@ -217,7 +219,7 @@ def test_a_shard_of_an_older_schema_is_dropped_without_alarm_and_a_newer_one_lef
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, schema: str, left: int
 ) -> None:
     with monkeypatch.context() as another:
-        another.setattr(files, "SCHEMA", schema)
+        another.setattr(files, "SHARD_SCHEMA", schema)
         VectorCache("m", tmp_path).add(*made(0), Detail.TOKENS)
     assert len(VectorCache("m", tmp_path)) == 0 and len(shards(tmp_path)) == left and not caplog.records
 

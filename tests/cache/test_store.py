@@ -1,4 +1,4 @@
-"""A folder that machines share: a path, or a URL of which a copy is kept here."""
+"""A folder that machines share: a path, or a URL with a local copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS = [text for _, text in DOCUMENTS.values()]
 
 @pytest.fixture
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Of a server whose files lie in tmp_path/there."""
+    """The URL of a server whose files are in tmp_path/there."""
     monkeypatch.setenv(MIRROR, str(tmp_path / "here"))
     with ftp_server(tmp_path / "there") as found:
         yield f"{found}/cache"
@@ -108,7 +108,7 @@ def test_a_damaged_file_elsewhere_costs_an_encoding_and_no_more(
     (path,) = (tmp_path / "there").rglob("*.safetensors")
     data = path.read_bytes()
     if damage == "another schema":
-        path.write_bytes(data.replace(b'"schema":"%s"' % files.SCHEMA.encode(), b'"schema":"0"'))
+        path.write_bytes(data.replace(b'"schema":"%s"' % files.SHARD_SCHEMA.encode(), b'"schema":"0"'))
     else:
         path.write_bytes(data[:100] if damage == "cut in the keys" else data[:-10])
     monkeypatch.setenv(MIRROR, str(tmp_path / "another machine"))

@@ -21,7 +21,7 @@ from rerank_lab.errors import UserError
 from rerank_lab.eval.__main__ import main
 from rerank_lab.eval.kernel_check import Cast
 from rerank_lab.first_stage.candidates import oracle
-from rerank_lab.measures.quality import counted, evaluate, known_measures, parse_measures
+from rerank_lab.measures.quality import counted_grades, known_measures, measure_run, parse_measures
 from rerank_lab.reranker import Ranking
 from tests.conftest import DOCUMENTS, QUERIES, report_of
 from tests.eval.test_eval import load
@@ -99,8 +99,8 @@ def test_no_order_is_better_than_the_oracles(beir: Callable[..., Path]) -> None:
         some = replace(data, qrels={"q1": judged or {"d1": 1}})
         runs = [Ranked(drawn.sample(documents, 5), np.arange(5, 0, -1, dtype=np.float32)) for _ in range(8)]
         for name in names:
-            top = oracle({"q1": runs[0]}, replace(some, qrels=counted(name, some.qrels)))
-            values = [evaluate(run, some.qrels, [name])[name].item() for run in (top, *({"q1": run} for run in runs))]
+            top = oracle({"q1": runs[0]}, replace(some, qrels=counted_grades(name, some.qrels)))
+            values = [measure_run(run, some.qrels, [name])[name].item() for run in (top, *({"q1": run} for run in runs))]
             assert values[0] >= max(values) - 1e-6, (name, judged)
 
 

@@ -1,4 +1,4 @@
-"""A first stage is one file and one line in the registry: this one is here, is known to this test alone, and goes all the way to the report."""
+"""A first stage needs one file and one line in the registry. The one here is registered only by this test, and works as far as the report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 from rerank_lab.datasets.runs import Ranked, Run, order
 from rerank_lab.errors import UserError
 from rerank_lab.eval.__main__ import main
-from rerank_lab.first_stage import FIRST_STAGES, Context, Declared, FirstStage, file_of, find
+from rerank_lab.first_stage import FIRST_STAGES, Context, FirstStage, FirstStageKind, file_of, find
 from tests.conftest import DOCUMENTS, QUERIES, report_of
 from tests.eval.test_eval import failing, load
 
 
 class Longest:
-    """The longest documents that hold a word, whatever the query."""
+    """The longest documents with a given word, for every query the same."""
 
     def __init__(self, context: Context, argument: str):
         self.corpus, self.word, self.notes = context.dataset.corpus, argument, list[str]()
@@ -38,7 +38,7 @@ class Longest:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FIRST_STAGES, "longest", Declared("longest", "WORD", "the longest that hold WORD", f"{__name__}:Longest"))
+    monkeypatch.setitem(FIRST_STAGES, "longest", FirstStageKind("longest", "WORD", "the longest that hold WORD", f"{__name__}:Longest"))
 
 
 def test_a_new_first_stage_is_evaluated_and_reported(registered: None, beir: Callable[..., Path], tmp_path: Path) -> None:

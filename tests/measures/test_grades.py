@@ -1,4 +1,4 @@
-"""Every grade that a qrels file may hold, under every measure: the definition's value, or a refusal with its place; never a crash."""
+"""Every grade that a qrels file may hold, with every measure: the value by definition, or a refusal with file and line; never a crash."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 
 from rerank_lab.datasets import load_dataset
-from rerank_lab.datasets.dataset import HIGHEST
+from rerank_lab.datasets.dataset import HIGHEST_GRADE
 from rerank_lab.datasets.runs import Ranked
 from rerank_lab.errors import UserError
 from rerank_lab.eval.__main__ import main
-from rerank_lab.measures.quality import evaluate, known_measures, parse_measures
+from rerank_lab.measures.quality import known_measures, measure_run, parse_measures
 from tests.conftest import QRELS
 
 Judged = dict[str, int]
@@ -35,7 +35,7 @@ def dcg(gains: list[float]) -> float:
 
 
 def defined(name: str, judged: Judged, rel: int, k: int) -> float:
-    """A measure by its definition as trec_eval has it: relevant from grade `rel`; below 0 is in the pool and not judged, so without gain."""
+    """A measure by trec_eval's definition: relevant from grade `rel` on. A negative grade means pooled but not judged, and gives no gain."""
     grades = [judged.get(d, -1) for d in RANKED]
     hits, total = [grade >= rel for grade in grades], sum(grade >= rel for grade in judged.values())
     if name == "Judged":
@@ -77,7 +77,7 @@ def defined(name: str, judged: Judged, rel: int, k: int) -> float:
 
 
 def drawn(count: int, grades: list[int], seed: int = 0) -> list[Judged]:
-    """Judgements of many queries, each over a few grades of its own, so that all kinds of sets come: negative alone, 0 alone, mixed."""
+    """Judgements of many queries, each with a few grades of its own, so that all kinds of sets occur: only negative, only 0, mixed."""
     draw = random.Random(seed)
     sets = [{f"d{i}": g for i in range(n)} for g in grades for n in (1, 3)]
     for _ in range(count):
@@ -87,14 +87,14 @@ def drawn(count: int, grades: list[int], seed: int = 0) -> list[Judged]:
 
 
 def in_a_process(names: list[str], sets: list[Judged]) -> dict[str, list[float]]:
-    """Of `evaluate`, column by column; each set of judgements stands first in one run too, where nothing of another query lies in memory yet."""
+    """Values of `measure_run`, column by column. Each set of judgements is also measured alone, with nothing of another query in memory yet."""
     code = (
-        "import json, sys, numpy as np\nfrom rerank_lab.measures.quality import evaluate\nfrom rerank_lab.datasets.runs import Ranked\n"
+        "import json, sys, numpy as np\nfrom rerank_lab.measures.quality import measure_run\nfrom rerank_lab.datasets.runs import Ranked\n"
         "names, sets, ranked = json.load(sys.stdin)\n"
         "run = {str(i): Ranked(ranked, -np.arange(len(ranked), dtype=np.float32)) for i in range(len(sets))}\n"
-        "whole = evaluate(run, {str(i): judged for i, judged in enumerate(sets)}, names)\n"
+        "whole = measure_run(run, {str(i): judged for i, judged in enumerate(sets)}, names)\n"
         "for i, judged in enumerate(sets[:30]):\n"
-        "    assert evaluate({'0': run['0']}, {'0': judged}, names).iloc[0].tolist() == whole.iloc[i].tolist(), judged\n"
+        "    assert measure_run({'0': run['0']}, {'0': judged}, names).iloc[0].tolist() == whole.iloc[i].tolist(), judged\n"
         "print(json.dumps({name: whole[name].tolist() for name in names}))"
     )
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps([names, sets, RANKED]), capture_output=True, text=True, check=False)
@@ -105,7 +105,7 @@ def in_a_process(names: list[str], sets: list[Judged]) -> dict[str, list[float]]
 
 @pytest.mark.parametrize(
     ("grades", "steep"),
-    [([-HIGHEST, -2, -1, 0, 1, 2, 3, 4], True), ([-2, -1, 0, 1, 2, 5, 16, 1000, HIGHEST], False)],
+    [([-HIGHEST_GRADE, -2, -1, 0, 1, 2, 3, 4], True), ([-2, -1, 0, 1, 2, 5, 16, 1000, HIGHEST_GRADE], False)],
     ids=["up to 4", "up to the highest"],
 )
 def test_every_measure_bears_every_set_of_grades_and_is_what_its_definition_says(grades: list[int], steep: bool) -> None:
@@ -136,7 +136,7 @@ def test_all_measures_that_are_listed_are_tried_above_and_can_be_computed() -> N
 
 def test_negative_grades_are_no_gain_and_stay_judged() -> None:
     run = {"q": Ranked(["a", "b", "c"], np.array([3, 2, 1], dtype=np.float32))}
-    frame = evaluate(run, {"q": {"a": -2, "b": 2, "c": -1}}, ["nDCG@10", "P@1", "Judged@10"])
+    frame = measure_run(run, {"q": {"a": -2, "b": 2, "c": -1}}, ["nDCG@10", "P@1", "Judged@10"])
     assert frame.iloc[0].tolist() == pytest.approx([1 / np.log2(3), 0, 1])
 
 
@@ -159,11 +159,11 @@ def test_a_grade_that_no_provider_bears_is_refused_with_file_and_line(beir: Call
 
 
 def test_what_takes_minutes_is_refused_before_it_begins(beir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """trec_eval's nDCG without a cut-off walks all grades up to a query's highest, for each document."""
+    """trec_eval's nDCG without a cut-off scans all grades up to a query's highest, for each document."""
     folder = beir(qrels={"q1": {"d1": 1_001}})
     assert main(["--dataset", str(folder), "--methods", "fast", "--measures", "nDCG", "--out", str(tmp_path / "out")]) == 2
     assert "test.tsv:2: grade 1001 of document d1 for query q1, and the highest that nDCG can have is 1000" in capsys.readouterr().err
-    assert evaluate({"q1": Ranked(["d1"], np.ones(1, dtype=np.float32))}, {"q1": {"d1": 1_000}}, ["nDCG"])["nDCG"].tolist() == [1.0]
+    assert measure_run({"q1": Ranked(["d1"], np.ones(1, dtype=np.float32))}, {"q1": {"d1": 1_000}}, ["nDCG"])["nDCG"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("measure", ["ERR@10", "nDCG(dcg='exp-log2')@10"])
@@ -179,7 +179,7 @@ def test_a_grade_that_one_measure_does_not_bear_is_refused_before_the_work(
     assert main([*arguments, "--measures", f"nDCG@10,{measure}", "--limit-queries", "1"]) == 2, "the model is what is wrong now"
     assert "test.tsv" not in capsys.readouterr().err
     with pytest.raises(UserError, match="grade 5 of document d"):
-        evaluate({}, {"q": {"d": 5}}, [measure])
+        measure_run({}, {"q": {"d": 5}}, [measure])
 
 
 @pytest.mark.parametrize(
@@ -192,5 +192,5 @@ def test_a_parameter_that_crashes_a_provider_is_refused(name: str) -> None:
 
 def test_gains_stand_for_grades() -> None:
     run = {q: Ranked(["a", "b"], np.array([2, 1], dtype=np.float32)) for q in ("p", "q")}
-    frame = evaluate(run, {"p": {"a": 1, "b": 9}, "q": {"a": 0, "b": 0}}, ["nDCG(gains={1:3,9:0})@5", "nDCG@5", "P(rel=9)@1"])
+    frame = measure_run(run, {"p": {"a": 1, "b": 9}, "q": {"a": 0, "b": 0}}, ["nDCG(gains={1:3,9:0})@5", "nDCG@5", "P(rel=9)@1"])
     assert frame.loc["p"].tolist() == pytest.approx([1.0, (1 + 9 / np.log2(3)) / (9 + 1 / np.log2(3)), 0.0]) and not frame.loc["q"].any()

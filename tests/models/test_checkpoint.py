@@ -1,4 +1,4 @@
-"""A checkpoint is scored as what it is, equal to sentence-transformers, or refused in one sentence that says what it is and what to do."""
+"""A checkpoint is scored as sentence-transformers does, or refused by a message that says what it is and what to do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ASKED = [*QUERIES.values(), LONG[:900]]
 
 
 def assert_bi_is_reference(folder: Path) -> BiEncoder:
-    """Vectors of both sides and their similarity are sentence-transformers'."""
+    """Vectors of queries and documents, and their similarity, equal those of sentence-transformers."""
     reference, model = SentenceTransformer(str(folder), device="cpu"), load_bi(str(folder), device="cpu")
     wanted = [reference.encode_query(ASKED, batch_size=1, convert_to_tensor=True), reference.encode_document(TEXTS, batch_size=1, convert_to_tensor=True)]
     found = [model.encode(texts, kind=kind, max_tokens=9999, detail=Detail.POOLED).pooled for texts, kind in ((ASKED, "query"), (TEXTS, "document"))]
@@ -48,7 +48,7 @@ def assert_bi_is_reference(folder: Path) -> BiEncoder:
 
 
 def assert_cross_is_reference(folder: Path) -> CrossEncoder:
-    """Logits are sentence-transformers'."""
+    """Logits equal those of sentence-transformers."""
     reference, model = CrossReference(str(folder), device="cpu"), load_cross_encoder(str(folder), device="cpu")
     assert isinstance(model, CrossEncoder)
     for query in ASKED:
@@ -149,7 +149,7 @@ def test_positions_bound_a_text_where_the_tokenizer_does_not(architecture: str, 
     model = load_bi(str(folder), device="cpu")
     assert model.limit == places - 2 - model.specials
     assert bool(model.encode([LONG], detail=Detail.POOLED).pooled.isfinite().all())
-    with pytest.raises(IndexError):  # one more has no position, so the bound is the widest
+    with pytest.raises(IndexError):  # one token more has no position, so the limit is as high as possible
         model.limit += 1
         model.encode([LONG], detail=Detail.POOLED)
 
@@ -164,9 +164,9 @@ READS_PADDING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("architecture", READS_PADDING)
 def test_a_texts_vector_is_its_own_whatever_shares_its_batch(architecture: str, tmp_path: Path) -> None:
-    """Some kinds read the padding behind a text; texts of one length alone share their batches."""
+    """Some models read padding. Only texts of equal length share their batches."""
     model = load_bi(str(bi_encoder(tmp_path, "Normalize", architecture=architecture, limit=200, **READS_PADDING[architecture])), device="cpu")
-    assert model.network.alike == (architecture != "ElectraModel")
+    assert model.network.equal_lengths == (architecture != "ElectraModel")
     together = model.encode(TEXTS, detail=Detail.POOLED).pooled
     alone = torch.cat([model.encode([text], detail=Detail.POOLED).pooled for text in TEXTS])
     assert together.std(0).max() > 0.01
@@ -175,7 +175,7 @@ def test_a_texts_vector_is_its_own_whatever_shares_its_batch(architecture: str, 
 
 def test_a_score_read_off_the_last_place_is_not_read_off_padding(tmp_path: Path) -> None:
     model = assert_cross_is_reference(cross_encoder(tmp_path, "XLNetForSequenceClassification", d_model=WIDTH, n_layer=2, n_head=4, d_inner=48))
-    assert model.network.alike
+    assert model.network.equal_lengths
 
 
 def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
@@ -260,14 +260,14 @@ def test_a_dot_product_reaches_first_stage_methods_and_kernel_check(tmp_path: Pa
 
 
 def test_vectors_of_another_reading_are_not_taken_from_an_old_cache(tmp_path: Path) -> None:
-    """Earlier releases passed these over in silence; a plain folder's key is what it was."""
-    news = [load_bi(str(BI_LIKE_REFERENCE[name](tmp_path / str(i))), device="cpu").checkpoint.news for i, name in enumerate(
+    """Earlier releases ignored these settings. The key of a folder without them has not changed."""
+    news = [load_bi(str(BI_LIKE_REFERENCE[name](tmp_path / str(i))), device="cpu").checkpoint.newly_read for i, name in enumerate(
         ["prompts query and document", "dot", "prompts query and passage", "Normalize before Dense", "truncate_dim"])]  # fmt: skip
     assert news == [(), (), ("document prompt ''",), ("modules ['Normalize', 'Dense']",), ("truncate_dim 16",)]
 
 
 def test_weights_in_a_second_format_change_nothing(tmp_path: Path) -> None:
-    """A clone has both; transformers reads one of them, and the token subspace belongs to that."""
+    """A clone has weights in two formats. transformers reads one of them, and the token subspace belongs to that one."""
     folder = shutil.copytree(TOKENIZER, tmp_path / "clone")
     torch.save({}, folder / "pytorch_model.bin")
     clone, own = load_bi(str(folder), device="cpu"), load_bi("all-MiniLM-L6-v2", device="cpu")

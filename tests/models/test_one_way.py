@@ -1,4 +1,4 @@
-"""The one-way cross-encoder against its formula, computed here one document at a time from transformers' own states."""
+"""The one-way cross-encoder against its formula, which is computed here one document at a time from transformers' hidden states."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cross() -> OneWayCrossEncoder:
 
 @pytest.fixture
 def changed(tmp_path: Path) -> Changed:
-    """The shipped adapter with its tensors or metadata changed."""
+    """A copy of the shipped adapter with changed tensors or metadata."""
 
     def build(edit: Callable[[dict[str, Tensor]], object] = lambda tensors: None, **about: str) -> Path:
         with safe_open(ADAPTER, framework="pt") as file:
@@ -63,7 +63,7 @@ def score(model: OneWayCrossEncoder, query: str, documents: Vectors) -> tuple[Te
 
 
 def by_formula(text: str) -> float:
-    """The logit of (QUERY, text), from transformers' model and the adapter's file."""
+    """The logit of (QUERY, text), computed from transformers' model and the adapter's file."""
     a = {name: value.double() for name, value in load_file(ADAPTER).items()}
     tokenizer, bert = AutoTokenizer.from_pretrained(MODEL), AutoModel.from_pretrained(MODEL, dtype=torch.float64).eval()
     with safe_open(Path(__file__).parents[2] / "rerank_lab/data/subspaces/all-MiniLM-L6-v2.safetensors", framework="pt") as file:
@@ -149,10 +149,10 @@ def test_every_tensor_of_the_adapter_counts(cross: OneWayCrossEncoder, changed: 
     logits, noise = score(cross, QUERY, vectors)[0], torch.Generator().manual_seed(0)
     for name in load_file(ADAPTER):
         if name.endswith(".A") and "layers.1" not in name:
-            continue  # one layer's will do
+            continue  # one layer is enough
         other = load_cross_encoder(str(changed(lambda tensors, name=name: tensors[name].add_(torch.randn(tensors[name].shape, generator=noise)))), device="cpu")
         assert isinstance(other, OneWayCrossEncoder)
-        if name == "token_weight.bias":  # one number for all tokens: it moves their shares
+        if name == "token_weight.bias":  # one number for all tokens changes their weights
             assert not torch.equal(score(other, QUERY, vectors)[0], logits)
         else:
             assert (score(other, QUERY, vectors)[0] - logits).abs().max() > 1e-3, name
@@ -212,8 +212,8 @@ def test_the_flops_formula_is_within_3_percent_of_what_torch_counts(cross: OneWa
     query_once = 3 * cross.encoder.flops(torch.tensor([length]), Detail.TOKENS)
     lengths = vectors.offsets.diff()
     attention = 2 * length * int(lengths.sum()) * 128  # the CPU kernel is not counted by torch
-    counted = counter.get_total_flops() - encoding + attention - query_once  # which is read three times, and is not in the formula
-    (read,) = cross.encoder.read(cross.encoder.tokenize(["sort rows by values"], "query", cross.limit), detail=Detail.STATES)
+    counted = counter.get_total_flops() - encoding + attention - query_once  # the query is encoded three times here, and is not in the formula
+    (read,) = cross.encoder.encode_queries(cross.encoder.tokenize(["sort rows by values"], "query", cross.limit), detail=Detail.STATES)
     work = cross.work(Inputs("sort rows by values", texts, cross.limit, read, vectors, torch.split(vectors.states, lengths.tolist())))
     assert cross.flops(work) == pytest.approx(counted, rel=0.03)
 

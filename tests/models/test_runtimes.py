@@ -1,4 +1,4 @@
-"""Every runtime and precision gives the vectors and logits of torch in fp32, as near as it can; what cannot be had is refused."""
+"""Every runtime and precision gives the vectors and logits of torch in fp32, within a tolerance. Combinations that are not available are refused."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from rerank_lab.eval.__main__ import main
 from rerank_lab.models.base import Detail, Vectors
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
-from rerank_lab.models.exported import Outputs, _inner, choose
-from rerank_lab.models.forward import places
+from rerank_lab.models.exported import TensorModel, _inner, choose
+from rerank_lab.models.forward import position_count
 from rerank_lab.models.kinds import load_cross_encoder
 from rerank_lab.models.one_way import OneWayCrossEncoder
 from rerank_lab.models.packed import Packed
@@ -49,7 +49,7 @@ NEAR = {"fp32": (2e-3, 0.99999), "bf16": (0.03, 0.9998), "int8": (0.2, 0.96)}
 @pytest.fixture(scope="module")
 def exact() -> tuple[Vectors, list[Any]]:
     model = load_bi("all-MiniLM-L6-v2", device="cpu")
-    return model.encode(TEXTS, detail=Detail.STATES), model.read(model.tokenize(list(QUERIES.values()), "query", 64), detail=Detail.STATES)
+    return model.encode(TEXTS, detail=Detail.STATES), model.encode_queries(model.tokenize(list(QUERIES.values()), "query", 64), detail=Detail.STATES)
 
 
 @pytest.mark.parametrize(("runtime", "precision"), [pair for pair in PAIRS if pair[0] != "compile"])
@@ -61,7 +61,7 @@ def test_vectors_are_those_of_torch_in_fp32(exact: tuple[Vectors, list[Any]], ru
     assert float((found.tokens.float() - wanted.tokens.float()).abs().max()) < apart
     correlation = torch.corrcoef(torch.stack([found.states.float().flatten(), wanted.states.float().flatten()]))[0, 1]
     assert float(correlation) > cosine - 0.01
-    for read, own in zip(model.read(model.tokenize(list(QUERIES.values()), "query", 64), detail=Detail.STATES), exact[1]):
+    for read, own in zip(model.encode_queries(model.tokenize(list(QUERIES.values()), "query", 64), detail=Detail.STATES), exact[1]):
         for a, b in ((read.start, own.start), (read.last, own.last)):
             assert a is not None and torch.nn.functional.cosine_similarity(a, b, dim=-1).min() > cosine - 0.01
     if precision != "fp32":
@@ -139,7 +139,7 @@ def test_eval_says_what_a_precision_changes(beir: Callable[..., Path], tmp_path:
 
 
 def test_another_runtime_is_compared_with_torch_and_not_with_its_own_vectors(beir: Callable[..., Path], tmp_path: Path) -> None:
-    """In one cache, which holds torch's vectors already."""
+    """With one cache, which holds torch's vectors already."""
     folder, shared = str(beir()), ["--cold-queries", "0", "--cache", str(tmp_path / "cache"), "--methods", "fast"]
     assert main(["--dataset", folder, *shared, "--out", str(tmp_path / "torch")]) == 0
     assert main(["--dataset", folder, *shared, "--runtime", "onnx", "--out", str(tmp_path / "onnx")]) == 0
@@ -167,7 +167,7 @@ def test_int8_reaches_the_layers_of_any_architecture_and_no_head(kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["albert", "modernbert", "mpnet"])
 def test_only_layers_of_berts_kind_give_keys_and_values(kind: str) -> None:
-    outputs = Outputs(KINDS[kind]().eval(), False)
+    outputs = TensorModel(KINDS[kind]().eval(), False)
     assert outputs.upper == range(0)
     ids = torch.tensor([[5, 6, 7]])
     assert [tuple(part.shape) for part in outputs(ids, torch.ones_like(ids))] == [(1, 3, 32)]
@@ -187,7 +187,7 @@ SLIM: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention
     ],
 )
 def test_positions_count_from_the_padding_where_a_model_counts_so(kind: Any, config: Any, wanted: int) -> None:
-    assert places(kind(config)) == wanted
+    assert position_count(kind(config)) == wanted
 
 
 def test_exact_runs_are_not_compared_with_themselves(beir: Callable[..., Path], tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_exact_runs_are_not_compared_with_themselves(beir: Callable[..., Path], 
 
 
 def test_bf16_runs_on_any_bi_encoder(tmp_path: Path) -> None:
-    """Not of BERT's kind, so that it is padded."""
+    """A model that is not of BERT's kind, so that it runs padded."""
     from transformers import DistilBertConfig, DistilBertModel
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""overlap: a scorer as anybody may write one, in one file: the words that a query and a document share."""
+"""overlap: an example of a new scorer in one file. It counts the words that query and document share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rerank_lab.models.base import Encoder, Inputs, Needs, Work
+from rerank_lab.models.base import Encoder, Inputs, Needs, WorkItem
 from rerank_lab.models.kinds import ScorerKind
-from rerank_lab.models.registry import Place
+from rerank_lab.models.registry import Placement
 
 
 @dataclass(frozen=True, eq=False)
-class Words(Work):
+class Words(WorkItem):
     """The words of a query and of one document."""
 
     query: frozenset[str]
@@ -24,7 +24,7 @@ class Words(Work):
 
 
 class Overlap:
-    """logit = 4 · (share of the query's words that the document holds) − 2; of a document its first 64 words are read."""
+    """logit = 4 · (share of the query's words that the document holds) − 2. Only the first 64 words of a document are read."""
 
     name, limit, runtime, precision, shares = "overlap", 64, "torch", "fp32", True
     device: ClassVar[torch.device] = torch.device("cpu")
@@ -32,11 +32,11 @@ class Overlap:
     needs: Needs | None = None
 
     def reading(self) -> str:
-        """Nothing beyond a plain reading."""
+        """Always "": it has no settings."""
         return ""
 
     def work(self, inputs: Inputs) -> list[Words]:
-        """A unit a document."""
+        """One work item for each document."""
         query, most = inputs.query.lower().split(), min(inputs.max_tokens, self.limit)
         found = []
         for place, text in enumerate(inputs.texts):
@@ -44,17 +44,17 @@ class Overlap:
             found.append(Words([place], len(query) + len(words[:most]), len(words) > most, frozenset(query), frozenset(words[:most])))
         return found
 
-    def logits(self, work: Sequence[Work]) -> Tensor:
-        """One logit a document."""
+    def logits(self, work: Sequence[WorkItem]) -> Tensor:
+        """One logit for each document."""
         shares = [len(one.query & one.document) / len(one.query) for one in work if isinstance(one, Words)]
         return 4 * torch.tensor(shares, dtype=torch.float32, device="cpu") - 2
 
-    def flops(self, work: Sequence[Work]) -> int:
-        """None: it multiplies no matrices."""
+    def flops(self, work: Sequence[WorkItem]) -> int:
+        """0: it multiplies no matrices."""
         return 0
 
 
-def load(name: str, place: Place, loaded: Mapping[str, Encoder]) -> Overlap:
+def load(name: str, place: Placement, loaded: Mapping[str, Encoder]) -> Overlap:
     """It has no weights."""
     return Overlap()
 

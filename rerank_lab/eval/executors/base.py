@@ -19,9 +19,9 @@ from rerank_lab.eval.kernel_check import types
 from rerank_lab.eval.records import Cold, QueryCandidates, Record
 from rerank_lab.eval.rows import Ranks
 from rerank_lab.first_stage.base import QUERY_BATCH, TopK
-from rerank_lab.first_stage.dense import better
+from rerank_lab.first_stage.dense import merge_topk
 from rerank_lab.models.base import Detail
-from rerank_lab.reranker import BLOCK, Reranker
+from rerank_lab.reranker import CORPUS_BLOCK, Reranker
 from rerank_lab.timing import reset_peak_memory
 
 
@@ -92,10 +92,10 @@ def search_block(batches: Iterable[torch.Tensor], block: torch.Tensor, fetch: in
     return [similarity_topk(vectors, block, min(fetch, len(block)), metric=metric) for vectors in batches]
 
 
-def merged(blocks: Iterable[list[TopK]], fetch: int, size: int = BLOCK) -> list[TopK]:
+def merged(blocks: Iterable[list[TopK]], fetch: int, size: int = CORPUS_BLOCK) -> list[TopK]:
     """What the blocks of a corpus gave, in order, `size` documents each but the last, as the nearest of all."""
     found: list[TopK] = []
     for n, parts in enumerate(blocks):
         moved = [(values, places + n * size) for values, places in parts]
-        found = [better(before, later, fetch) for before, later in zip(found, moved)] if n else moved
+        found = [merge_topk(before, later, fetch) for before, later in zip(found, moved)] if n else moved
     return found

@@ -25,8 +25,8 @@ import torch
 from rerank_lab.cache.places import PLANS, VECTORS
 from rerank_lab.cache.store import Store
 from rerank_lab.cache.vectors import CHUNK
-from rerank_lab.datasets.corpus import Corpus, Texts
-from rerank_lab.engine import packed
+from rerank_lab.datasets.corpus import Corpus, TextFiles
+from rerank_lab.engine import pickled
 from rerank_lab.environment import Cluster
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval.executors.base import ModelFacts, merged
@@ -36,7 +36,7 @@ from rerank_lab.eval.records import Cold, QueryCandidates, Record
 from rerank_lab.eval.rows import Ranks, bar, counting
 from rerank_lab.first_stage.base import TopK
 from rerank_lab.models.base import Detail
-from rerank_lab.reranker import BLOCK, Reranker
+from rerank_lab.reranker import CORPUS_BLOCK, Reranker
 
 log = logging.getLogger("rerank_lab")
 QUERIES = 16  # ranked by one call
@@ -175,7 +175,7 @@ class OnRay:
         encoded = (plan, key(reranker), reranker.max_tokens)
         if any(done[:3] == encoded and done[3] >= detail for done in self._encoded):
             return
-        checks = self._calls(reranker, "lacking", -(-total // BLOCK), lambda n: (corpus.texts, plan, n, detail))
+        checks = self._calls(reranker, "lacking", -(-total // CORPUS_BLOCK), lambda n: (corpus.texts, plan, n, detail))
         left, stalled = {chunk for _, chunks in checks for chunk in chunks}, 0
         if left:
             self._release()
@@ -191,7 +191,7 @@ class OnRay:
         self._turn += 1
         self._encoded.add((*encoded, detail))
 
-    def _round(self, reranker: Reranker, texts: Texts, plan: str, detail: Detail, left: set[int], progress: Callable[[int], object]) -> str:
+    def _round(self, reranker: Reranker, texts: TextFiles, plan: str, detail: Detail, left: set[int], progress: Callable[[int], object]) -> str:
         """Gives all chunks that are left to a pool of actors, and takes those out of `left` that were done; what went wrong with another."""
         from ray.data import ActorPoolStrategy
 
@@ -232,7 +232,7 @@ class OnRay:
         assert isinstance(corpus, Corpus)
         self.encode(reranker, corpus, ids, Detail.POOLED, "encode corpus")
         plan, total = self._plan(corpus, ids)
-        count = -(-total // BLOCK)
+        count = -(-total // CORPUS_BLOCK)
         calls = self._calls(reranker, "search", count, lambda n: (corpus.texts, plan, n, list(queries), fetch))
         found = dict(bar(calls, "dense retrieval", count))
         blocks = ([(torch.from_numpy(values.copy()), torch.from_numpy(places.copy())) for values, places in found[n]] for n in range(count))
@@ -360,7 +360,7 @@ class OnRay:
 
     def _packed(self, ranks: Ranks) -> bytes:
         """What ranks, to be loaded where the shared cache is at hand."""
-        return packed(ranks, cache_dir=self.setup.cache)
+        return pickled(ranks, cache_dir=self.setup.cache)
 
     def _plan(self, corpus: Corpus, ids: Sequence[str]) -> tuple[str, int]:
         """Puts the positions of the distinct texts of these documents where workers find them; the file's name, and how many there are."""

@@ -15,15 +15,15 @@ from rerank_kernels import use_backend
 from rerank_lab.cache.places import PLANS
 from rerank_lab.cache.store import Store
 from rerank_lab.cache.vectors import CHUNK
-from rerank_lab.datasets.corpus import Texts
-from rerank_lab.engine import Engines, unpacked
+from rerank_lab.datasets.corpus import TextFiles
+from rerank_lab.engine import Engines, unpickled
 from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval.executors.base import ModelFacts, about, query_batches, search_block
 from rerank_lab.eval.records import Cold, QueryCandidates, Record
 from rerank_lab.eval.rows import WARM_UP, Ranks, cold, rank
 from rerank_lab.models.base import Detail
-from rerank_lab.reranker import BLOCK, Reranker
+from rerank_lab.reranker import CORPUS_BLOCK, Reranker
 
 QueryPositions = tuple[QueryCandidates, np.ndarray]  # a query, and the positions of its candidates' texts
 
@@ -58,7 +58,7 @@ class Worker:
 
         self.setup, self.cache, self.seen, self.ranked = setup, Store(setup.cache), 0, b""
         self.engines = Engines()  # a row's models, and the same in fp32 beside them
-        self.texts: dict[Texts, Texts] = {}  # each with the files that it has open
+        self.texts: dict[TextFiles, TextFiles] = {}  # each with the files that it has open
         self.node: str = ray.get_runtime_context().get_node_id()
         if setup.threads:
             torch.set_num_threads(setup.threads)
@@ -92,13 +92,13 @@ class Worker:
         if turn != self.seen:
             reranker_of(ranks).refresh()
             self.seen = turn
-        known = [self.texts.setdefault(a, a) if isinstance(a, Texts) else a for a in arguments]
+        known = [self.texts.setdefault(a, a) if isinstance(a, TextFiles) else a for a in arguments]
         return "done", WORK[work](self, ranks, *known)
 
 
 def opened(what: bytes, expected: dict[str, str | None] | None, engines: Engines) -> Ranks:
     """What was packed, its models loaded, and checked to be those that all others have."""
-    ranks: Ranks = unpacked(what, engines)
+    ranks: Ranks = unpickled(what, engines)
     found = reranker_of(ranks).fingerprints()
     differing = ", ".join(f"{k} {v} instead of {expected[k]}" for k, v in found.items() if v != expected[k] and v is not None) if expected else ""
     if differing:
@@ -121,17 +121,17 @@ def key(reranker: Reranker) -> str:
     return repr(reranker.engine.spec)
 
 
-def chosen(texts: Texts, queries: Sequence[QueryPositions]) -> dict[str, str]:
+def chosen(texts: TextFiles, queries: Sequence[QueryPositions]) -> dict[str, str]:
     """id → text of all candidates of these queries, which come with the candidates' positions."""
     places = {d: p for query, positions in queries for d, p in zip(query.candidates.documents, positions.tolist())}
     return dict(zip(places, texts.read(list(places.values()))))
 
 
-def _rank(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[QueryPositions]) -> list[Record]:
+def _rank(worker: Worker, ranks: Ranks, texts: TextFiles, queries: Sequence[QueryPositions]) -> list[Record]:
     return list(rank(ranks, [query for query, _ in queries], chosen(texts, queries), 0 if worker.warm else WARM_UP))
 
 
-def _cold(worker: Worker, ranks: Ranks, texts: Texts, queries: Sequence[QueryPositions], label: str, about: Mapping[str, str]) -> Cold:
+def _cold(worker: Worker, ranks: Ranks, texts: TextFiles, queries: Sequence[QueryPositions], label: str, about: Mapping[str, str]) -> Cold:
     return cold(label, ranks, [query for query, _ in queries], chosen(texts, queries), about, worker.cache)
 
 
@@ -139,19 +139,19 @@ def _about(worker: Worker, ranks: Ranks) -> ModelFacts:
     return about(reranker_of(ranks))
 
 
-def _search(worker: Worker, ranks: Ranks, texts: Texts, plan: str, n: int, queries: Sequence[str], fetch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _search(worker: Worker, ranks: Ranks, texts: TextFiles, plan: str, n: int, queries: Sequence[str], fetch: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The nearest in block n of a plan, as numpy arrays."""
     reranker = reranker_of(ranks)
-    block = reranker.pooled(texts.read(planned(worker.cache, plan, n, BLOCK)))
+    block = reranker.pooled(texts.read(planned(worker.cache, plan, n, CORPUS_BLOCK)))
     found = search_block(query_batches(reranker, queries), block, fetch, reranker.similarity)
     return [(values.cpu().numpy(), places.cpu().numpy()) for values, places in found]
 
 
-def _lacking(worker: Worker, ranks: Ranks, texts: Texts, plan: str, n: int, detail: Detail) -> list[int]:
+def _lacking(worker: Worker, ranks: Ranks, texts: TextFiles, plan: str, n: int, detail: Detail) -> list[int]:
     """The chunks in block n of a plan that hold texts whose vectors are not all in the cache."""
     size = CHUNK[detail]
-    lacks = reranker_of(ranks).lacks(texts.read(planned(worker.cache, plan, n, BLOCK)), detail=detail)
-    return sorted({n * BLOCK // size + i // size for i, lacking in enumerate(lacks) if lacking})
+    lacks = reranker_of(ranks).lacks(texts.read(planned(worker.cache, plan, n, CORPUS_BLOCK)), detail=detail)
+    return sorted({n * CORPUS_BLOCK // size + i // size for i, lacking in enumerate(lacks) if lacking})
 
 
 WORK: dict[str, Callable[..., Any]] = {"rank": _rank, "cold": _cold, "about": _about, "lacking": _lacking, "search": _search}
@@ -171,7 +171,7 @@ def probe(setup: Setup) -> None:
 class Encoder:
     """Encodes chunks of texts into the cache; an actor of Ray Data's pool."""
 
-    def __init__(self, setup: Setup, what: bytes, expected: dict[str, str | None] | None, texts: Texts, plan: str, detail: int):
+    def __init__(self, setup: Setup, what: bytes, expected: dict[str, str | None] | None, texts: TextFiles, plan: str, detail: int):
         import ray
 
         self.worker, self.texts, self.plan, self.detail = Worker(setup), texts, plan, Detail(detail)
