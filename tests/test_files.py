@@ -1,4 +1,4 @@
-"""Files as people name and pack them: ~ in flags, TOML, environment and calls, which shells put in full at the start of a word alone; zips of other systems; links."""
+"""Paths with ~ in flags, TOML, environment and calls (a shell expands ~ only at the start of a word); zips of other systems; links."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rerank_lab.server import __main__ as server
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder, and a working folder beside it that must stay empty."""
+    """A home folder, and a separate working folder that must stay empty."""
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

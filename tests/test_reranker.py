@@ -1,4 +1,4 @@
-"""The one call: what goes in, what comes out, on the real model."""
+"""Reranker and rerank(): arguments and results, with the real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where time goes."""
+"""The clock and its phases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the vector cache drops, in memory and on disk, with other processes at work beside it."""
+"""What the vector cache drops, in memory and on disk, while other processes use the same folder."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_bound_counts_what_other_processes_wrote(tmp_path: Path) -> None:
 
 
 def test_what_others_have_dropped_is_let_go_of(tmp_path: Path) -> None:
-    """Else a file that is mapped fills the disk though no folder shows it."""
+    """Otherwise a mapped file takes disk space although no folder lists it."""
     (keys, vectors), mine = made(0), VectorCache("m", tmp_path)
     mine.add(keys, vectors, Detail.TOKENS)
     mine.gather(keys, Detail.TOKENS)

@@ -1,4 +1,4 @@
-"""python -m rerank_lab.cache: what is there, and room for other things."""
+"""python -m rerank_lab.cache: lists what is there, and deletes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts on disk, read by position."""
+"""The corpus on disk: texts are read by position."""
 
 from __future__ import annotations
 

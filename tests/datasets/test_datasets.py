@@ -1,4 +1,4 @@
-"""Collections on disk: what is read, what is refused with its place, what is counted."""
+"""Collections on disk: what is read, what is counted, and what is refused with file and line."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_crlf_and_a_byte_order_mark_change_nothing(beir: Beir) -> None:
     folder = beir()
     plain = load_dataset(str(folder))
     qrels = folder / "qrels" / "test.tsv"
-    qrels.write_bytes(qrels.read_bytes().removeprefix(HEAD.encode()))  # else the mark would only spoil the header
+    qrels.write_bytes(qrels.read_bytes().removeprefix(HEAD.encode()))  # otherwise the mark would only change the header
     for path in (folder / "corpus.jsonl", folder / "queries.jsonl", qrels):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert load_dataset(str(folder)).hash == plain.hash
@@ -286,7 +286,7 @@ def test_ids_that_would_break_a_trec_file_are_refused(beir: Callable[..., Path],
 def test_hidden_files_are_nobodys_split_and_never_the_corpus(beir: Beir) -> None:
     folder = beir()
     plain = load_dataset(str(folder))
-    double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\x00\xff"  # as macOS writes beside each file on a disk of another kind
+    double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\x00\xff"  # macOS writes such a file beside each file on a foreign file system
     for name in ("._corpus.jsonl", "._queries.jsonl", "qrels/._test.tsv", "qrels/.~lock.test.tsv", "__MACOSX/._corpus.jsonl", "__MACOSX/qrels/._test.tsv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(double)
@@ -327,7 +327,7 @@ def test_quotes_in_judgements_are_csvs(beir: Beir) -> None:
     (folder / "qrels" / "test.tsv").write_text('"query-id"\t"corpus-id"\t"score"\n"q1"\t"d1"\t"2"\nq2\t5"-pipe\t1\nq2\t"say""so"\t1\n')
     data = load_dataset(str(folder))
     assert data.qrels == {"q1": {"d1": 2}, "q2": {'5"-pipe': 1, 'say"so': 1}} and data.notes == []
-    # As BEIR's own loader reads them.
+    # BEIR's own loader reads quotes like this.
     with (folder / "qrels" / "test.tsv").open(encoding="utf-8") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_MINIMAL))[1:]
     assert [(q, d, g) for q, judged in data.qrels.items() for d, g in judged.items()] == [(q, d, int(g)) for q, d, g in rows]
@@ -353,7 +353,7 @@ def test_what_is_no_whole_number_is_refused_with_its_line(beir: Beir, bad: str) 
 
 
 def gzipped(path: Path, name: str | None = None) -> Path:
-    """The file packed, under its name with .gz or another."""
+    """Compresses the file, under its name with .gz or another suffix."""
     packed = path.with_name(name or f"{path.name}.gz")
     content = gzip.compress(path.read_bytes(), mtime=0)
     path.unlink()

@@ -1,4 +1,4 @@
-"""Collections through `datasets` and ir_datasets, on local files alone."""
+"""Collections through `datasets` and ir_datasets, with local files only."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def local_irds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         for kind, text in (texts | changed).items():
             files[kind] = tmp_path / f"{kind}.txt"
             files[kind].write_text(text or "")
-        name = f"{tmp_path.name}/{name}"  # the registry lasts as long as the process
+        name = f"{tmp_path.name}/{name}"  # the registry is global, so each test needs a name of its own
         ir_datasets.registry.register(name, ir_datasets.create_dataset(**{kind: str(files[kind]) for kind in files if (texts | changed)[kind] is not None}))
         return f"irds:{name}"
 

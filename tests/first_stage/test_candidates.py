@@ -1,4 +1,4 @@
-"""The first stage: BM25 by its formula, dense by brute force, run files as they are, and the hash over the outcome."""
+"""First stages against references: BM25 by its formula, dense by brute force, run files as they are; and the hash of candidates."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_dense_is_brute_force(beir: Beir, encoder: BiEncoder, blocks: int) -> No
 @pytest.mark.parametrize("top_k", [1, 7, 40, 60])
 def test_dense_keeps_equal_texts_in_corpus_order(beir: Beir, encoder: BiEncoder, top_k: int) -> None:
     texts = {f"d{i}": ("", "Sort by the values." if i % 2 else f"Value number {i}.") for i in range(60)}
-    found = find(beir(documents=texts), "dense", top_k, encoder, noise=1e-7)  # equal rows get unequal sums by their place in a matrix product
+    found = find(beir(documents=texts), "dense", top_k, encoder, noise=1e-7)  # rounding depends on a row's position in a matrix product
     for ranked in found.run.values():
         assert len(ranked.documents) == top_k
         same = [i for i, d in enumerate(ranked.documents) if int(d[1:]) % 2]
@@ -140,7 +140,7 @@ def test_unknown_queries_and_documents_of_a_run_are_counted_and_left_out(beir: B
     folder = beir(queries=QUERIES | {"q9": "not judged"})
     lines = ["q1 Q0 gone 1 3 x", "q1 Q0 d1 2 2 x", "q1 Q0 lost 3 1 x", "q9 Q0 gone 1 1 x", "q8 Q0 d1 1 1 x", "q2 Q0 gone 1 1 x"]
     found = find(folder, run_file(folder, *lines), top_k=1)
-    assert {q: r.documents for q, r in found.run.items()} == {"q1": ["d1"]}  # the cut comes after
+    assert {q: r.documents for q, r in found.run.items()} == {"q1": ["d1"]}  # top_k is applied afterwards
     assert [n for n in found.notes if "2 queries have no judgement in this split (q9, q8 …)" in n]
     assert [n for n in found.notes if "3 candidates are not in the corpus" in n]
     with pytest.raises(UserError, match=r"none of its queries and documents belong to small \(test\)"):
@@ -186,7 +186,7 @@ def test_top_k_cuts_and_identical_ids_go_before_the_cut_on_request(beir: Beir, e
     assert sorted(whole.run["d4"].documents) == ["d1", "d2", "d3", "d4", "d5"]
     assert dropped.run["d4"].documents == [d for d in whole.run["d4"].documents if d != "d4"]
     assert dropped.run["q"].documents == whole.run["q"].documents
-    first = whole.run["d4"].documents.index("d4") + 1  # with as many candidates as lead to d4, the one behind it moves up
+    first = whole.run["d4"].documents.index("d4") + 1  # if the candidates end at d4, the next one moves up
     moved = find(folder, name, first, encoder, True).run["d4"]
     assert moved.documents == [d for d in whole.run["d4"].documents if d != "d4"][:first] and len(moved.scores) == len(moved.documents)
 

@@ -1,4 +1,4 @@
-"""What BM25 makes of queries without a word of two letters, and of scripts that set no spaces; all others it answers as it always did."""
+"""BM25 for queries without a word of two letters and for scripts without spaces. All other queries get the scores of bm25s."""
 
 from __future__ import annotations
 

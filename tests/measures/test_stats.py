@@ -1,4 +1,4 @@
-"""Tests and intervals against first principles."""
+"""Statistical tests and intervals against first principles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of methods and settings in the documentation are what the classes declare."""
+"""The documentation lists the methods and settings that the classes declare."""
 
 from __future__ import annotations
 

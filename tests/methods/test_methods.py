@@ -1,4 +1,4 @@
-"""Each method against its formula, computed here from the encoder's vectors alone."""
+"""Each method against its formula, which is computed here from the encoder's vectors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cosines(encoder: BiEncoder) -> np.ndarray:
 
 
 def attention(encoder: BiEncoder, tau: float) -> np.ndarray:
-    """A, Lq × K, one document at a time."""
+    """A of `best`, Lq × K, computed one document at a time."""
     q = encoder.encode([QUERY], kind="query").tokens.double().numpy()
     columns = []
     for text in TEXTS:
@@ -138,7 +138,7 @@ def test_a_wrong_spec_says_what_is_right(spec: str, message: str) -> None:
 
 @dataclass(frozen=True)
 class Bounded(Method):
-    """A method with bounds of its own on its settings, and none on one."""
+    """A method whose settings have bounds, except one."""
 
     name = "bounded"
     signed: float = setting(0.5, "a weight of either sign", least=-1.0, most=1.0)

@@ -1,4 +1,4 @@
-"""Small random checkpoints in the layouts that people have them in, under the real model's tokenizer."""
+"""Makes small random checkpoints in the usual layouts, with the real model's tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DECODER = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embedd
 
 
 def put(folder: Path, files: dict[str, Any]) -> Path:
-    """Writes files: a value as JSON, a string as it is; None deletes."""
+    """Writes files: a value as JSON, a string as it is; None deletes the file."""
     for name, value in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +35,13 @@ def put(folder: Path, files: dict[str, Any]) -> Path:
 
 
 def change(folder: Path, name: str, **keys: Any) -> Path:
-    """Sets keys of a JSON file; None takes one out."""
+    """Sets keys of a JSON file; None removes a key."""
     value = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
     return put(folder, {name: {key: own for key, own in (value | keys).items() if own is not None}})
 
 
 def transformer(folder: Path, architecture: str = "BertModel", **config: Any) -> Path:
-    """A transformer and its tokenizer; weights are as large as a trained model's, so that texts differ."""
+    """A transformer and its tokenizer. Its weights are as large as a trained model's, so that texts get different vectors."""
     kind = getattr(transformers, architecture)
     sizes = DECODER if "Qwen" in architecture else SIZES
     model = kind(kind.config_class(**sizes | config)).eval()
@@ -59,7 +59,7 @@ def transformer(folder: Path, architecture: str = "BertModel", **config: Any) ->
 
 
 def modules(*kinds: str) -> list[dict[str, Any]]:
-    """modules.json of sentence-transformers: a name of its own, or a whole dotted one."""
+    """Writes modules.json of sentence-transformers. A module is given by its short name or its full dotted name."""
     names = [kind.rsplit(".", 1)[-1] for kind in kinds]
     return [
         {"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{name}", "type": kind if "." in kind else MODELS + kind}
@@ -68,7 +68,7 @@ def modules(*kinds: str) -> list[dict[str, Any]]:
 
 
 def bi_encoder(folder: Path, *after: str, architecture: str = "BertModel", about: dict[str, Any] | None = None, limit: int = 48, **config: Any) -> Path:
-    """A mean-pooled bi-encoder; `after` are what follows the pooling, a Dense to 24 dimensions."""
+    """A mean-pooled bi-encoder. `after` names the modules after the pooling; a Dense maps to 24 dimensions."""
     transformer(folder, architecture, **config)
     put(
         folder,
@@ -85,7 +85,9 @@ def bi_encoder(folder: Path, *after: str, architecture: str = "BertModel", about
 
 
 def cross_encoder(folder: Path, architecture: str = "BertForSequenceClassification", about: dict[str, Any] | None = None, **settings: Any) -> Path:
-    """A cross-encoder with one label; `about` makes it one of sentence-transformers 5.4 and later, and settings those of its Transformer, else of config.json."""
+    """A cross-encoder with one label. With `about` it is in the layout of sentence-transformers 5.4 and later, and `settings` are those of its
+    Transformer; without, `settings` go into config.json.
+    """
     transformer(folder, architecture, num_labels=1, **({} if about is not None else settings))
     if about is not None:
         put(folder, {"modules.json": modules("sentence_transformers.base.modules.transformer.Transformer")})
@@ -97,12 +99,12 @@ def cross_encoder(folder: Path, architecture: str = "BertForSequenceClassificati
 
 
 def add_weights(folder: Path, *names: str) -> Path:
-    """Puts more weights into the file, 4 × WIDTH each."""
+    """Adds weights of these names to the file, 4 × WIDTH each."""
     weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
     save_file(weights | {name: torch.ones(4, WIDTH) for name in names}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
 def st_about(**keys: Any) -> dict[str, Any]:
-    """config_sentence_transformers.json with these keys."""
+    """Writes config_sentence_transformers.json with these keys."""
     return {"__version__": {"sentence_transformers": "5.0.0"}} | keys

@@ -1,4 +1,4 @@
-"""The bi-encoder gives what sentence-transformers and plain transformers give, whatever the batch."""
+"""The bi-encoder gives the same vectors as sentence-transformers and plain transformers, in any batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Variant = Callable[..., Path]
 
 @pytest.fixture
 def variant(tmp_path: Path) -> Variant:
-    """A copy of the real model with a limit of 48 tokens and some files replaced: a value is written as JSON, None deletes."""
+    """A copy of the real model with a limit of 48 tokens and some files replaced: a value is written as JSON, None deletes the file."""
 
     def build(files: dict[str, Any] | None = None) -> Path:
         folder = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
@@ -240,7 +240,9 @@ def test_weights_that_lack_a_layer_or_hold_nan_are_refused(variant: Variant) -> 
     with pytest.raises(UserError, match=r"the weights encoder\.layer\.5\.output"):
         load_bi(str(folder), device="cpu")
     weights["encoder.layer.5.output.dense.bias"][0] = torch.nan
-    save_file({k: v for k, v in weights.items() if "pooler" not in k}, folder / "model.safetensors", {"format": "pt"})  # unused, may lack
+    save_file(
+        {k: v for k, v in weights.items() if "pooler" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )  # the pooler is not used and may be missing
     with pytest.raises(ModelError, match=f"model '{folder}' gave a NaN"):
         load_bi(str(folder), device="cpu").encode(["join"])
 

@@ -1,4 +1,4 @@
-"""The cross-encoder gives sentence_transformers.CrossEncoder's logits, and refuses what is none."""
+"""The cross-encoder gives the logits of sentence_transformers.CrossEncoder, and refuses models that are no cross-encoders."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def counts(folder: Path, texts: list[str]) -> list[int]:
 def test_logits_are_sentence_transformers(cross: CrossEncoder, small_cross: Path, query: str) -> None:
     logits, lengths, cut = cross.score(query, TEXTS, max_tokens=10_000)
     wanted = reference(small_cross, query, TEXTS)
-    assert wanted.std() > 0.01  # a model that tells documents apart
+    assert wanted.std() > 0.01  # the model gives documents different logits
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
     asked, own = counts(small_cross, [query])[0], counts(small_cross, TEXTS)
     assert lengths.tolist() == [min(512, asked + n + 3) for n in own]
@@ -112,7 +112,7 @@ def test_a_copy_saved_by_sentence_transformers_loads(small_cross: Path, cross: C
 def test_flops_are_the_encoders(cross: CrossEncoder) -> None:
     maps, attention = 4 * 32 * 32 + 2 * 32 * 64, 4 * 100 * 100 * 32
     assert encoder_flops(cross.config, torch.tensor([100])) == 2 * (2 * 100 * maps + attention)
-    last = 2 * 100 * 2 * 32 * 32 + 2 * (maps - 2 * 32 * 32) + 4 * 100 * 32  # keys and values of all, the rest of the first token
+    last = 2 * 100 * 2 * 32 * 32 + 2 * (maps - 2 * 32 * 32) + 4 * 100 * 32  # keys and values of all tokens, everything else of the first
     work = Pair([0], 100, False, Tokens(np.zeros(100), np.zeros(100), np.zeros(100), 97))
     assert cross.flops([work]) == 2 * 100 * maps + attention + last
 

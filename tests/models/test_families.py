@@ -1,4 +1,4 @@
-"""A checkpoint that is something else, or holds what is not understood, is refused in one sentence that says what it is and what to do."""
+"""A checkpoint of another family, or with something unsupported, is refused by a message that says what it is and what to do."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.models.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder
 
 
 def assert_refused(load: Callable[..., object], make: Make, message: str, folder: Path) -> None:
-    """A loader says this of what is made in the folder."""
+    """Loading what is made in the folder fails with this message."""
     with pytest.raises(UserError) as refused:
         load(str(make(folder)), device="cpu")
     assert message in str(refused.value)
 
 
 def own_folder(folder: Path) -> Path:
-    """The same with the transformer in 0_Transformer."""
+    """The same folder, with the transformer in 0_Transformer."""
     (folder / "0_Transformer").mkdir()
     for path in [p for p in folder.iterdir() if p.is_file() and p.name != "modules.json"]:
         path.rename(folder / "0_Transformer" / path.name)
@@ -33,7 +33,7 @@ def own_folder(folder: Path) -> Path:
     return put(folder, {"modules.json": [listed[0] | {"path": "0_Transformer"}, listed[1]]})
 
 
-# What is refused, whichever role it is wanted in: files that make it so, and what the sentence says.
+# What is refused in both roles: the files that cause it, and the message.
 
 ELSEWHERE: dict[str, tuple[Make, str]] = {
     "PyLate": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "pylate.models.Dense.Dense")}), LATE),

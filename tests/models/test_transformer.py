@@ -1,4 +1,4 @@
-"""Packed and Padded leave what the Hugging Face model leaves, text by text."""
+"""Packed and Padded give the outputs of the Hugging Face model, for each text."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def texts() -> tuple[Tensor, Tensor, list[int]]:
     torch.manual_seed(1)
     total = sum(LENGTHS)
     ids = torch.randint(5, 50, (total,))
-    ids[[3, 12]] = torch.tensor([1, 3])  # what is padding to one of the models, written out in a text
+    ids[[3, 12]] = torch.tensor([1, 3])  # the padding tokens of the models, inside a text
     return ids, torch.zeros(total, dtype=torch.int64), LENGTHS
 
 
 def own(model: Any, ids: Tensor) -> Any:
-    """What the model makes of one text alone."""
+    """The model's output for one text."""
     return model(input_ids=ids[None], output_hidden_states=True)
 
 

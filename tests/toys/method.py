@@ -1,4 +1,4 @@
-"""brief: a method as anybody may write one, in one file: the cosine, and a liking for short documents."""
+"""brief: an example of a new method in one file. It adds a preference for short documents to the cosine."""
 
 from __future__ import annotations
 

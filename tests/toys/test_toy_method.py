@@ -1,4 +1,4 @@
-"""A method of one file that the test alone registers is ranked with, evaluated, served, shown and reported as the shipped ones are."""
+"""A method in one file, registered only by this test, works everywhere: rank, evaluation, server, page and report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A scorer of one file that the test alone registers is ranked with, evaluated, served and reported as the shipped ones are."""
+"""A scorer in one file, registered only by this test, works everywhere: rank, evaluation, server and report."""
 
 from __future__ import annotations
 
