@@ -19,13 +19,6 @@ from rerank_lab.eval.settings import MEASURES, Settings, parse
 
 if TYPE_CHECKING:
     from rerank_lab.eval.executors.base import Executor
-from rerank_lab.cache.store import Store
-from rerank_lab.eval.evaluate import cache_place, checked, collection_hash, evaluate, out_folder
-from rerank_lab.eval.executors.base import Executor
-from rerank_lab.eval.executors.local import Local
-from rerank_lab.measures.quality import known_measures
-from rerank_lab.methods import METHODS
-from rerank_lab.models.registry import REGISTRY
 
 log = logging.getLogger("rerank_lab")
 
@@ -78,6 +71,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def _run(settings: Settings, argv: Sequence[str]) -> str:
     """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
     from rerank_lab.eval import grid
+    from rerank_lab.eval.evaluate import checked, collection_hash, evaluate, out_folder
 
     collection_hash.cache_clear()
     if settings.grid is None:
@@ -102,6 +96,9 @@ def _ended_as_interrupted() -> Iterator[None]:
 
 
 def _executor(settings: Settings) -> Executor:
+    from rerank_lab.cache.store import Store
+    from rerank_lab.eval.evaluate import cache_place
+    from rerank_lab.eval.executors.local import Local
 
     cache = cache_place(settings)
     if settings.executor == "local" or cache is None:
@@ -114,7 +111,9 @@ def _executor(settings: Settings) -> Executor:
 
 def _listing() -> str:
     from rerank_lab.datasets.beir import bundled_names
-    from rerank_lab.methods import labels
+    from rerank_lab.measures.quality import known_measures
+    from rerank_lab.methods import METHODS, labels
+    from rerank_lab.models.registry import REGISTRY
 
     def wrapped(title: str, text: str) -> str:
         return textwrap.fill(text, 80, initial_indent=f"  {title:<18}", subsequent_indent=" " * 20)
