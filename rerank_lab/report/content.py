@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
-from rerank_lab.eval.kernel_check import DTYPES
+from rerank_lab.eval.kernel_check import CHECKED_DTYPES
 from rerank_lab.eval.results import Latency, Row
 from rerank_lab.eval.table import changes, head, interval, p_text
 from rerank_lab.files import Json
@@ -199,7 +199,7 @@ def _swept(one: Loaded) -> list[Block]:
 
 
 def _kernels(one: Loaded) -> list[Block]:
-    found = [(row.label, name, row.vs_definition[name]) for row in one.result.rows if row.vs_definition for name in DTYPES if name in row.vs_definition]
+    found = [(row.label, name, row.vs_definition[name]) for row in one.result.rows if row.vs_definition for name in CHECKED_DTYPES if name in row.vs_definition]
     rows = []
     for label, name, change in found:
         agreed = change.agreement

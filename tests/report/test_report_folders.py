@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from rerank_lab.eval.__main__ import main as evaluation
-from rerank_lab.eval.results import SCHEMA
+from rerank_lab.eval.results import RESULTS_SCHEMA as SCHEMA
 from rerank_lab.measures import stats
 from rerank_lab.report import figures
 from rerank_lab.report.__main__ import main
