@@ -32,7 +32,7 @@ TAKEN_APART = {
     ("first_stage/__init__.py", "FirstStageKind.make"): "where a first stage's class is, MODULE:CLASS",
     ("eval/evaluate.py", "stem"): "a prefix of hf: or irds:",
     ("eval/grid.py", "_short"): "a prefix of hf: or irds:",
-    ("eval/executors/ray.py", "OnRay._connect"): "HOST:PORT",
+    ("eval/executors/ray.py", "RayExecutor._connect"): "HOST:PORT",
     ("models/registry.py", "locate"): "a model's source, package:NAME",
     ("server/__main__.py", "known_roles"): "a model's source, package:NAME",
     ("environment.py", "_cpu_name"): "a line of /proc/cpuinfo",

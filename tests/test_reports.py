@@ -17,7 +17,7 @@ from matplotlib import image
 from rerank_lab.datasets import load_dataset
 from rerank_lab.eval import results, table
 from rerank_lab.report import figures
-from rerank_lab.report.load import Loaded
+from rerank_lab.report.load import ResultsFolder
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -88,7 +88,7 @@ def test_the_picture_is_of_its_collection(collection: str, tmp_path: Path) -> No
     kept = pixels(BASELINE / "figures" / f"pareto-{collection}.png")
     gaps = {}
     for name, result in RESULTS.items():
-        drawn = pixels(io.BytesIO(figures.saved(figures.pareto(Loaded(tmp_path, name, name, results.parse(result), pd.DataFrame(), None)), "png")))
+        drawn = pixels(io.BytesIO(figures.saved(figures.pareto(ResultsFolder(tmp_path, name, name, results.parse(result), pd.DataFrame(), None)), "png")))
         gaps[name] = float(np.abs(drawn - kept).mean()) if drawn.shape == kept.shape else 1.0
     assert gaps[collection] < 0.004 and min(gaps, key=lambda name: gaps[name]) == collection, gaps
 

@@ -43,7 +43,7 @@ from rerank_lab.environment import Environment, describe
 from rerank_lab.eval.executors.ray import QUERIES
 from rerank_lab.eval.executors.worker import chosen
 from rerank_lab.eval.journal import Journal
-from rerank_lab.eval.records import Cold, Cost, QueryCandidates, Record, RowRecords
+from rerank_lab.eval.records import ColdCost, Cost, QueryCandidates, Record, RowRecords
 from rerank_lab.eval.results import Config
 from rerank_lab.eval.rows import queries_of, rank
 from rerank_lab.eval.settings import MEASURES
@@ -234,7 +234,7 @@ def driver(s: Settings) -> Json:
     kept.pop()
     candidates = step("candidates", asks, lambda: candidates_of("run.trec"))
 
-    def plan() -> Any:  # as eval._encode_candidates and OnRay._plan do
+    def plan() -> Any:  # as eval._encode_candidates and RayExecutor._plan do
         return corpus.distinct(corpus.positions(list({d: None for ranked in candidates.run.values() for d in ranked.documents})))
 
     distinct = len(step("plan", 1, plan))
@@ -260,7 +260,7 @@ def driver(s: Settings) -> Json:
     def summary(size: int) -> Any:
         some = replace(data, qrels=dict(islice(data.qrels.items(), size)))
         few = dict(islice(candidates.run.items(), size))
-        own = {name: RowRecords(ranked[:size], 254, Cold()) for name in systems}
+        own = {name: RowRecords(ranked[:size], 254, ColdCost()) for name in systems}
         return summarize(Evaluation(environment, Config.of(options), models, some, replace(candidates, run=few), systems), own)
 
     summary(20)  # loads what it needs

@@ -1,9 +1,8 @@
-"""What a process may have set for its own ends, and what none of it may do to a result.
+"""Keeps what a process has set for its own ends away from results.
 
 torch has settings that change the arithmetic of code that does not name them: autocast, fp32 products in fewer bits
-(set_float32_matmul_precision, allow_tf32, fp32_precision), numbers below the normal ones taken for 0, the default device,
-inference mode. The default dtype is no part of
-this: it belongs to the whole process, so every tensor made here names its own.
+(set_float32_matmul_precision, allow_tf32, fp32_precision), subnormal numbers flushed to 0, the default device, inference
+mode. The default dtype is left as it is: it belongs to the whole process, so every tensor made here names its own.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 DEVICES = ("cpu", "cuda", "mps")  # that have an autocast of their own
 PRODUCTS: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
 NUMPY: Any = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}  # as numpy starts
-TINY = 2.0**-1074  # 0 in arithmetic where a thread takes numbers below the normal ones for 0
+TINY = 2.0**-1074  # the smallest subnormal number; twice that is 0 in a thread that flushes them
 _here = threading.local()
 
 
 class _Products:
-    """fp32 products in fp32. The setting is the process's: the first that needs it sets it, the last one puts back what stood there.
+    """Makes fp32 products exact while a thread needs that. The setting is the process's: the first to enter sets it, the last to leave restores it.
 
-    Other threads' products are as exact meanwhile, and slower where they were not; nobody's types change.
+    Meanwhile other threads' products are exact too, and slower if they were not before. No dtype changes.
     """
 
     def __init__(self) -> None:
@@ -37,29 +36,29 @@ class _Products:
     def enter(self) -> None:
         with self.lock:
             self.inside += 1
-            for backend in PRODUCTS:
-                if (held := backend.fp32_precision) not in ("none", "ieee"):
-                    self.before[backend], backend.fp32_precision = held, "ieee"
+            for matmul in PRODUCTS:
+                if (held := matmul.fp32_precision) not in ("none", "ieee"):
+                    self.before[matmul], matmul.fp32_precision = held, "ieee"
 
     def leave(self) -> None:
         with self.lock:
             self.inside -= 1
             while self.before and not self.inside:
-                backend, held = self.before.popitem()
-                backend.fp32_precision = "none"  # then torch.backends.fp32_precision decides, as it may have before
-                if backend.fp32_precision != held:
-                    backend.fp32_precision = held
+                matmul, held = self.before.popitem()
+                matmul.fp32_precision = "none"  # then torch.backends.fp32_precision decides, as it may have before
+                if matmul.fp32_precision != held:
+                    matmul.fp32_precision = held
 
 
 _products = _Products()
 
 
 class exact:
-    """Within it, this thread computes what the code says: no autocast, fp32 products in fp32, small numbers kept, no raising numpy.
+    """Within it, this thread computes what the code says: no autocast, exact fp32 products, subnormal numbers kept, no errors raised by numpy.
 
     Args:
-        tensors: also that new tensors are on the CPU where nothing names a device, as other libraries may not, and fit for use outside
-            of inference mode.
+        tensors: also, new tensors are on the CPU where their maker, another library say, names no device, and can be used outside of
+            inference mode.
     """
 
     def __init__(self, tensors: bool = True):
@@ -95,7 +94,7 @@ class exact:
 
 
 def exactly(tensors: bool) -> Callable[[Function], Function]:
-    """Makes functions run within `exact`; `tensors` as there."""
+    """A decorator whose function runs within `exact`; `tensors` as there."""
 
     def decorate(function: Function) -> Function:
         @wraps(function)

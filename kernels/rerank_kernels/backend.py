@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rerank_kernels.ambient import exactly
-from rerank_kernels.names import BACKENDS
+from .ambient import exactly
+from .names import BACKENDS
 
 
 class _Absent:
-    """Stands for Triton where there is none (it has wheels for Linux alone): kernels can be defined, not launched."""
+    """Stands for Triton where it is not installed (it has wheels for Linux alone). Kernels can be defined then, not launched."""
 
     def __getattr__(self, name: str) -> Any:
         return self
@@ -61,7 +61,7 @@ def interpreted() -> bool:
 
 
 def resolve(tensor: Tensor) -> str:
-    """The backend for a call whose tensors are where this one is.
+    """The backend for a call whose tensors are on this one's device.
 
     Raises:
         ValueError: the chosen backend cannot run there.
@@ -84,12 +84,12 @@ def chosen() -> str:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU: within this, the one where the tensor is."""
+    """Within it, the current GPU, on which Triton launches, is the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def operator(name: str, differentiable: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a function as torch's operator rerank_kernels::name, for all devices; gives what calls it.
+    """Registers a function as torch's operator rerank_kernels::name for all devices, and returns that operator.
 
     torch.library.custom_op does the same with a wrapper that costs a cold call a tenth of a millisecond.
 

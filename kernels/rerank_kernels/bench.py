@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--threads must be at least 1, not {args.threads}")
     import torch
 
-    from rerank_kernels.bench_tasks import machine, on_cpu, on_gpu
+    from .bench_timing import machine, on_cpu, on_gpu
 
     threads = args.threads or torch.get_num_threads()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +87,8 @@ def _table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from rerank_lab import cli  # the command alone: the package does without
-
+    try:
+        from rerank_lab import cli  # for terminals and pipes; the package itself needs nothing of it
+    except ImportError:
+        sys.exit(main())
     sys.exit(cli.run(main, "rerank_kernels"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rerank_kernels.configs import has_fp8
+from .configs import has_fp8
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -18,7 +18,7 @@ def check(condition: bool, name: str, wanted: str, held: object) -> None:
 
 
 def matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS, columns: int | None = None) -> None:
-    """A matrix of one of these dtypes, with so many columns (any but 0 where none are given)."""
+    """Refuses what is no matrix of one of these dtypes and so many columns (None: any number but 0)."""
     if x.ndim == 2 and x.dtype in dtypes and x.shape[1] > 0 and columns in (None, x.shape[1]):
         return
     check(x.ndim == 2, name, "a matrix", f"of shape {tuple(x.shape)}")
@@ -27,7 +27,7 @@ def matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS, colum
 
 
 def offsets(name: str, x: Tensor, count: int | None = None) -> None:
-    """The shape and dtype of offsets; what they hold is `rising`'s to check."""
+    """Refuses offsets of a wrong shape or dtype, or not count + 1 of them. `rising` checks what they hold."""
     if x.ndim == 1 and x.dtype == torch.int64 and (x.shape[0] > 0 if count is None else x.shape[0] == count + 1 > 0):
         return
     check(x.ndim == 1 and len(x) > 0 and x.dtype == torch.int64, name, "int64 offsets of at least one element", f"{x.dtype} of shape {tuple(x.shape)}")
@@ -35,7 +35,7 @@ def offsets(name: str, x: Tensor, count: int | None = None) -> None:
 
 
 def same_device(**tensors: Tensor | None) -> None:
-    """All tensors that are there are on the first one's device."""
+    """Refuses tensors that are on another device than the first; None is left out."""
     first = device = None
     for name, x in tensors.items():
         if x is None:
@@ -47,7 +47,7 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def row_scales(name: str, documents: Tensor, scales: Tensor | None) -> None:
-    """Quantised documents have one fp32 scale a row; others have none."""
+    """Refuses quantised documents without one fp32 scale for each row, and others with scales."""
     if documents.dtype in QUANTIZED:
         check(scales is not None, "scales", f"given with {documents.dtype} {name}", "None")
     if scales is not None:
@@ -57,7 +57,7 @@ def row_scales(name: str, documents: Tensor, scales: Tensor | None) -> None:
 
 
 def rising(*named: tuple[str, Tensor, int]) -> None:
-    """Offsets rise from 0 to a number of rows; all of them are read in one transfer from their device.
+    """Refuses offsets that do not rise from 0 to a number of rows. All are read in one transfer from their device.
 
     Args:
         named: (name, offsets, rows).
@@ -70,5 +70,5 @@ def rising(*named: tuple[str, Tensor, int]) -> None:
 
 
 def fp8_runs(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """float8_e4m3fn on a GPU that Triton has no fp8 for."""
+    """Refuses float8_e4m3fn on a GPU for which Triton has no fp8."""
     check(dtype != torch.float8_e4m3fn or has_fp8(device), name, "int8 on this GPU, which has no fp8 (compute capability below 8.9)", dtype)

@@ -1,8 +1,9 @@
-"""Launch configurations: a table, chosen without timing by architecture, dtype and width, that a file of tuned ones can override."""
+"""Launch configurations. Each operator has a table of them by architecture, dtype and width, made without timing; a file of tuned ones overrides it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 
-from rerank_kernels.backend import interpreted, tl
-from rerank_kernels.names import DTYPES
+from .backend import interpreted, tl
+from .names import DTYPES
 
 # Read by kernels, so that they know what the interpreter cannot do.
 INTERPRETED = tl.constexpr(interpreted())
@@ -49,6 +50,7 @@ class Variant:
         constants: values of the constexpr arguments.
         shape: the named shape that bytes and flops are of.
         bytes, flops: read and written; multiplications and additions, matrix products only.
+        largest_tile: values of block_m × block_n that a program may hold, for tune.
     """
 
     op: str
@@ -62,6 +64,12 @@ class Variant:
     shape: str
     bytes: float
     flops: float
+    largest_tile: float = math.inf
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        return next(dtype for dtype, name in NAMES.items() if name == self.dtype)
 
 
 def tuned_path() -> Path:
@@ -89,12 +97,12 @@ def tuned() -> dict[str, Config]:
 
 
 def key(op: str, direction: str, arch: str, dtype: str, d: int) -> str:
-    """Under which a tuned configuration stands."""
+    """The name of a tuned configuration in the file."""
     return f"{op}/{direction}/{arch}/{dtype}/{d}"
 
 
 def architecture(device: torch.device) -> str:
-    """The column of the table for a device: its compute capability's generation; the interpreter takes sm_90's."""
+    """The architecture whose configurations a device takes: its compute capability's generation; sm_90 for the interpreter."""
     if device.type != "cuda":
         return "sm_90"
     major = torch.cuda.get_device_capability(device)[0]

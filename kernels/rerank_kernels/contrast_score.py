@@ -1,4 +1,4 @@
-"""Final scores from token similarities: what of a method needs the whole pool, in one small kernel.
+"""Final scores from token similarities: the part of a method that needs the whole pool, in one small kernel.
 
 For each pool of K pairs, all of one query of Lq tokens:
     w_i = max_k A_ik − mean_k A_ik, uniform where they sum to 0
@@ -9,6 +9,9 @@ z(x) = (x − mean) / std over the pool, 0 where std is 0. A document with a NaN
 left out of every maximum, mean and std. A query without tokens is scored by the other terms alone.
 """
 
+# The arguments of Triton's functions have no types that Python knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, no-check-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +19,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend, checks, reference
-from rerank_kernels.backend import on_device, operator, tl, triton
-from rerank_kernels.configs import Config, Variant
+from . import backend, checks, reference
+from .backend import on_device, operator, tl, triton
+from .configs import Config, Variant
 
 OP = "contrast_score"
 FLAT = tl.constexpr(reference.FLAT)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
-from rerank_kernels.reference import dequantize
+from .reference import dequantize
 
 LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
-ABI = 2  # of the C library: what its functions take
-# Rows a step of the torch path: its product with 64 queries stays in the cache.
+ABI = 2  # the version of the C library's functions and their arguments
+# Rows in one step of the torch path: their product with 64 queries stays in the cache.
 CHUNK = 8192
 # The library keeps a document's index in 32 bits.
 MAX_DOCUMENTS = 2**32
@@ -74,7 +74,7 @@ def implementation() -> str:
 def native_attention(
     q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None
 ) -> Tensor | None:
-    """`subspace_attention` by the C library, which looks at offsets and pairs itself: None without it, or where they do not fit.
+    """`subspace_attention` by the C library, which checks offsets and pairs itself. None without the library, or where they do not fit.
 
     Raises:
         MemoryError: no memory for a thread's working space.
@@ -146,7 +146,7 @@ def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tenso
 
 
 def native_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int, q_bias: Tensor | None = None) -> Tensor | None:
-    """`packed_attention` by the C library, which looks at offsets itself, in fp32: None without it, for other types, or where offsets do not fit.
+    """`packed_attention` in fp32 by the C library, which checks offsets itself. None without the library, for other types, or where offsets do not fit.
 
     Raises:
         MemoryError: no memory for a thread's working space.
@@ -182,7 +182,7 @@ def torch_packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k
 
 
 def native_rows(x: Tensor, bias: Tensor | None, residual: Tensor | None = None, norm: tuple[Tensor, Tensor, float] | None = None) -> bool:
-    """The passes of row_passes.py by the C library, in place; False without it, or where x is not whole rows of fp32 without gradient."""
+    """The passes of row_passes.py by the C library, in place. False without the library, or where x is not whole rows of fp32 without gradient."""
     level, library = _level(), _library()
     weight, shift, eps = norm or (None, None, 0.0)
     if level < 0 or library is None or (bias if norm is None else residual) is None or _needs_gradient(x, bias, residual, weight, shift):
@@ -239,12 +239,12 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _address(name: str, x: Tensor, dtype: torch.dtype, count: int, width: int = 0) -> int:
-    """Where a tensor's elements begin, for the library, which reads and writes what it is told to, whatever stands there.
+    """The address of a tensor's first element, for the C library, which reads and writes wherever it is told to.
 
     Args:
-        name: what the message calls it.
+        name: the tensor's name in the message.
         x: elements one after another; with a width, rows that may be further apart.
-        dtype: that the library takes there.
+        dtype: what the library takes there.
         count: elements that it will touch at least; 0 with a width.
         width: of a row whose elements stand one after another.
 
@@ -258,7 +258,7 @@ def _address(name: str, x: Tensor, dtype: torch.dtype, count: int, width: int = 
     return x.data_ptr()
 
 
-# The next two are called a hundred times a query, so each looks at what is right by itself and leaves only what is wrong to _address.
+# The next two are called a hundred times a query. Each accepts a right tensor by itself, and leaves only a wrong one to _address.
 def _integers(name: str, x: Tensor, count: int = 1) -> int:
     if x.dtype == torch.int64 and x.is_cpu and x.is_contiguous() and x.numel() >= count and not x.is_neg():
         return x.data_ptr()

@@ -29,13 +29,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rerank_kernels.names import ARCHS, DTYPES
+from . import OPERATORS
+from .names import ARCHS, DTYPES
 
 if TYPE_CHECKING:
-    from rerank_kernels.configs import Variant
+    from .configs import Variant
 
-MODULES = ("similarity_topk", "subspace_attention", "contrast_score", "project_normalize")
-PEERS = "inspect_peers"
+COMPILED = [name for name, operator in OPERATORS.items() if operator.compiled]
+MODULES = list(dict.fromkeys(OPERATORS[name].module for name in COMPILED))
+PEERS, PEERS_OF = "inspect_peers", "subspace_attention"  # the file of other packages' kernels, and the operator whose work they do
 LATENCY = 500e-9  # of GPU memory without load: a longer one would only lower the bound
 Job = tuple[str, str, int]  # module, architecture, place among its variants
 Row = dict[str, Any]
@@ -108,10 +110,10 @@ def bound(variant: Variant, arch: str, blocks: int, mma: bool) -> dict[str, Any]
 
 
 def measure(variant: Variant, arch: str) -> Row:
-    """Compiles one variant; its row of the report, less what names it.
+    """Compiles one variant. Returns its row of the report without what names it.
 
     Raises:
-        Exception: whatever the compiler says of a kernel that does not compile.
+        Exception: the compiler's, for a kernel that does not compile.
     """
     if isinstance(variant.kernel, Exception):
         raise variant.kernel
@@ -150,11 +152,11 @@ def measure(variant: Variant, arch: str) -> Row:
 
 @lru_cache
 def _variants(module: str, arch: str) -> list[Variant]:
-    return list(import_module(f"rerank_kernels.{module}").variants(arch))
+    return list(import_module(f".{module}", __package__).variants(arch))
 
 
 def _jobs(archs: Sequence[str], ops: Sequence[str], dtypes: Sequence[str], direction: str, peers: bool) -> list[Job]:
-    modules = [*MODULES, *[PEERS] * (peers and (not ops or "subspace_attention" in ops))]
+    modules = [*MODULES, *[PEERS] * (peers and (not ops or PEERS_OF in ops))]
     every = [(m, arch, i, v) for arch in archs for m in modules for i, v in enumerate(_variants(m, arch))]
     wanted = [j for j in every if (not ops or j[0] == PEERS or j[3].op in ops) and (not dtypes or not set(j[3].dtype.split(">")).isdisjoint(dtypes))]
     return [j[:3] for j in wanted if direction in ("", j[3].direction)]
@@ -166,7 +168,7 @@ def _row(job: Job) -> Row:
     row = {"op": v.op, "direction": v.direction, "arch": arch, "dtype": v.dtype, "d": v.d, "config": str(v.config), "tiles": asdict(v.config)}
     row |= {"shape": v.shape, "bytes": v.bytes, "flops": v.flops}
     if module == PEERS:
-        from rerank_kernels import inspect_peers
+        from . import inspect_peers
 
         package, _, name, to_longest = inspect_peers.KERNELS[v.op]
         tiles = inspect_peers.tiles_over_needed(v.config.block_m, to_longest)
@@ -227,7 +229,7 @@ def table(rows: Sequence[Row], peers: Sequence[Row] = ()) -> str:
             arch, gpu = order[place][0], GPUS[order[place][0]]
             lines += [f"{arch}: {gpu.name}, {gpu.bandwidth / 1e12:g} TB/s, {gpu.fp16 / 1e12:g} TFLOP/s in fp16, {gpu.tf32 / 1e12:g} in TF32", ""]
         cells = [titles, *(_cells(r, r["dtype"]) for r in group)]
-        if order[place][1:] == ("subspace_attention", "forward"):
+        if order[place][1:] == (PEERS_OF, "forward"):
             cells += [_cells(r, r["op"]) for r in peers if (r["arch"], r["d"]) == (arch, d)]
         widths = [max(len(c[i]) for c in cells if len(c) == len(titles)) for i in range(len(titles))]
         lines += textwrap.wrap(f"{order[place][1]} {order[place][2]}: {shape}" + f", d {d}" * (d > 0 and f"d {d}" not in shape), 80)
@@ -262,7 +264,6 @@ def _parser() -> argparse.ArgumentParser:
 
         return parse
 
-    ops = (*MODULES, "pool_normalize")
     parser = argparse.ArgumentParser(
         prog="python -m rerank_kernels.inspect",
         description="Compiles every shipped configuration ahead of time, without a GPU, and prints\nwhat the compiler made of it.\n\n" + LEGEND,
@@ -273,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arch", type=names(ARCHS), default=list(ARCHS), metavar="A,B", help=f"architectures (default: {','.join(ARCHS)})")
-    parser.add_argument("--op", type=names(ops), default=[], metavar="A,B", help=f"only these operators: {', '.join(ops)}")
+    parser.add_argument("--op", type=names(COMPILED), default=[], metavar="A,B", help=f"only these operators: {', '.join(COMPILED)}")
     parser.add_argument("--dtype", type=names(DTYPES), default=[], metavar="A,B", help=f"only these dtypes: {', '.join(DTYPES)}")
     parser.add_argument("--direction", choices=["forward", "backward"], default="", help="only this one")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -311,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from rerank_lab import cli  # the command alone: the package does without
-
+    try:
+        from rerank_lab import cli  # for terminals and pipes; the package itself needs nothing of it
+    except ImportError:
+        sys.exit(main())
     sys.exit(cli.run(main, "rerank_kernels"))

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rerank_kernels.configs import Config, Variant
+from .configs import Config, Variant
 
 # Label: (package, module, kernel, whether every document's loop runs to the longest one's end).
 KERNELS = {
@@ -51,7 +51,7 @@ def _kernel(module: str, name: str) -> Any:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Their forward kernels in fp16 at d = 128 and 384; one that cannot be had has the exception as its kernel."""
+    """Their forward kernels in fp16 at d = 128 and 384; one that cannot be imported, or has changed, has the exception as its kernel."""
     import triton.language as tl
 
     for label, (package, module, name, _) in KERNELS.items():

@@ -1,28 +1,28 @@
-"""Softmax attention within each of many texts that stand one after another, the transformer's own, without padding.
+"""A transformer's attention of each of many packed texts to itself: softmax((q + q_bias) kᵀ / √(d / heads)) v, head by head.
 
-A CPU operator: short texts are the rule in reranking, and there a padded batch or a call a text costs more than the attention.
-There is no Triton kernel; on a GPU padded batches run torch's fused attention, and this is its definition.
+It is a CPU operator: most texts in reranking are short, and padding them, or a call for each text, costs more than their
+attention. There is no Triton kernel. On a GPU padded batches run torch's fused attention, and the definition answers here.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from rerank_kernels import backend, checks, cpu, reference
-from rerank_kernels.ambient import exact
+from . import backend, checks, cpu, reference
+from .ambient import exact
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, heads: int, q_bias: Tensor | None = None) -> Tensor:
     """Each text's queries attend to its own keys: softmax((q + q_bias) kᵀ / √(d / heads)) v, head by head.
 
-    A bias of k moves all scores of a query alike, which softmax takes out again; one of v comes out of the sum as it is, so whoever
-    has them can leave them out here and add v's to the result.
+    Biases of k and v can be left out: one of k moves all scores of a query alike, which softmax undoes, and one of v can be added
+    to the result.
 
     Args:
         q: nnz_q × d, any float type; rows may be wider apart than d, as those of a slice of columns are.
         k, v: nnz_k × d, of q's type and device.
-        q_offsets, k_offsets: B + 1, int64, non-decreasing, where each text's rows begin and the last ends.
-        heads: head h has columns h · d / heads and on.
+        q_offsets, k_offsets: B + 1, int64: text b owns the rows offsets[b] to offsets[b + 1].
+        heads: a divisor of d; head h has the d / heads columns from h · d / heads on.
         q_bias: d, of q's type; None: 0.
 
     Returns:

@@ -5,21 +5,26 @@ A zero vector stays zero, a text without tokens is zero. Quantised rows: y = sca
 (float8_e4m3fn); a row with a NaN has the scale NaN.
 """
 
+# The arguments of Triton's functions have no types that Python knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, no-check-untyped-defs
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend, checks, reference
-from rerank_kernels.ambient import exactly
-from rerank_kernels.backend import on_device, operator, tl, triton
-from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
+from . import backend, checks, reference
+from .ambient import exactly
+from .backend import on_device, operator, tl, triton
+from .configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
+from .samples import normal, seeded, unit
 
 OP = "project_normalize"
 MAX_COLUMNS = 1024  # a program holds whole rows of the result; the reference takes wider ones
+LARGEST_TILE = 2**14  # values of those rows that tune lets a program hold
 EPSILON = tl.constexpr(1e-12)
 
 
@@ -128,13 +133,24 @@ def variants(arch: str) -> Iterator[Variant]:
             width = WIDTHS[dtype]
             moved = rows * (d * width + r * (8 if direction == "backward" else 1 if out == "int8" else width))
             name = dtype if out == dtype else f"{dtype}>{out}"
-            yield Variant(OP, direction, name, d, config, kernel, signature, constants, f"{rows:,} tokens, d {d} to {r}", moved, 2.0 * rows * d * r)
+            shape, flops = f"{rows:,} tokens, d {d} to {r}", 2.0 * rows * d * r
+            yield Variant(OP, direction, name, d, config, kernel, signature, constants, shape, moved, flops, LARGEST_TILE)
     config = configuration("pool", arch, "fp16", 384, 512, True)
     constants = {"D": 384, "BLOCK_M": config.block_m, "BLOCK_N": 512}
     signature = {"h_ptr": "*fp16", "offsets": "*i64", "out_ptr": "*fp32"} | dict.fromkeys(constants, "constexpr")
     yield Variant(
         "pool_normalize", "forward", "fp16", 384, config, _pool_kernel, signature, constants, f"{rows:,} tokens of 1,000 texts, d 384", rows * 384 * 2, 0
     )
+
+
+def workload(variant: Variant, device: torch.device, rows: int) -> Callable[[], object]:
+    """The call that tune times, forward or backward: 160 · rows tokens to 128 columns."""
+    g, dtype = seeded(), variant.torch_dtype
+    h, V = unit(160 * rows, variant.d, g).to(device).to(dtype), torch.linalg.qr(normal(variant.d, 128, g))[0].to(device, dtype)
+    if variant.direction == "forward":
+        return lambda: project_normalize(h, V, dtype)
+    grad = torch.ones(len(h), 128, dtype=torch.float32, device=device)
+    return lambda: _backward_op(grad, h, V)
 
 
 def _launch(direction: str, h: Tensor, V: Tensor | None, outs: dict[str, Tensor], **constants: Any) -> None:

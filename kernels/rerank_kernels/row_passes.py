@@ -1,13 +1,14 @@
 """What a transformer does with whole rows between two matrix products, in one pass over memory and in place.
 
-CPU operators, like packed_attention: on a GPU torch's own kernels, or a compiler's, do this.
+bias_gelu_: x ← gelu(x + bias). add_norm_: x ← layer_norm(x + bias + residual) · weight + shift. Both are CPU operators, like
+packed_attention: on a GPU torch's own kernels, or a compiler's, do this.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from rerank_kernels import backend, checks, cpu, reference
+from . import backend, checks, cpu, reference
 
 
 def bias_gelu_(x: Tensor, bias: Tensor) -> Tensor:
@@ -32,8 +33,8 @@ def add_norm_(x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, 
 
     Args:
         x: N × d, any float type, without gradient; changed.
-        residual: N × d.
         bias: d; None: 0.
+        residual: N × d.
         weight, shift: d, of the norm.
         eps: what is added to the variance.
 

@@ -1,26 +1,30 @@
 """Similarity of queries with documents and the k best of each query in one pass: the B × N matrix is never in memory.
 
-Cosine divides by both lengths (a zero vector has similarity 0), dot does not. Equal values stand in ascending index; a
-NaN stands after −inf; a query with fewer than k documents is padded with value −inf and index −1.
+s_bn = q_b · d_n (dot), or q_b · d_n / (‖q_b‖ ‖d_n‖), which is 0 for a zero vector (cosine). Equal values stand in ascending
+index; a NaN stands after −inf; a query with fewer than k documents is padded with value −inf and index −1.
 
 A value and its index travel as one int64 key whose order is the order of the result: the float's bits made monotone in
 the upper half, the index counted down in the lower. Each program sorts its tiles' keys into the k best so far; a second
 kernel merges what the programs found.
 """
 
+# The arguments of Triton's functions have no types that Python knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, no-check-untyped-defs
+
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rerank_kernels import backend, checks, cpu, reference
-from rerank_kernels.backend import on_device, operator, tl, triton
-from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
+from . import backend, checks, cpu, reference
+from .backend import on_device, operator, tl, triton
+from .configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
+from .samples import documents, seeded, unit
 
 OP = "similarity_topk"
 METRICS = ("cosine", "dot")
@@ -199,6 +203,14 @@ def variants(arch: str) -> Iterator[Variant]:
         signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in _merge_kernel.arg_names}
         moved, shape = B * (share if last else splits) * 2**log_k * 8, f"{B} queries, {share if last else splits} splits, k {k}"
         yield Variant(f"{OP}_merge", "forward", "int64", 0, Config(1, 2**log_k, 1, 1, 1), _merge_kernel, signature, constants, shape, moved, 0)
+
+
+def workload(variant: Variant, device: torch.device, rows: int) -> Callable[[], object]:
+    """The call that tune times: the 100 best of 100 · rows documents for each of 16 queries."""
+    g = seeded()
+    x, scales = documents(100 * rows, variant.d, variant.torch_dtype, device, g)
+    queries = unit(16, variant.d, g).to(device)
+    return lambda: similarity_topk(queries, x, min(100, len(x)), scales=scales)
 
 
 def _triton(queries: Tensor, documents: Tensor, k: int, segments: Tensor | None, metric: str, scales: Tensor | None) -> tuple[Tensor, Tensor]:

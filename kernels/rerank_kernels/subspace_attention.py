@@ -5,19 +5,23 @@ Token vectors are at unit length, so s ≤ 1 and the fixed shift of 1 replaces a
 are plain sums. A document without tokens scores −1, a query without tokens has no values, a NaN stays in its document.
 """
 
+# The arguments of Triton's functions have no types that Python knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators, no-check-untyped-defs
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rerank_kernels import backend, checks, cpu, reference
-from rerank_kernels.backend import on_device, operator, tl, triton
-from rerank_kernels.configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
-from rerank_kernels.reference import MIN_TAU
+from . import backend, checks, cpu, reference
+from .backend import on_device, operator, tl, triton
+from .configs import INTERPRETED, NAMES, POINTERS, WIDTHS, Config, Variant, architecture, key, tuned
+from .reference import MIN_TAU
+from .samples import documents, seeded, unit
 
 OP = "subspace_attention"
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -206,6 +210,22 @@ def variants(arch: str) -> Iterator[Variant]:
             if direction == "backward":  # twice through the documents, their gradient added in fp32; scores twice and two products
                 moved, flops = 2 * moved + N * Ld * d * 8, 4 * flops
             yield Variant(OP, direction, dtype, d, config, kernel, signature, constants, shape, moved, flops)
+
+
+def workload(variant: Variant, device: torch.device, rows: int) -> Callable[[], object]:
+    """The call that tune times, forward or backward: 1 query of 32 tokens and so many documents of 160."""
+    g = seeded()
+    x, scales = documents(160 * rows, variant.d, variant.torch_dtype, device, g)
+    q, ends = (
+        unit(32, variant.d, g).to(device, x.dtype if scales is None else torch.float16),
+        torch.arange(0, len(x) + 1, 160, dtype=torch.int64, device=device),
+    )
+    pairs = torch.stack([torch.zeros_like(ends[1:]), torch.arange(rows, dtype=torch.int64, device=device)], 1)
+    arguments = q, torch.tensor([0, 32], dtype=torch.int64, device=device), x, ends, pairs, 0.1, scales
+    if variant.direction == "forward":
+        return lambda: subspace_attention(*arguments)
+    grad = torch.ones(32 * rows, dtype=torch.float32, device=device)
+    return lambda: _backward_op(grad, *arguments)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-OPERATORS = ("subspace_attention", "similarity_topk", "project_normalize")
+from . import OPERATORS
+
+TUNED = [name for name, operator in OPERATORS.items() if operator.tuned]
 EPILOG = """Takes minutes. Put the file elsewhere with --out, and name it in
 RERANK_KERNELS_CONFIGS when kernels run; delete it to go back to the table that
 ships. Operators and widths that it does not name keep the table's
@@ -28,7 +30,7 @@ exit codes: 0 done, 1 no GPU here or nothing could be launched, 2 wrong input"""
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser("python -m rerank_kernels.tune", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=OPERATORS, action="append", metavar="NAME", help=f"only this: {', '.join(OPERATORS)}; may be given again")
+    parser.add_argument("--op", choices=TUNED, action="append", metavar="NAME", help=f"only this: {', '.join(TUNED)}; may be given again")
     parser.add_argument(
         "--out",
         type=lambda name: Path(os.path.expanduser(name)),
@@ -38,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     import torch
 
-    from rerank_kernels.configs import tuned, tuned_path
-    from rerank_kernels.tuning import run, write
+    from .configs import tuned, tuned_path
+    from .tuning import run, write
 
     out = args.out or tuned_path()
     try:
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, AttributeError) as error:
         parser.error(f"--out {out} cannot be written: {error}")
     device = torch.device("cuda")
-    found = run(args.op or OPERATORS, device, lambda call: float(import_module("triton.testing").do_bench(call, return_mode="median")))
+    found = run(args.op or TUNED, device, lambda call: float(import_module("triton.testing").do_bench(call, return_mode="median")))
     if not found:
         print("tune: no configuration could be launched", file=sys.stderr)
         return 1
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from rerank_lab import cli  # the command alone: the package does without
-
+    try:
+        from rerank_lab import cli  # for terminals and pipes; the package itself needs nothing of it
+    except ImportError:
+        sys.exit(main())
     sys.exit(cli.run(main, "rerank_kernels"))

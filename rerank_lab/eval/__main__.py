@@ -15,23 +15,16 @@ from typing import TYPE_CHECKING
 from rerank_lab import cli
 from rerank_lab.client.v3 import KEY
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.eval.settings import MEASURES, Settings, parse
+from rerank_lab.eval.settings import MEASURES, EvalSettings, parse
 
 if TYPE_CHECKING:
     from rerank_lab.eval.executors.base import Executor
-from rerank_lab.cache.store import Store
-from rerank_lab.eval.evaluate import cache_place, checked, collection_hash, evaluate, out_folder
-from rerank_lab.eval.executors.base import Executor
-from rerank_lab.eval.executors.local import Local
-from rerank_lab.measures.quality import known_measures
-from rerank_lab.methods import METHODS
-from rerank_lab.models.registry import REGISTRY
 
 log = logging.getLogger("rerank_lab")
 
 
-class _Beside(logging.Handler):
-    """Lines on stderr that leave progress bars whole."""
+class _ProgressBarHandler(logging.Handler):
+    """Writes log lines to stderr without breaking progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -40,8 +33,8 @@ class _Beside(logging.Handler):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    handler = _Beside()
+    """Runs the command and returns its exit code."""
+    handler = _ProgressBarHandler()
     handler.setFormatter(logging.Formatter("rerank_lab: %(message)s"))
     log.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     log.addHandler(handler)
@@ -69,28 +62,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is torch's own for a GPU."""
+    """Whether a GPU ran out of memory."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def _run(settings: Settings, argv: Sequence[str]) -> str:
-    """One evaluation or a grid of them, here or on a cluster; what stdout shows of it."""
+def _run(settings: EvalSettings, argv: Sequence[str]) -> str:
+    """Runs one evaluation or a grid of them, here or on a cluster. Returns the text for stdout."""
     from rerank_lab.eval import grid
+    from rerank_lab.eval.evaluate import checked, collection_hash, evaluate, out_folder
 
     collection_hash.cache_clear()
     if settings.grid is None:
         checked(settings)
-    with _ended_as_interrupted(), closing(_executor(settings)) as executor, _ended_as_interrupted():  # Ray sets a handler of its own
+    with _sigterm_as_interrupt(), closing(_executor(settings)) as executor, _sigterm_as_interrupt():  # Ray sets a handler of its own
         if settings.grid is None:
             return evaluate(settings, executor)
         return grid.run(settings, argv, out_folder(settings, settings.grid.stem), partial(evaluate, executor=executor), checked)
 
 
 @contextmanager
-def _ended_as_interrupted() -> Iterator[None]:
-    """SIGTERM, by which schedulers end a job, is taken as Ctrl-C is: what runs elsewhere is ended too."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Treats SIGTERM like Ctrl-C: a job that a scheduler ends stops its work on other machines too."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -101,20 +95,25 @@ def _ended_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _executor(settings: Settings) -> Executor:
+def _executor(settings: EvalSettings) -> Executor:
+    from rerank_lab.cache.store import Store
+    from rerank_lab.eval.evaluate import cache_place
+    from rerank_lab.eval.executors.local import LocalExecutor
 
     cache = cache_place(settings)
     if settings.executor == "local" or cache is None:
-        return Local(None if cache is None else Store(cache))
-    from rerank_lab.eval.executors.ray import OnRay
+        return LocalExecutor(None if cache is None else Store(cache))
+    from rerank_lab.eval.executors.ray import RayExecutor
 
     resources = settings.resources or {"CPU": 1.0}
-    return OnRay(settings.address or "auto", cache, workers=settings.workers, resources=resources, kernels=settings.kernels, threads=settings.threads)
+    return RayExecutor(settings.address or "auto", cache, workers=settings.workers, resources=resources, kernels=settings.kernels, threads=settings.threads)
 
 
 def _listing() -> str:
     from rerank_lab.datasets.beir import bundled_names
-    from rerank_lab.methods import labels
+    from rerank_lab.measures.quality import known_measures
+    from rerank_lab.methods import METHODS, labels
+    from rerank_lab.models.registry import REGISTRY
 
     def wrapped(title: str, text: str) -> str:
         return textwrap.fill(text, 80, initial_indent=f"  {title:<18}", subsequent_indent=" " * 20)

@@ -1,4 +1,4 @@
-"""One evaluation, from its options to its folder: collection, first stage, rankings, costs, results."""
+"""One evaluation, from its settings to its results folder: collection, first stage, rankings, costs, results."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from rerank_lab.eval.executors.base import Executor
 from rerank_lab.eval.journal import Journal
 from rerank_lab.eval.records import RowRecords
 from rerank_lab.eval.results import Config, Results
-from rerank_lab.eval.settings import Settings, effective
+from rerank_lab.eval.settings import EvalSettings, effective
 from rerank_lab.eval.summary import Evaluation, summarize
 from rerank_lab.eval.system import System, names
 from rerank_lab.eval.table import table
-from rerank_lab.eval.work import Work
+from rerank_lab.eval.work import RankingWork
 from rerank_lab.files import Json, expanded, file_hash
 from rerank_lab.first_stage import file_of
 from rerank_lab.first_stage.base import TopK
@@ -46,8 +46,19 @@ from rerank_lab.reranker import EXACT, Reranker
 log = logging.getLogger("rerank_lab")
 
 
-def evaluate(options: Settings, executor: Executor) -> str:
-    """Runs the evaluation that the options describe, writes its folder and returns the table for stdout."""
+def evaluate(options: EvalSettings, executor: Executor) -> str:
+    """Runs one evaluation and writes its results folder.
+
+    Args:
+        options: the settings.
+        executor: does the work, here or on a cluster.
+
+    Returns:
+        the table for stdout.
+
+    Raises:
+        UserError: wrong input. ModelError: a model failed.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -71,11 +82,11 @@ def evaluate(options: Settings, executor: Executor) -> str:
             return _evaluate(options, systems, remote, journal, config, executor)
 
 
-def _check_same(found: Results, options: Settings, out: Path) -> None:
-    """Whether finished results are still those of the files that the options name.
+def _check_same(found: Results, options: EvalSettings, out: Path) -> None:
+    """Checks that finished results still belong to the files that the options name.
 
     Raises:
-        UserError: collection, judgements or the run changed since.
+        UserError: the collection or the run file has changed since.
     """
     file = file_of(options.candidates)
     changed = [options.candidates] if file is not None and file_hash(file) != found.candidates.details.get("file_sha256") else []
@@ -84,16 +95,20 @@ def _check_same(found: Results, options: Settings, out: Path) -> None:
         raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
 
 
-@cache  # a grid's finished cells share their collections
+@cache  # the finished cells of a grid share collections
 def collection_hash(dataset: str, split: str) -> str:
+    """The hash of a collection's texts, queries and judgements."""
     return load_dataset(dataset, split).hash
 
 
-def checked(options: Settings) -> tuple[dict[str, System], str]:
-    """Label → system, and the baseline's label.
+def checked(options: EvalSettings) -> tuple[dict[str, System], str]:
+    """Checks methods, measures, sweeps and baseline.
+
+    Returns:
+        label → system, in the order of the rows, and the baseline's label.
 
     Raises:
-        UserError: everything that is wrong with methods, measures and sweeps.
+        UserError: some of them are wrong; the message lists all problems.
     """
     systems, problems = _systems(options)
     try:
@@ -109,7 +124,9 @@ def checked(options: Settings) -> tuple[dict[str, System], str]:
     return systems, baseline
 
 
-def _evaluate(options: Settings, systems: dict[str, System], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Json], executor: Executor) -> str:
+def _evaluate(
+    options: EvalSettings, systems: dict[str, System], remote: dict[str, Endpoint], journal: Journal, config: dict[str, Json], executor: Executor
+) -> str:
     dataset = load_dataset(options.dataset, options.split, executor.corpus())
     if options.limit_queries:
         dataset = _limited(dataset, options.limit_queries)
@@ -130,25 +147,25 @@ def _evaluate(options: Settings, systems: dict[str, System], remote: dict[str, E
     detail = max((d for d in (detail, options.detail) if d is not None), default=None)
     rankers: dict[str, Reranker | Endpoint] = {**own, **remote}
     deep = _candidates(options, dataset, reranker, detail, executor)
-    work = Work(executor, dataset, deep.cut(options.top_k), journal)
+    work = RankingWork(executor, dataset, deep.cut(options.top_k), journal)
     for note in work.candidates.notes:
         log.warning("%s", note)
 
     journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.hash, "models": about.models})
     collected: dict[str, RowRecords] = {}
     for label in systems:
-        ranks = rankers[label]
-        collected[label] = RowRecords(work.records(label, ranks), ranks.token_limit, work.cold(label, ranks, options.cold_queries))
+        ranker = rankers[label]
+        collected[label] = RowRecords(work.records(label, ranker), ranker.token_limit, work.cold(label, ranker, options.cold_queries))
     if local and reranker.arithmetic != EXACT:
-        # What a faster runtime or precision loses on the same candidates, beside what it wins.
+        # The same rankings in fp32 show how much quality a faster runtime or precision costs.
         exact = _reranker(options, local, exact=True)
         _encode_candidates(exact, dataset, work.candidates, detail, "encode candidates in fp32", executor)
         for system in local:
             row = exact.using(system.method, cross=system.crossed)
             collected[system.label].exact = work.records(f"{system.label} in fp32", row)
     for label, row in own.items() if not options.no_kernel_check else ():
-        if "bi-encoder" in row.method.roles and row.cross is None:  # what a cross-encoder computes no kernel of these has touched
-            collected[label].kernels = kernel_check.check(label, row, about.types, work.records)
+        if "bi-encoder" in row.method.roles and row.cross is None:  # these kernels compute nothing of a cross-encoder's scores
+            collected[label].kernels = kernel_check.check(label, row, about.dtypes, work.records)
 
     def encode(tokens: int) -> None:
         _encode_candidates(reranker.with_max_tokens(tokens), dataset, work.candidates, detail, f"encode {tokens} tokens", executor)
@@ -169,8 +186,8 @@ def _evaluate(options: Settings, systems: dict[str, System], remote: dict[str, E
     return table(results) + f"\nWritten to {journal.out}\nAs a page with plots: python -m rerank_lab.report {shlex.quote(str(journal.out))}\n"
 
 
-def _systems(options: Settings) -> tuple[dict[str, System], list[str]]:
-    """Label → system, and what is wrong with every name and setting that is."""
+def _systems(options: EvalSettings) -> tuple[dict[str, System], list[str]]:
+    """Label → system, and one problem for each wrong name or setting."""
     cross = options.model_cross != "none"
     systems: dict[str, System] = {}
     problems: list[str] = []
@@ -189,13 +206,14 @@ def _systems(options: Settings) -> tuple[dict[str, System], list[str]]:
 
 
 def stem(dataset: str) -> str:
-    """A collection in a folder's name."""
+    """A collection's name as part of a folder's name."""
     scheme, _, rest = dataset.partition(":")
     place = Path(rest if scheme in ("hf", "irds") else dataset)
     return re.sub(r"[^\w.-]", "_", (place.resolve() if place.exists() else place).name.removesuffix(".zip"))
 
 
-def out_folder(options: Settings, stem: str) -> Path:
+def out_folder(options: EvalSettings, stem: str) -> Path:
+    """The results folder: --out; with --resume the latest one for `stem`; otherwise a new one named after the day and `stem`."""
     if options.out is not None:
         return Path(options.out)
     wanted = Path("results") / f"{datetime.date.today():%Y-%m-%d}-{stem}"
@@ -206,7 +224,7 @@ def out_folder(options: Settings, stem: str) -> Path:
     return next(path for path in names if options.overwrite or not path.exists())
 
 
-def _endpoint(url: str, system: System, options: Settings) -> Endpoint:
+def _endpoint(url: str, system: System, options: EvalSettings) -> Endpoint:
     return Endpoint(
         url,
         system.method,
@@ -217,10 +235,10 @@ def _endpoint(url: str, system: System, options: Settings) -> Endpoint:
     )
 
 
-def _reranker(options: Settings, systems: Sequence[System], *, exact: bool = False) -> Reranker:
-    """The models; `exact`: under torch in fp32, whatever the options say."""
+def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool = False) -> Reranker:
+    """Loads the models that these systems need; exact: by torch in fp32 instead of the runtime and precision in the options."""
     needs_cross = any(system.crossed for system in systems)
-    elsewhere = options.executor == "ray"  # what is here then describes models that run on workers, whose device this machine need not have
+    elsewhere = options.executor == "ray"  # the models here then only describe those on the workers; this machine may lack the workers' device
     made = Reranker(
         options.model,
         systems[0].method if systems else "fast",
@@ -237,17 +255,17 @@ def _reranker(options: Settings, systems: Sequence[System], *, exact: bool = Fal
     return made.elsewhere(device=options.device)
 
 
-def cache_place(options: Settings) -> str | None:
-    """Where vectors are kept: a folder, absolute since workers have folders of their own, or a URL."""
+def cache_place(options: EvalSettings) -> str | None:
+    """Where vectors are kept: a URL, or an absolute folder, since workers run in other folders. None: nowhere."""
     if options.no_cache:
         return None
     place = expanded(options.cache or default_place())
     return place if is_url(place) else str(folder_of(place).absolute())
 
 
-def _candidates(options: Settings, dataset: Dataset, reranker: Reranker, detail: Detail | None, executor: Executor) -> Candidates:
-    """First stage, and the vectors of all documents that the methods will look at (detail None: none of them needs any)."""
-    # One forward gives every kind of vector: those of the whole corpus unless few of its documents will be looked at.
+def _candidates(options: EvalSettings, dataset: Dataset, reranker: Reranker, detail: Detail | None, executor: Executor) -> Candidates:
+    """Runs the first stage and caches the vectors of all documents that the methods will read (detail None: the methods need no vectors)."""
+    # One forward pass gives every kind of vector, so the whole corpus is encoded at once, unless the methods read only few documents.
     whole = detail and len(dataset.qrels) * options.top_k >= len(dataset.corpus)
 
     def search(ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
@@ -268,7 +286,7 @@ def _candidates(options: Settings, dataset: Dataset, reranker: Reranker, detail:
 
 
 def _encode_candidates(reranker: Reranker, dataset: Dataset, candidates: Candidates, detail: Detail | None, title: str, executor: Executor) -> None:
-    """Puts the vectors of all candidates into the cache (detail None: none are needed)."""
+    """Puts the vectors of all candidates into the cache (detail None: the methods need no vectors)."""
     if detail is not None:
         needed = list({d: None for ranked in candidates.run.values() for d in ranked.documents})
         executor.encode(reranker, dataset.corpus, needed, detail, title)

@@ -1,7 +1,7 @@
-"""--grid: collections × models × methods × settings as one run, a results folder a cell.
+"""--grid: collections × models × methods × settings as one run, with a results folder for each cell.
 
-A TOML file holds options as --config does; each key of its table [grid] has a list of values, and every combination is a cell.
-Cells share the cache, and a collection is encoded once for all that read it: in the richest detail that any of them wants.
+The TOML file holds options, as a --config file does. Each key of its table [grid] has a list of values, and every combination is a cell.
+Cells share the cache. A collection is encoded once for all cells that read it, in the richest detail that any of them needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval.journal import RESULTS
 from rerank_lab.eval.results import read as read_results
-from rerank_lab.eval.settings import CLUSTER, Settings, flags, parse, parser, read_toml
+from rerank_lab.eval.settings import CLUSTER_OPTIONS, EvalSettings, flags, parse, parser, read_toml
 from rerank_lab.eval.system import System, names
 from rerank_lab.eval.table import interval
 from rerank_lab.files import Json, write_atomically
@@ -34,35 +34,39 @@ from rerank_lab.models.base import Detail
 from rerank_lab.models.one_way import backbone_of
 
 log = logging.getLogger("rerank_lab")
-GRID, SCHEMA = "grid.json", 1
-FIXED = {"grid", "config", "list", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "kernels", "threads", *CLUSTER}  # the same for all cells
+GRID, GRID_SCHEMA = "grid.json", 1
+# Options that are the same for all cells.
+FIXED = {"grid", "config", "list", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "kernels", "threads", *CLUSTER_OPTIONS}
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One evaluation of a grid.
 
     Attributes:
-        name: of its folder, unlike the others'.
-        values: option → value, as the axes have it.
-        options: as the command line would give them.
+        name: of its folder; unique in the grid.
+        values: option → value on each axis, as the TOML file gives it.
+        options: the cell's settings.
     """
 
     name: str
     values: dict[str, Json]
-    options: Settings
+    options: EvalSettings
 
 
-def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any]], list[Cell]]:
-    """The axes of a grid and its cells, collections slowest.
+def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any]], list[GridCell]]:
+    """Reads a grid.
 
     Args:
         path: the TOML file.
-        argv: flags of the command line, which win over the file.
+        argv: flags of the command line; they win over the file.
         out: the folder of the grid.
 
+    Returns:
+        its axes, option → values, and its cells. Collections change slowest.
+
     Raises:
-        UserError: a file that is unreadable, has no table [grid], or unknown keys; an axis that the command line fixes.
+        UserError: the file is unreadable, has no table [grid] or has unknown keys; or a flag also sets an axis.
     """
     table = read_toml(path)
     given = table.pop("grid", None)
@@ -89,21 +93,25 @@ def read(path: Path, argv: Sequence[str], out: Path) -> tuple[dict[str, list[Any
         stem = _capped(",".join(_short(key, value) for key, value in own.items() if len(axes[key]) > 1 or key == "dataset") or "cell")
         name = next(n for n in itertools.chain([stem], (f"{stem},{i}" for i in itertools.count(2))) if n not in names)
         names.add(name)
-        cells.append(Cell(name, own, parse([*every, *flags(own, path, parser()), *argv, f"--out={out / name}"])))
+        cells.append(GridCell(name, own, parse([*every, *flags(own, path, parser()), *argv, f"--out={out / name}"])))
     return {key: axes[key] for key in order}, cells
 
 
-def run(options: Settings, argv: Sequence[str], out: Path, evaluate: Callable[[Settings], str], check: Callable[[Settings], object]) -> str:
-    """Evaluates every cell that is not finished; what stdout shows.
+def run(options: EvalSettings, argv: Sequence[str], out: Path, evaluate: Callable[[EvalSettings], str], check: Callable[[EvalSettings], object]) -> str:
+    """Evaluates every cell that is not finished.
 
     Args:
         options, argv: of the command line.
         out: the folder of the grid.
         evaluate: makes one cell's folder.
-        check: raises UserError where a cell's options cannot be run.
+        check: raises UserError if a cell's options cannot be run.
+
+    Returns:
+        the text for stdout.
 
     Raises:
-        UserError: wrong input, that shows before anything runs, or of some cells. ModelError: some cells failed. The others are finished.
+        UserError: wrong input. If it is found only when cells run, the other cells are finished.
+        ModelError: some cells failed; the others are finished.
     """
     assert options.grid is not None
     axes, cells = read(options.grid, _without_grid(argv), out)
@@ -130,16 +138,16 @@ def run(options: Settings, argv: Sequence[str], out: Path, evaluate: Callable[[S
     return text
 
 
-def details(cells: Sequence[Cell]) -> Iterator[Detail]:
-    """For each cell the richest detail that any cell wants which reads the same texts by the same model."""
+def details(cells: Sequence[GridCell]) -> Iterator[Detail]:
+    """For each cell, the richest detail that any cell with the same texts and the same model needs."""
     shared = ("dataset", "split", "model", "subspace", "device", "runtime", "precision", "max_tokens_per_doc")
     keys = [tuple(repr(getattr(cell.options, name)) for name in shared) for cell in cells]
     wanted = [_detail(cell.options) for cell in cells]
     return (max(d for k, d in zip(keys, wanted) if k == key) for key in keys)
 
 
-def _detail(options: Settings) -> Detail:
-    """What the methods of a cell read of a document."""
+def _detail(options: EvalSettings) -> Detail:
+    """The richest detail that a cell's methods read of a document."""
     cross = options.model_cross != "none"
     one_way = cross and backbone_of(options.model_cross) == options.model
     found = Detail.POOLED
@@ -150,22 +158,22 @@ def _detail(options: Settings) -> Detail:
 
 
 def _without_grid(argv: Sequence[str]) -> list[str]:
-    """The flags that cells take too."""
+    """The flags without --grid and --out: those that apply to each cell."""
     taken, kept = argparse.ArgumentParser(add_help=False, allow_abbrev=False), list(argv)
     taken.add_argument("--grid"), taken.add_argument("--out")
     return taken.parse_known_args(kept)[1]
 
 
-def _problems(cell: Cell, check: Callable[[Settings], object]) -> Iterator[str]:
+def _problems(cell: GridCell, check: Callable[[EvalSettings], object]) -> Iterator[str]:
     try:
         check(cell.options)
     except UserError as error:
         yield str(error)
 
 
-def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[Cell], options: Settings) -> None:
-    """Writes what the grid is, or checks that it is the one that was begun."""
-    about = {"schema": SCHEMA, "axes": axes, "cells": [{"name": cell.name, "values": cell.values} for cell in cells]}
+def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[GridCell], options: EvalSettings) -> None:
+    """Writes grid.json, or checks that the grid is still the one that was begun."""
+    about = {"schema": GRID_SCHEMA, "axes": axes, "cells": [{"name": cell.name, "values": cell.values} for cell in cells]}
     path = out / GRID
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file, not a folder")
@@ -188,9 +196,9 @@ def _begin(out: Path, axes: Mapping[str, list[Any]], cells: Sequence[Cell], opti
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
-def _forget(out: Path, path: Path, cells: Sequence[Cell]) -> None:
-    """Makes cells unfinished before any of them is done again, and removes those of an older grid, so that nothing old is taken for new."""
-    with suppress(OSError, ValueError, TypeError, KeyError):  # damaged: then only those that are listed now
+def _forget(out: Path, path: Path, cells: Sequence[GridCell]) -> None:
+    """Marks all cells as unfinished and removes the cells of an older grid, so that no old result passes for a new one."""
+    with suppress(OSError, ValueError, TypeError, KeyError):  # from a damaged grid.json, older cells are not known
         for name in {cell["name"] for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]} - {cell.name for cell in cells}:
             if (out / name / RESULTS).is_file() or (out / name / "partial").is_dir():
                 shutil.rmtree(out / name)
@@ -198,8 +206,8 @@ def _forget(out: Path, path: Path, cells: Sequence[Cell]) -> None:
         (out / cell.name / RESULTS).unlink(missing_ok=True)
 
 
-def _table(out: Path, cells: Sequence[Cell]) -> list[str]:
-    """A line a cell: its best mean and whose it is."""
+def _table(out: Path, cells: Sequence[GridCell]) -> list[str]:
+    """One line for each cell: the best mean, and the row that reached it."""
     lines = []
     for cell in cells:
         try:
@@ -215,7 +223,7 @@ def _table(out: Path, cells: Sequence[Cell]) -> list[str]:
 
 
 def _capped(name: str) -> str:
-    """A name that file systems bear, with the report's own files under it."""
+    """A name short enough for file systems, also as the folder of the report's files."""
     return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

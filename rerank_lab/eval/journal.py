@@ -1,6 +1,6 @@
-"""What an evaluation has done so far, kept so that it survives Ctrl-C and kill -9.
+"""The progress of an evaluation on disk. It survives Ctrl-C and kill -9.
 
-In OUT/partial: config.json, and for each method a file with one line a finished query.
+The folder OUT/partial holds config.json and, for each row, a file with one line for each finished query.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from rerank_lab.errors import UserError
 from rerank_lab.eval.records import Record
-from rerank_lab.eval.results import AGAIN, SCHEMA, Results, parse
+from rerank_lab.eval.results import RESULTS_SCHEMA, RUN_AGAIN, Results, parse
 from rerank_lab.files import DecodeError, Json, write_atomically
 
 RESULTS = "results.json"
@@ -23,23 +23,23 @@ REPORTS = ("report.md", "report.html", "report.tex")
 
 
 def file_name(label: str) -> str:
-    """A method's label as a file name: best:tau=0.05 → best-tau=0.05.
+    """A row's label as a file name: best:tau=0.05 → best-tau=0.05.
 
-    An address is shortened and gets a hash of the label, since http://a:80:best and http://a/80:best would be one name.
+    A label with an address is shortened and gets a hash: http://a:80:best and http://a/80:best would otherwise share a name.
     """
     name = re.sub(r"[^\w.+=-]+", "-", label)
     return f"{name[:80]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}" if "/" in label else name
 
 
 class Journal:
-    """The folder of one evaluation while it runs.
+    """The results folder of one evaluation while it runs.
 
     Args:
         out: the results folder.
-        resume, overwrite: what to do with what is there.
+        resume, overwrite: whether to go on with what the folder holds, or to replace it.
 
     Raises:
-        UserError: the folder holds results or an interrupted run and neither flag was given.
+        UserError: the folder cannot be written, or it holds results or an interrupted run and neither flag was given.
     """
 
     def __init__(self, out: Path, *, resume: bool, overwrite: bool):
@@ -51,11 +51,11 @@ class Journal:
             out.mkdir(parents=True, exist_ok=True)
             (out / ".probe").touch()
             (out / ".probe").unlink()
-            if new:  # wrong input, found later, leaves no empty folder
+            if new:  # wrong input that is found later leaves no empty folder behind
                 out.rmdir()
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
-        # While a run goes on over old results, both are there; the partial folder goes last.
+        # A run that replaces results has both until it ends: old results and a partial folder, which is removed last.
         done = (out / RESULTS).is_file() and not self.partial.is_dir()
         self.finished = done and not overwrite
         if not (overwrite or resume) and (done or self.partial.is_dir()):
@@ -63,25 +63,25 @@ class Journal:
             raise UserError(f"{out} {state}: --resume to go on, --overwrite to replace, or another --out")
 
     def results(self, config: Mapping[str, Json]) -> Results:
-        """The finished results, if this configuration made them.
+        """The finished results.
 
         Raises:
-            UserError: they do not read back, or another version or configuration made them.
+            UserError: results.json is damaged, or another version or configuration made it.
         """
         value = _load(self.out / RESULTS)
-        if value.get("schema") != SCHEMA:
-            raise UserError(f"{self.out}: results of schema {value.get('schema')}, and this version's is {SCHEMA}; start again with --overwrite")
+        if value.get("schema") != RESULTS_SCHEMA:
+            raise UserError(f"{self.out}: results of schema {value.get('schema')}, and this version's is {RESULTS_SCHEMA}; start again with --overwrite")
         self._compare(value.get("config", {}), config, "the finished run")
         try:
             return parse(value)
         except DecodeError as problem:
-            raise UserError(f"{self.out / RESULTS}: {problem}; {AGAIN}") from None
+            raise UserError(f"{self.out / RESULTS}: {problem}; {RUN_AGAIN}") from None
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Fixes what the run depends on, or checks it against the interrupted one's; all input has proved sound by now.
+        """Records what the run depends on, or compares it with the interrupted run's record. Call it when all input has been checked.
 
         Raises:
-            UserError: the interrupted run had another configuration, collection, model or candidates; each is named.
+            UserError: the interrupted run had another configuration, collection, model or candidates; the message names each.
         """
         path = self.partial / "config.json"
         if self.overwrite:
@@ -98,7 +98,7 @@ class Journal:
             raise UserError(f"{self.out}: {what} differs in {', '.join(changed)}; give it as it was, --overwrite, or another --out")
 
     def records(self, label: str) -> list[Record]:
-        """Finished queries of a method; a line cut short by a kill ends the list and is removed."""
+        """The records of a row's finished queries. A line that a kill cut short ends the list and is removed from the file."""
         path = self._path(label)
         if not path.is_file():
             return []
@@ -107,16 +107,16 @@ class Journal:
         return found
 
     def append(self, label: str, record: Record) -> None:
-        """Adds one finished query."""
+        """Adds the record of one finished query to a row."""
         with self._path(label).open("a", encoding="utf-8") as file:
             file.write(record.line() + "\n")
 
     def finish(self, files: dict[str, str | bytes]) -> None:
-        """Puts the finished files in place, results.json last, and removes what was partial or from an older run."""
+        """Writes the finished files, results.json last. Removes the partial folder and what an older run left."""
         for path in (self.out / "runs").glob("*.trec"):
             if f"runs/{path.name}" not in files:
                 path.unlink()
-        for name in REPORTS:  # of the results that these replace
+        for name in REPORTS:  # they belong to the results that are replaced
             (self.out / name).unlink(missing_ok=True)
         for name in sorted(files, key=lambda n: n == RESULTS):
             write_atomically(self.out / name, files[name])

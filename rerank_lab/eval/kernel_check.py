@@ -1,4 +1,4 @@
-"""Does the kernel rank as its definition does: the operators on documents in each type of number, beside plain torch in fp32 on the same vectors."""
+"""The kernel check: do the kernels rank as their definition does? It ranks by the operators on documents in each dtype, and by plain torch in fp32."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rerank_lab.methods import Pool
 from rerank_lab.models.base import EncodedQuery, Vectors
 from rerank_lab.reranker import Ranking, Reranker
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CHECKED_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class CastPool(Pool):
-    """A pool whose operators read the documents' vectors in another type."""
+    """A pool whose operators read the documents' vectors in another dtype."""
 
     def __init__(self, *args: Any, dtype: torch.dtype, **options: Any):
         super().__init__(*args, **options)
@@ -28,7 +28,7 @@ class CastPool(Pool):
 
     def similarity(self, query: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
         rows, scales = cast(documents, self.dtype)
-        if scales is not None and self.metric == "dot":  # quantised rows are of unit vectors
+        if scales is not None and self.metric == "dot":  # quantising normalises each row
             scales = scales * documents.float().norm(dim=1)
         return similarity_topk(query, rows, len(self), metric=self.metric, scales=scales)
 
@@ -39,18 +39,18 @@ class CastPool(Pool):
 
 
 def cast(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Rows (n × d) in another type, and the scale of each (n, fp32) where it is a quantised one."""
+    """Casts rows (n × d) to a dtype. Returns them and, for a quantised dtype, the scale of each row (n, fp32), otherwise None."""
     return (rows.to(dtype), None) if dtype.is_floating_point and dtype.itemsize > 1 else project_quantize(rows.float(), None, dtype)
 
 
-class Cast:
-    """A reranker whose operators read the documents in another type.
+class CastReranker:
+    """A reranker whose operators read the documents' vectors in another dtype.
 
     Args:
-        reranker: whose method and models; none of them a cross-encoder.
+        reranker: gives the method and the models, without a cross-encoder.
         dtype: of the documents' vectors.
-        reads: query → what the bi-encoder made of it, filled here and shared with other types.
-        backend: what answers the operators; None: what is chosen already.
+        reads: query → its vectors. It is filled here and shared between dtypes.
+        backend: runs the operators; None: the one that is chosen already.
     """
 
     def __init__(self, reranker: Reranker, dtype: torch.dtype, reads: dict[str, EncodedQuery], backend: str | None = None):
@@ -64,34 +64,34 @@ class Cast:
             pool = self.reranker.pool(partial(CastPool, dtype=self.dtype), query, texts)
             if query in self.reads:
                 pool.keep_query(encoder, self.reads[query], detail)
-            else:  # in the one way, whichever type of number comes first
+            else:  # always by one backend, so that the vectors do not depend on which dtype comes first
                 with use_backend("reference"):
                     self.reads[query] = pool.encoded_query(encoder, detail)
             ranking = self.reranker.finish(pool, first_stage)
         self.reranker.engine.trim()
         return ranking
 
-    def __reduce__(self) -> tuple[type[Cast], tuple[Any, ...]]:
-        return Cast, (self.reranker, self.dtype, {}, self.backend)
+    def __reduce__(self) -> tuple[type[CastReranker], tuple[Any, ...]]:
+        return CastReranker, (self.reranker, self.dtype, {}, self.backend)
 
 
-def check(label: str, reranker: Reranker, types: Sequence[str], records: Callable[[str, Cast], list[Record]]) -> KernelRecords:
-    """Every query's record by the definition in fp32 and by the chosen kernels in each of these types.
+def check(label: str, reranker: Reranker, dtypes: Sequence[str], records: Callable[[str, CastReranker], list[Record]]) -> KernelRecords:
+    """Ranks every query by the definition in fp32, and by the chosen kernels in each dtype.
 
     Args:
         label, reranker: the row.
-        types: names from DTYPES.
-        records: a label and what ranks → a record a query.
+        dtypes: names from CHECKED_DTYPES.
+        records: label and ranker → one record for each query.
     """
     reads: dict[str, EncodedQuery] = {}
     title = f"{label} by kernels, "
-    definition = records(f"{title}definition", Cast(reranker, torch.float32, reads, "reference"))
-    return KernelRecords(definition, {name: records(title + name, Cast(reranker, DTYPES[name], reads)) for name in types})
+    definition = records(f"{title}definition", CastReranker(reranker, torch.float32, reads, "reference"))
+    return KernelRecords(definition, {name: records(title + name, CastReranker(reranker, CHECKED_DTYPES[name], reads)) for name in dtypes})
 
 
-def types(device: torch.device) -> list[str]:
-    """The types that the chosen kernels read on this device."""
-    return [name for name, dtype in DTYPES.items() if _runs(dtype, device)]
+def supported_dtypes(device: torch.device) -> list[str]:
+    """Names of the dtypes that the chosen kernels read on this device."""
+    return [name for name, dtype in CHECKED_DTYPES.items() if _runs(dtype, device)]
 
 
 def _runs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -101,5 +101,5 @@ def _runs(dtype: torch.dtype, device: torch.device) -> bool:
         return True
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError):  # what rerank_kernels, Python and torch say of a type that a device does not have
+    except (ValueError, TypeError, RuntimeError):  # rerank_kernels, Python and torch raise these for a dtype that a device lacks
         return False

@@ -1,4 +1,4 @@
-"""What ranking leaves behind, query by query: records, which are the lines of the journal, and what all documents being new costs."""
+"""What ranking leaves behind: a record for each query, which is a line of the journal, and the cost of ranking new documents."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rerank_lab.datasets.runs import Ranked
 
 @dataclass(frozen=True)
 class QueryCandidates:
-    """A query with its candidates: all that ranking it takes besides the documents' texts.
+    """A query with its candidates: all that ranking needs, except the documents' texts.
 
     Attributes:
         id, text: of the query.
-        candidates: ids of documents, and the first stage's scores.
+        candidates: document ids with the first stage's scores.
     """
 
     id: str
@@ -30,10 +30,10 @@ class Cost:
 
     Attributes:
         phases: seconds by phase.
-        flops: by formula, with every document seen before.
-        flops_new: what is added where every document is new.
-        truncated: documents of which some model read only a part.
-        peak_rss_mb: MiB.
+        flops: by formula, if every document was seen before.
+        flops_new: FLOPs that are added if every document is new.
+        truncated: number of documents that some model read only in part.
+        peak_rss_mb: peak memory in MiB.
     """
 
     phases: dict[str, float]
@@ -49,12 +49,12 @@ class Record:
 
     Attributes:
         query: its id.
-        documents: ids, best first; those that the method dropped are absent.
-        scores, relevance: raw and shown scores, in that order.
-        candidates: how many there were.
-        seconds: that ranking took.
-        cost: what else it cost; None: not known (a server's).
-        by: the executor that ranked it.
+        documents: ids, best first, without those that the method dropped.
+        scores, relevance: raw scores and relevance scores, in the order of `documents`.
+        candidates: number of candidates.
+        seconds: time that ranking took.
+        cost: everything else that it cost; None: unknown, for a server's row.
+        by: name of the executor that ranked it.
     """
 
     query: str
@@ -67,17 +67,17 @@ class Record:
     by: str = ""
 
     def line(self) -> str:
-        """One line of the journal, without its end."""
+        """The record as a line of the journal, without the line end."""
         own = {name: getattr(self, name) for name in OWN}
         cost = dict.fromkeys(COSTS) if self.cost is None else {name: getattr(self.cost, name) for name in COSTS}
         return json.dumps(own | cost | {"by": self.by})
 
     @classmethod
     def parse(cls, line: str) -> Record:
-        """A line of the journal.
+        """Reads a line of the journal.
 
         Raises:
-            ValueError: it is not one, whole and of this version.
+            ValueError: the line is incomplete, or no record of this version.
         """
         value = json.loads(line)
         if not isinstance(value, dict) or value.keys() != {*OWN, *COSTS, "by"}:
@@ -91,14 +91,15 @@ COSTS = [f.name for f in fields(Cost)]
 
 
 @dataclass
-class Cold:
-    """Cost of queries with every document new.
+class ColdCost:
+    """What ranking costs when every document is new.
 
     Attributes:
-        seconds, phases: one a query; phases are seconds by phase.
-        documents: that were read in all.
-        peak_rss_mb: MiB; None: not measured.
-        measured: when, or why not.
+        seconds: for each query.
+        phases: for each query, seconds by phase.
+        documents: number of documents that all queries together had.
+        peak_rss_mb: peak memory in MiB; None: not measured.
+        measured: the time of measurement (UTC), or why nothing was measured.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -108,15 +109,15 @@ class Cold:
     measured: str = "not measured"
 
     def write(self) -> bytes:
-        """The file of timings."""
+        """The timings as a file's content."""
         return json.dumps(vars(self)).encode()
 
     @classmethod
-    def read(cls, content: str, queries: int) -> Cold:
-        """Timings of so many queries.
+    def read(cls, content: str, queries: int) -> ColdCost:
+        """Reads the timings of this many queries from a file's content.
 
         Raises:
-            ValueError, TypeError: they are not.
+            ValueError, TypeError: the content is something else.
         """
         value: Any = json.loads(content)
         if not isinstance(value, dict) or value.keys() != {f.name for f in fields(cls)} or not len(value["seconds"]) == len(value["phases"]) == queries:
@@ -126,31 +127,31 @@ class Cold:
 
 @dataclass(frozen=True)
 class KernelRecords:
-    """Records of the kernel check, one a query each.
+    """Records of the kernel check, one for each query.
 
     Attributes:
         definition: by plain torch in fp32.
-        types: type of number → by the chosen kernels on documents in it.
+        by_dtype: name of a dtype → records by the chosen kernels on documents in that dtype.
     """
 
     definition: list[Record]
-    types: dict[str, list[Record]]
+    by_dtype: dict[str, list[Record]]
 
 
 @dataclass
 class RowRecords:
-    """All that is ranked and timed for one row of the table.
+    """Everything that was ranked and timed for one row of the table.
 
     Attributes:
-        records: one a query.
-        token_limit: own tokens of a document that are read; None: not known (a server's).
-        cold: cost with every document new.
-        exact: the same by torch in fp32, where another runtime or precision ranked; None: not ranked so.
-        kernels: of the kernel check; None: not checked.
+        records: one for each query.
+        token_limit: the most tokens of a document that are read; None: unknown, for a server's row.
+        cold: the cost when every document is new.
+        exact: records by torch in fp32, if `records` come from another runtime or precision; otherwise None.
+        kernels: records of the kernel check; None: not checked.
     """
 
     records: Sequence[Record]
     token_limit: int | None
-    cold: Cold
+    cold: ColdCost
     exact: Sequence[Record] | None = None
     kernels: KernelRecords | None = None

@@ -1,7 +1,7 @@
-"""results.json as dataclasses: `write` gives the file's text, `read` takes it back or says what is wrong with it.
+"""results.json as dataclasses: `write` makes the file's text, `read` parses the file or says what is wrong with it.
 
-A field stands in the file under its own name, or under the one that its metadata gives. Names that depend on the run are made and read here alone:
-`recall@K` after the number of candidates, `oracle_MEASURE` and `delta_MEASURE` after the first measure.
+A field has its own name in the file, or the name in its metadata. Some names in the file depend on the run; only this module makes and reads them:
+`recall@K` has the number of candidates, `oracle_MEASURE` and `delta_MEASURE` have the first measure.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rerank_lab.eval.system import System
 from rerank_lab.files import DecodeError, Json, decode, encode, json_name
 from rerank_lab.timing import PHASES
 
-SCHEMA = 2
-AGAIN = "run the evaluation again with --overwrite"
-Interval = list[float]  # low and high end, 95%
+RESULTS_SCHEMA = 2
+RUN_AGAIN = "run the evaluation again with --overwrite"
+Interval = list[float]  # lower and upper end of a 95% interval
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds a query."""
+    """Milliseconds for one query: median and 95th percentile."""
 
     p50: float
     p95: float
@@ -34,12 +34,15 @@ class Latency:
 
 @dataclass(frozen=True)
 class Versus:
-    """A row against the baseline on the first measure, paired by query.
+    """A row compared with the baseline on the first measure, paired by query.
 
     Attributes:
-        delta, ci95: mean difference and its 95% interval; None for a single query.
-        p_t, p_randomization, p_holm: of the paired t-test, the randomisation test, and the latter after Holm's correction over all rows.
-        wins, ties, losses: queries.
+        baseline: its label.
+        delta, ci95: mean difference, and its 95% interval; None for a single query.
+        p_t: p-value of the paired t-test; None: undefined.
+        p_randomization: p-value of the randomisation test.
+        wins, ties, losses: numbers of queries.
+        p_holm: p_randomization after Holm's correction over all rows.
     """
 
     baseline: str
@@ -56,11 +59,13 @@ class Versus:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far two rankings of the same candidates agree: means over queries, of max_score_diff the largest; None: undefined.
+    """How far two rankings of the same candidates agree.
 
     Attributes:
-        other: what a row is compared with.
-        queries: that both ranked.
+        other: what the row is compared with.
+        queries: number of queries that both ranked.
+        kendall_tau, overlap_at_10: means over queries; None: undefined.
+        max_score_diff: the largest over queries; None: undefined.
     """
 
     other: str = json_name("with")
@@ -72,12 +77,12 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Change:
-    """What another way to compute the same ranking changes.
+    """What changes when the same ranking is computed in another way.
 
     Attributes:
-        measure: that delta is of, the first of --measures.
-        delta, ci95: mean difference and its 95% interval.
-        agreement: of the two rankings; None where nothing was compared.
+        measure: the measure of delta: the first of --measures.
+        delta, ci95: mean difference, and its 95% interval.
+        agreement: of the two rankings; None: nothing was compared.
     """
 
     measure: str
@@ -88,7 +93,7 @@ class Change:
 
 @dataclass(frozen=True)
 class ColdSample:
-    """Queries that were timed with every document new, and when."""
+    """How many queries were timed with every document new, and when."""
 
     queries: int
     measured: str = "not measured"
@@ -96,21 +101,21 @@ class ColdSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One system on one collection. Times are of documents seen before, those called cold of documents that are all new.
+    """One system on one collection. Costs are for documents seen before; those called cold are for documents that are all new.
 
     Attributes:
-        label: names the row.
-        queries, timed_queries: judged, and those among them that have candidates.
+        label: the row's name.
+        queries, timed_queries: number of judged queries, and of those among them that have candidates.
         measures, ci95: measure → mean over the judged queries, and its 95% interval.
-        vs: against the baseline; None: it is the baseline.
-        agreement: of a server's row with the row that does the same here.
-        vs_fp32: under another runtime or precision than torch in fp32, against that.
-        vs_definition: type of number → what the kernels change against their definition in fp32.
-        settings: effective ones.
-        phases_ms, cold_phases_ms: medians by phase.
-        docs_per_s, peak_rss_mb, flops_per_query: throughput, MiB, and FLOPs by formula; None: not known (a server's).
+        vs: comparison with the baseline; None: this row is the baseline.
+        agreement: of a server's row with the row that runs the same method here.
+        vs_fp32: the change against torch in fp32, if another runtime or precision ranked.
+        vs_definition: dtype → the change that the kernels make against their definition in fp32.
+        settings: the method's effective settings.
+        phases_ms, cold_phases_ms: median milliseconds by phase.
+        docs_per_s, peak_rss_mb, flops_per_query: throughput, memory in MiB, FLOPs by formula; None: unknown, for a server's row.
         coverage, unjudged_share, truncated_share, tie_rate: shares, 0 to 1.
-        token_limit: own tokens of a document that are read; None: not known.
+        token_limit: the most tokens of a document that are read; None: unknown.
     """
 
     dataset: str = ""
@@ -146,13 +151,13 @@ class Row:
 
     @cached_property
     def system(self) -> System:
-        """The label, taken apart."""
+        """The label, parsed."""
         return System.parse(self.label)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """A row under one value of a swept setting; recall and ceiling are of the documents that the method ranked."""
+class SweepPoint:
+    """A row under one value of a swept setting. Recall and ceiling are over the documents that the method ranked."""
 
     setting: str
     value: float
@@ -161,7 +166,7 @@ class Point:
     measures: dict[str, float]
     ci95: dict[str, Interval | None] = field(default_factory=dict)
     recall: float
-    ceiling: float = json_name("oracle_")  # of the best order of these documents, by the measure that Results.ceiling_measure names
+    ceiling: float = json_name("oracle_")  # the mean of Results.ceiling_measure for the best order of these documents
     latency_ms: Latency | None = None
     flops_per_query: float | None = None
     truncated_share: float
@@ -169,18 +174,18 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateFacts:
-    """What the first stage handed over.
+    """Facts about the first stage and its candidates.
 
     Attributes:
-        source: of the first stage, with its parameters in `details`.
-        top_k: candidates a query at most.
-        recall: at top_k.
-        ceiling: of the candidates in their best order, by the measure that Results.ceiling_measure names.
-        measures: measure → mean of the first stage's own order.
+        source: name of the first stage; `details` has its parameters.
+        top_k: the most candidates that a query can have.
         hash: SHA-256 over query and document ids in order.
-        notes: what a reader should know.
-        documents_per_query: mean; None: not said.
-        details: what else the first stage says of itself.
+        documents_per_query: mean number of candidates; None: not recorded.
+        recall: at top_k.
+        ceiling: the mean of Results.ceiling_measure for the candidates in their best order.
+        measures: measure → mean for the first stage's own order.
+        notes: what a reader of the results should know.
+        details: everything else that the first stage says about itself.
     """
 
     source: str
@@ -199,7 +204,7 @@ class Config:
     """The effective configuration.
 
     Attributes:
-        options: all of it, by the options' long names; the others are those that are looked at by name.
+        options: the whole configuration, by the options' long names. The other fields are the options that code reads by name.
     """
 
     measures: list[str]
@@ -215,13 +220,13 @@ class Config:
 
     @classmethod
     def of(cls, options: Mapping[str, Json]) -> Config:
-        """The configuration that these options make."""
+        """The configuration with these options."""
         return decode(cls, {**options, "options": options})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
-    """The collection: its hash, its counts, and what a reader should know."""
+    """Facts about the collection: its hash, its counts, and notes for a reader of the results."""
 
     name: str
     split: str
@@ -236,9 +241,9 @@ class Results:
     """One evaluation.
 
     Attributes:
-        models: what identifies the models and their settings.
-        files: name → SHA-256 of what belongs to it.
-        ceiling_measure: what all ceilings are of: the first of --measures; nDCG@10 in files of earlier releases.
+        models: names, hashes and settings that identify the models.
+        files: name → SHA-256 of the files that belong to these results.
+        ceiling_measure: the measure of all ceilings: the first of --measures, or nDCG@10 in files of earlier releases.
     """
 
     environment: Environment
@@ -247,43 +252,45 @@ class Results:
     models: dict[str, str | None]
     candidates: CandidateFacts
     rows: list[Row]
-    sweeps: list[Point]
+    sweeps: list[SweepPoint]
     files: dict[str, str] = field(default_factory=dict)
     ceiling_measure: str = ""
 
     @property
     def primary(self) -> str:
-        """The measure that is tested, swept, checked and plotted: the first of --measures."""
+        """The first of --measures: the one that is tested, swept, checked and plotted."""
         return self.config.measures[0]
 
 
 def read(path: Path) -> Results:
-    """A results.json.
+    """Reads a results.json.
 
     Raises:
-        UserError: it is not there, damaged, of another version, or does not agree with itself; the message says what to do.
+        UserError: the file is missing, damaged, of another version or inconsistent; the message says what to do.
     """
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}: no results folder, or an evaluation that never ended; python -m rerank_lab.eval makes one")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not read back ({error}); {AGAIN}") from None
+        raise UserError(f"{path} does not read back ({error}); {RUN_AGAIN}") from None
     schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != SCHEMA or type(schema) is not int:
-        newer = isinstance(schema, int) and schema > SCHEMA
-        raise UserError(f"{path}: schema {schema!r}, and this version reads schema {SCHEMA}; {'a newer rerank_lab made it: upgrade' if newer else AGAIN}")
+    if schema != RESULTS_SCHEMA or type(schema) is not int:
+        newer = isinstance(schema, int) and schema > RESULTS_SCHEMA
+        raise UserError(
+            f"{path}: schema {schema!r}, and this version reads schema {RESULTS_SCHEMA}; {'a newer rerank_lab made it: upgrade' if newer else RUN_AGAIN}"
+        )
     try:
         return parse(value)
     except DecodeError as problem:
-        raise UserError(f"{path}: {problem}; {AGAIN}") from None
+        raise UserError(f"{path}: {problem}; {RUN_AGAIN}") from None
 
 
 def parse(value: Any) -> Results:
-    """Results from the JSON of a file of this schema.
+    """Makes results from the JSON of a file of this schema.
 
     Raises:
-        DecodeError: something is missing, of another kind, or does not fit the rest.
+        DecodeError: something is missing, has the wrong type, or contradicts the rest.
     """
     results = decode(Results, _plain(value))
     for problem in _inconsistent(results):
@@ -307,7 +314,7 @@ def write(results: Results) -> str:
         row["vs_definition"] = row["vs_definition"] and {name: _flat_change(change) for name, change in row["vs_definition"].items()}
     if value["environment"]["executor"] is None:
         del value["environment"]["executor"]
-    return json.dumps({"schema": SCHEMA, **value}, indent=1, allow_nan=False) + "\n"
+    return json.dumps({"schema": RESULTS_SCHEMA, **value}, indent=1, allow_nan=False) + "\n"
 
 
 def _renamed(value: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -319,7 +326,7 @@ def _flat_change(change: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The JSON of a file with the names that depend on the run replaced by those of the fields; what is no object stays for `decode` to refuse."""
+    """Replaces the run-dependent names in a file's JSON by the fields' names. A value that is not an object is left for `decode` to refuse."""
     if not isinstance(value, dict):
         return value
     config = value.get("config")
@@ -365,12 +372,12 @@ def _plain_change(change: dict[str, Any], measures: list[str]) -> dict[str, Any]
 
 
 def _measure(lower: str, measures: list[str]) -> str:
-    """A measure by its name in small letters."""
+    """A measure's name, from the name in lower case."""
     return next((name for name in [*measures, "nDCG@10"] if name.lower() == lower), lower)
 
 
 def _inconsistent(results: Results) -> Iterator[str]:
-    """What parts of it say differently."""
+    """Yields every contradiction between parts of the results."""
     labels, config = [row.label for row in results.rows], results.config
     if not labels or labels != config.methods or config.baseline not in labels:
         yield f"its rows ({', '.join(labels)}) are not those of its configuration"

@@ -1,4 +1,4 @@
-"""One row of the table while it is made: every query's record, and what it costs with every document new."""
+"""One row of the table while it is made: a record for each query, and the cost when every document is new."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rerank_lab.cache.store import Store
 from rerank_lab.client.endpoint import Endpoint
 from rerank_lab.datasets.dataset import Dataset
 from rerank_lab.environment import describe
-from rerank_lab.eval.records import Cold, Cost, QueryCandidates, Record
+from rerank_lab.eval.records import ColdCost, Cost, QueryCandidates, Record
 from rerank_lab.first_stage.candidates import Candidates
 from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.timing import peak_memory_mb, reset_peak_memory
@@ -27,8 +27,8 @@ log = logging.getLogger("rerank_lab")
 WARM_UP = 2
 
 
-class Ranks(Protocol):
-    """What gives a Ranking of a query's texts: a Reranker, an Endpoint, or one under other settings."""
+class Ranker(Protocol):
+    """Anything that ranks the texts of a query: a Reranker, an Endpoint, or a wrapper of one."""
 
     def score(self, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking: ...
 
@@ -38,50 +38,52 @@ def queries_of(dataset: Dataset, candidates: Candidates) -> list[QueryCandidates
     return [QueryCandidates(q, dataset.queries[q], ranked) for q, ranked in candidates.run.items()]
 
 
-def rank(ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], warm_up: int) -> Iterator[Record]:
-    """Ranks queries one after another; a record each.
+def rank(ranker: Ranker, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], warm_up: int) -> Iterator[Record]:
+    """Ranks queries one after another and yields a record for each.
 
     Args:
-        ranks: what ranks.
-        queries: what for.
-        corpus: id → text of all their candidates.
-        warm_up: queries that are ranked once more before, so that the first is timed as the others.
+        ranker: ranks one query.
+        queries: in the order in which they are ranked.
+        corpus: id → text, of all candidates at least.
+        warm_up: this many queries are ranked once before timing begins, so that the first time is like the others.
     """
     reset_peak_memory()
     for query in queries[:warm_up]:
-        _rank(ranks, query, corpus)
+        _rank(ranker, query, corpus)
     for query in queries:
         start = time.perf_counter()
-        ranking = _rank(ranks, query, corpus)
-        yield _record(query, ranking, time.perf_counter() - start, known=not isinstance(ranks, Endpoint))
+        ranking = _rank(ranker, query, corpus)
+        yield _record(query, ranking, time.perf_counter() - start, known=not isinstance(ranker, Endpoint))
 
 
 def cold(
-    label: str, reranker: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], about: Mapping[str, str], cache: Store | None
-) -> Cold:  # fmt: skip
-    """Cost with every document new, over the first few queries; kept beside the vectors, since only a change can change it.
+    label: str, reranker: Ranker, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], about: Mapping[str, str], cache: Store | None
+) -> ColdCost:  # fmt: skip
+    """Measures the cost of ranking queries when every document is new.
+
+    The timings are stored beside the vectors. They are measured again only if something that they depend on has changed.
 
     Args:
         label, reranker: the row.
         queries, corpus: as for `rank`.
-        about: what the figures depend on besides models, queries and machine.
-        cache: where they are kept; None: nowhere.
+        about: what the timings depend on besides models, queries and machine.
+        cache: where the timings are stored; None: nowhere.
     """
     if not isinstance(reranker, Reranker):
-        return Cold(measured="unknown: what a server has seen before, it alone knows")
+        return ColdCost(measured="unknown: what a server has seen before, it alone knows")
     if not reranker.uses_cache:
-        return Cold(measured="no vectors are cached for this method: each run is new")
+        return ColdCost(measured="no vectors are cached for this method: each run is new")
     if not queries:
-        return Cold()
+        return ColdCost()
     depends = [label, reranker.method.settings(), reranker.fuse_first_stage, reranker.token_limit, reranker.fingerprints()]
     key = _digest([*depends, about, [q.id for q in queries], vars(describe(reranker.device))])
     store, name = None if cache is None else cache.child(TIMINGS), f"{key}.json"
     try:
         if store is not None and name in store.names():
-            return Cold.read(store.fetch(name).read_text(encoding="utf-8"), len(queries))
+            return ColdCost.read(store.fetch(name).read_text(encoding="utf-8"), len(queries))
     except (OSError, ValueError, TypeError):
         log.warning("timings: %s/%s does not read back; measured again", store and store.shown, name)
-    found = Cold()
+    found = ColdCost()
     reset_peak_memory()
     for query in bar(queries, f"{label}, documents new"):
         start = time.perf_counter()
@@ -98,12 +100,12 @@ def cold(
     return found
 
 
-def _rank(ranks: Ranks, query: QueryCandidates, corpus: Mapping[str, str]) -> Ranking:
-    return ranks.score(query.text, [corpus[d] for d in query.candidates.documents], first_stage=query.candidates.scores.tolist())
+def _rank(ranker: Ranker, query: QueryCandidates, corpus: Mapping[str, str]) -> Ranking:
+    return ranker.score(query.text, [corpus[d] for d in query.candidates.documents], first_stage=query.candidates.scores.tolist())
 
 
 def _record(query: QueryCandidates, ranking: Ranking, seconds: float, *, known: bool) -> Record:
-    """What one query left behind; `known`: whether anything but time is known of its cost."""
+    """The record of one query; known: whether its cost is known besides the time."""
     documents = query.candidates.documents
     return Record(
         query=query.id,
@@ -122,14 +124,14 @@ def _digest(value: Any) -> str:
 
 
 def bar(items: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
-    """A progress bar on a terminal; one inside another goes when it is done."""
+    """Shows a progress bar on a terminal. A bar inside another one disappears when it is done."""
     shown: Iterable[Any] = tqdm(items, desc=title, total=total, disable=None, leave=None)
     return shown
 
 
 @contextmanager
-def counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that learns its total from the first call, and never shows where there is nothing to do."""
+def document_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function of (documents done, total) that moves a progress bar. The bar appears with the first call: never, if there is nothing to do."""
     shown: list[tqdm[Any]] = []
 
     def progress(done: int, total: int) -> None:

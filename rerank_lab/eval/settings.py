@@ -1,4 +1,4 @@
-"""What an evaluation is asked for: Settings, and the two ways to write them, a command line and a TOML file. Imports no torch."""
+"""What an evaluation is asked to do: its settings, and the two ways to write them, a command line and a TOML file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -53,25 +53,26 @@ exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 """
 
 
-COMMON = ("max_tokens_per_doc", "top_k")  # what --sweep varies of every method, beside the methods' own settings
-CLUSTER = ("executor", "address", "workers", "resources")  # who does the work; the same results whoever does
+COMMON_SETTINGS = ("max_tokens_per_doc", "top_k")  # settings that --sweep varies for every method, beside the method's own
+CLUSTER_OPTIONS = ("executor", "address", "workers", "resources")  # where the work is done; results do not depend on it
 MEASURES = ("nDCG@10", "RR@10", "AP@100", "R@100", "P@1", "Judged@10")
-UNRECORDED = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", "grid", *CLUSTER}  # decide no figure
+# Options that change no figure; results do not record them.
+UNRECORDED = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb", "no_cache", "detail", "grid", *CLUSTER_OPTIONS}
 
 
 @dataclass(frozen=True)
-class Settings(ComputeOptions):
-    """One evaluation, or a grid of them. A field is an option under its long name; parser() says in --help what each does.
+class EvalSettings(ComputeOptions):
+    """The settings of one evaluation or of a grid. A field is the long name of an option; --help explains each (see `parser`).
 
     Attributes:
         methods: labels of rows; None: all that can run.
-        measures: of ir-measures; the first is tested and plotted.
+        measures: names known to ir-measures; the first is tested and plotted.
         baseline: a label; None: the first method's.
-        sweep: setting → its values, rising.
-        out: the results folder; None: one in results/ that is named after the day and the collection.
-        cache: a folder or a URL; None: the user's own.
-        resources: a worker's share of a node; None: a CPU.
-        detail: what to encode of each document at least, since another cell of the grid needs it; None: what the methods need.
+        sweep: setting → its values, ascending.
+        out: the results folder; None: one in results/, named after the day and the collection.
+        cache: a folder or a URL; None: the user's default cache.
+        resources: a worker's share of a node; None: one CPU.
+        detail: the least detail to encode of each document, because another cell of the grid needs it; None: what the methods need.
     """
 
     list: bool = False
@@ -109,7 +110,7 @@ class Settings(ComputeOptions):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option with its default, so that --help teaches."""
+    """The command line, with the defaults of all options."""
     p = argparse.ArgumentParser(
         prog="python -m rerank_lab.eval",
         description="Which reranking method is best on a collection, by how much, and at what cost.",
@@ -201,15 +202,16 @@ def parser() -> argparse.ArgumentParser:
         help="with --executor ray: a worker's share of a node, CPU, GPU, memory (bytes), or yours (default: CPU=1)",
     )
     p.add_argument("--config", type=path_of, metavar="FILE.toml", help="options by their long names; flags win over it")
-    p.set_defaults(**{name: value for name, value in vars(Settings()).items() if name != "sweep"})  # whose flags are gathered in a list
+    p.set_defaults(**{name: value for name, value in vars(EvalSettings()).items() if name != "sweep"})  # argparse gathers the flags of --sweep in a list
     return p
 
 
-def parse(argv: Sequence[str]) -> Settings:
-    """Flags over the TOML file over defaults.
+def parse(argv: Sequence[str]) -> EvalSettings:
+    """Reads the settings: flags win over the TOML file, and the file wins over defaults.
 
     Raises:
-        UserError: a TOML file that is unreadable or has unknown keys. Wrong flags end in argparse's own exit 2.
+        UserError: the TOML file is unreadable or has unknown keys, or options contradict each other.
+        SystemExit: wrong flags; argparse has printed the message.
     """
     p = parser()
     options = p.parse_args(argv)
@@ -221,24 +223,24 @@ def parse(argv: Sequence[str]) -> Settings:
     options = p.parse_args([*first, *argv])
     if options.resume and options.overwrite:
         p.error("--resume goes on with a run, --overwrite throws it away: give one of them")
-    given = [f"--{name}" for name in CLUSTER[1:] if getattr(options, name) is not None]
+    given = [f"--{name}" for name in CLUSTER_OPTIONS[1:] if getattr(options, name) is not None]
     if options.executor == "local" and given:
         raise UserError(f"{', '.join(given)}: with --executor ray alone")
     if options.executor == "ray" and options.no_cache:
         raise UserError("--no-cache: workers share vectors through the cache; leave it out, or --executor ray")
-    return Settings(**vars(options) | {"sweep": dict(options.sweep or ())})
+    return EvalSettings(**vars(options) | {"sweep": dict(options.sweep or ())})
 
 
-def effective(settings: Settings) -> dict[str, Any]:
-    """The configuration as results keep it: what decides figures, as it was given."""
+def effective(settings: EvalSettings) -> dict[str, Any]:
+    """The configuration as results record it: every option that changes figures, as it was given."""
     return {name: value for name, value in sorted(vars(settings).items()) if name not in UNRECORDED}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file's table.
+    """Reads a TOML file.
 
     Raises:
-        UserError: unreadable.
+        UserError: the file is unreadable.
     """
     try:
         return dict(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -249,10 +251,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def flags(table: dict[str, Any], path: Path, p: argparse.ArgumentParser) -> list[str]:
-    """A table's options as a command line has them.
+    """Turns the options in a TOML table into flags of the command line.
 
     Raises:
-        UserError: keys that are no options, or values that do not fit.
+        UserError: a key is not an option, or a value has the wrong type.
     """
     actions = {a.dest: a for a in p._actions if a.option_strings and a.dest not in ("help", "config", "list", "grid")}
     unknown = [key for key in table if key.replace("-", "_") not in actions]
@@ -282,7 +284,7 @@ def _listed(value: Any) -> str:
 
 
 def _resources(value: str) -> dict[str, float]:
-    """CPU=1,GPU=0.25,memory=8e9"""
+    """Parses CPU=1,GPU=0.25,memory=8e9."""
     found: dict[str, float] = {}
     for part in value.split(","):
         name, equals, amount = part.partition("=")
@@ -304,12 +306,12 @@ def _names(value: str) -> list[str]:
 
 
 def _sweep(text: str) -> tuple[str, list[float]]:
-    """NAME=V,V,… a setting of some method, max_tokens_per_doc or top_k."""
+    """Parses NAME=V,V,…; NAME is a setting of some method, max_tokens_per_doc or top_k."""
     from rerank_lab.methods import METHODS  # which need torch
 
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
-    types = {field.name: typing.get_type_hints(kind)[field.name] for kind in METHODS.values() for field in fields(kind)} | dict.fromkeys(COMMON, int)
+    types = {field.name: typing.get_type_hints(kind)[field.name] for kind in METHODS.values() for field in fields(kind)} | dict.fromkeys(COMMON_SETTINGS, int)
     if not equals or name not in types:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE,VALUE… with NAME one of {', '.join(sorted(types))}")
     try:

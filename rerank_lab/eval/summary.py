@@ -1,4 +1,4 @@
-"""From ranked queries to what an evaluation leaves behind: results.json, per_query.csv, scores.parquet and runs."""
+"""Turns ranked queries into the files of an evaluation: results.json, per_query.csv, scores.parquet and runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rerank_lab.datasets.runs import Ranked, Run, tie_rate, trec_lines
 from rerank_lab.environment import Environment
 from rerank_lab.eval.journal import RESULTS, file_name
 from rerank_lab.eval.records import Cost, KernelRecords, Record, RowRecords
-from rerank_lab.eval.results import Agreement, CandidateFacts, Change, ColdSample, Config, DatasetFacts, Latency, Point, Results, Row, Versus, write
-from rerank_lab.eval.sweep import Swept
+from rerank_lab.eval.results import Agreement, CandidateFacts, Change, ColdSample, Config, DatasetFacts, Latency, Results, Row, SweepPoint, Versus, write
+from rerank_lab.eval.sweep import SweepRecords
 from rerank_lab.eval.system import System
 from rerank_lab.first_stage.candidates import Candidates, oracle
 from rerank_lab.measures import stats
@@ -29,14 +29,14 @@ AGREEMENT = ["kendall_tau", "overlap@10", "max_score_diff"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was evaluated and where.
+    """What was evaluated, and where.
 
     Attributes:
-        environment: where models ran.
+        environment: the machine that ran the models.
         config: the effective configuration.
-        models: what identifies the models and their settings.
+        models: names, hashes and settings that identify the models.
         dataset, candidates: what was ranked.
-        systems: label → system, in the order asked for.
+        systems: label → system, in the order of the rows.
     """
 
     environment: Environment
@@ -52,26 +52,26 @@ class Evaluation:
         return self.config.measures[0]
 
     def measured(self, records: Sequence[Record]) -> np.ndarray:
-        """The first measure of each judged query."""
+        """The value of the first measure for each judged query."""
         values: np.ndarray = measure_run(run_of(records), self.dataset.qrels, [self.primary])[self.primary].to_numpy()
         return values
 
     def ceiling(self, run: Run) -> float:
-        """The mean of the first measure over the same documents in the best order for it."""
+        """The mean of the first measure if each query's documents were in the best order for it."""
         best = oracle(run, replace(self.dataset, qrels=counted_grades(self.primary, self.dataset.qrels)))
         return float(measure_run(best, self.dataset.qrels, [self.primary])[self.primary].mean())
 
 
-def summarize(evaluation: Evaluation, collected: Mapping[str, RowRecords], points: Sequence[Swept] = ()) -> tuple[Results, dict[str, str | bytes]]:
-    """Measures, tests and costs of all systems.
+def summarize(evaluation: Evaluation, collected: Mapping[str, RowRecords], points: Sequence[SweepRecords] = ()) -> tuple[Results, dict[str, str | bytes]]:
+    """Computes measures, tests and costs of all systems.
 
     Args:
         evaluation: what was evaluated.
-        collected: label → what was ranked for its row.
-        points: of --sweep.
+        collected: label → what was ranked and timed for the row.
+        points: what was ranked for --sweep.
 
     Returns:
-        the results, and every file of the folder by name.
+        the results, and the content of every file of the results folder by name.
     """
     config, dataset, systems = evaluation.config, evaluation.dataset, evaluation.systems
     runs = {label: run_of(row.records) for label, row in collected.items()}
@@ -95,7 +95,7 @@ def summarize(evaluation: Evaluation, collected: Mapping[str, RowRecords], point
         sweeps=[_point(evaluation, point) for point in points],
         ceiling_measure=evaluation.primary,
     )  # fmt: skip
-    none = _agreement([], []) if agreed else None  # columns for every row where one has them
+    none = _agreement([], []) if agreed else None  # if one row has these columns, all rows need them
     per_query = pd.concat([_per_query(label, frames[label], collected[label].records, agreed.get(label, none)) for label in systems], ignore_index=True)
     files: dict[str, str | bytes] = {f"runs/{file_name(label)}.trec": "".join(trec_lines(run, file_name(label))) for label, run in runs.items()}
     beside = {"per_query.csv": per_query.to_csv(index=False).encode(), "scores.parquet": _scores(collected, evaluation.candidates, dataset.qrels)}
@@ -104,12 +104,12 @@ def summarize(evaluation: Evaluation, collected: Mapping[str, RowRecords], point
 
 
 def run_of(records: Sequence[Record]) -> Run:
-    """The rankings alone."""
+    """The rankings in these records."""
     return {r.query: Ranked(r.documents, np.array(r.scores, dtype=np.float32)) for r in records}
 
 
 def _candidates(evaluation: Evaluation) -> CandidateFacts:
-    """What the first stage gave, by the measures."""
+    """Facts about the first stage and its candidates."""
     candidates, names, qrels = evaluation.candidates, evaluation.config.measures, evaluation.dataset.qrels
     top_k = candidates.top_k
     first = measure_run(candidates.run, qrels, [*dict.fromkeys([*names, f"R@{top_k}"])]).mean()
@@ -120,7 +120,7 @@ def _candidates(evaluation: Evaluation) -> CandidateFacts:
 
 
 def _tests(evaluation: Evaluation, frames: Mapping[str, pd.DataFrame]) -> dict[str, Versus]:
-    """Label → the system against the baseline, for all others."""
+    """Label → comparison with the baseline, for all rows but the baseline's."""
     primary, baseline, seed = evaluation.primary, evaluation.config.baseline, evaluation.config.seed
     base = frames[baseline][primary].to_numpy()
     paired = {label: stats.paired(frames[label][primary].to_numpy(), base, seed) for label in evaluation.systems if label != baseline}
@@ -133,7 +133,7 @@ def _row(
 ) -> Row:  # fmt: skip
     config, dataset, seed, records, cold = evaluation.config, evaluation.dataset, evaluation.config.seed, own.records, own.cold
     costs = costs_of(records)
-    # A server is asked for the names that were given; here they stand for models that are loaded.
+    # A server is asked for the models by the names that were given. Models that are loaded here have full names.
     model, model_cross = (config.model, config.model_cross) if system.remote else (evaluation.models["model"], evaluation.models["model_cross"])
     seconds = [r.seconds for r in records]
     ranked = sum(r.candidates for r in records)
@@ -172,19 +172,19 @@ def _row(
 
 
 def costs_of(records: Sequence[Record]) -> list[Cost]:
-    """Those that are known."""
+    """The costs that are known."""
     return [r.cost for r in records if r.cost is not None]
 
 
 def _agreement(records: Sequence[Record], others: Sequence[Record]) -> pd.DataFrame:
-    """stats.agreement of the shown scores, one row a query that both ranked."""
+    """stats.agreement of the relevance scores: one row for each query that both ranked."""
     other = {r.query: dict(zip(r.documents, r.relevance)) for r in others}
     found = {r.query: stats.agreement(dict(zip(r.documents, r.relevance)), other[r.query]) for r in records if r.query in other}
     return pd.DataFrame(list(found.values()), index=pd.Index(list(found), name="query", dtype=object), columns=AGREEMENT, dtype=np.float64)
 
 
 def _mean_agreement(other: str, agreed: pd.DataFrame | None) -> Agreement | None:
-    """Means over queries, of max_score_diff the largest; None where nothing was compared."""
+    """Means over queries, and the largest max_score_diff; None if nothing was compared."""
     if agreed is None or agreed.empty:
         return None
     values = (agreed[name].max() if name == "max_score_diff" else agreed[name].mean() for name in AGREEMENT)
@@ -193,24 +193,24 @@ def _mean_agreement(other: str, agreed: pd.DataFrame | None) -> Agreement | None
 
 
 def _change(evaluation: Evaluation, own: Sequence[Record], other: Sequence[Record], name: str) -> Change:
-    """What the first measure and scores differ in between two ways to compute the same rankings."""
+    """How the first measure and the scores differ between two ways to compute the same rankings."""
     difference = evaluation.measured(own) - evaluation.measured(other)
     interval = stats.bootstrap_interval(difference, evaluation.config.seed)
     return Change(evaluation.primary, float(difference.mean()), interval, _mean_agreement(name, _agreement(own, other)))
 
 
 def _vs_definition(evaluation: Evaluation, kernels: KernelRecords) -> dict[str, Change]:
-    """Type of number → what the kernels change in it against their definition in fp32, on the same vectors."""
-    return {name: _change(evaluation, records, kernels.definition, "definition, fp32") for name, records in kernels.types.items()}
+    """Dtype → how the kernels in that dtype differ from their definition in fp32 on the same vectors."""
+    return {name: _change(evaluation, records, kernels.definition, "definition, fp32") for name, records in kernels.by_dtype.items()}
 
 
-def _point(evaluation: Evaluation, point: Swept) -> Point:
-    """One point of a sweep; recall and ceiling are of the documents that the method ranked."""
+def _point(evaluation: Evaluation, point: SweepRecords) -> SweepPoint:
+    """One point of a sweep. Recall and ceiling are over the documents that the method ranked."""
     run, qrels, primary, costs = run_of(point.records), evaluation.dataset.qrels, evaluation.primary, costs_of(point.records)
     frame = measure_run(run, qrels, evaluation.config.measures)
     depth = max((len(r.documents) for r in run.values()), default=1)
     ranked = sum(r.candidates for r in point.records)
-    return Point(
+    return SweepPoint(
         setting=point.setting, value=point.value, label=point.label, queries=len(frame),
         measures={name: float(frame[name].mean()) for name in frame},
         ci95={primary: stats.bootstrap_interval(frame[primary].to_numpy(), evaluation.config.seed)},
@@ -223,7 +223,7 @@ def _point(evaluation: Evaluation, point: Swept) -> Point:
 
 
 def _phases(phases: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
-    """Medians over queries."""
+    """Median milliseconds over queries, by phase."""
     return {p: 1000 * float(np.median([seconds.get(p, 0.0) for seconds in phases])) for p in PHASES} if phases else None
 
 
@@ -246,7 +246,7 @@ def _per_query(label: str, frame: pd.DataFrame, records: Sequence[Record], agree
     return joined.reset_index()
 
 
-NOTHING_RANKED = pd.DataFrame(
+EMPTY_SCORES = pd.DataFrame(
     {name: pd.Series(dtype=kind) for name, kind in {
         "method": str, "query": str, "document": str, "rank": np.int32, "score": np.float32, "relevance": np.float64, "first_stage": np.float32, "grade": "Int32",
     }.items()}
@@ -271,5 +271,5 @@ def _scores(collected: Mapping[str, RowRecords], candidates: Candidates, qrels: 
             }
             parts.append(pd.DataFrame(columns))
     buffer = io.BytesIO()
-    (pd.concat(parts, ignore_index=True) if parts else NOTHING_RANKED).to_parquet(buffer, index=False)
+    (pd.concat(parts, ignore_index=True) if parts else EMPTY_SCORES).to_parquet(buffer, index=False)
     return buffer.getvalue()

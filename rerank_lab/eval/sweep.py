@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rerank_lab.eval.records import Record
-from rerank_lab.eval.settings import COMMON
+from rerank_lab.eval.settings import COMMON_SETTINGS
 from rerank_lab.eval.system import System
-from rerank_lab.eval.work import Work
+from rerank_lab.eval.work import RankingWork
 from rerank_lab.first_stage.candidates import Candidates
 from rerank_lab.reranker import Reranker
 
@@ -16,13 +16,13 @@ Sweeps = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Swept:
-    """One row under one value of a setting.
+class SweepRecords:
+    """The records of one row under one value of a setting.
 
     Attributes:
         setting, value: what was changed.
         label: of the row.
-        records: one a query.
+        records: one for each query.
     """
 
     setting: str
@@ -32,13 +32,18 @@ class Swept:
 
 
 def problems(sweeps: Sweeps, systems: Sequence[System]) -> list[str]:
-    """What cannot be swept with these systems, those that run here."""
+    """Lists what is wrong with the sweeps.
+
+    Args:
+        sweeps: setting → values.
+        systems: those that run here.
+    """
     found = []
     for name, values in sweeps.items():
         varied = _having(name, systems)
         if not varied:
             found.append(f"--sweep {name}: none of the methods that run here has it ({', '.join(system.label for system in systems) or 'none'})")
-        for value in values if name not in COMMON else ():
+        for value in values if name not in COMMON_SETTINGS else ():
             try:
                 for system in varied:
                     replace(system.method, **{name: value})
@@ -48,23 +53,24 @@ def problems(sweeps: Sweeps, systems: Sequence[System]) -> list[str]:
 
 
 def deepest(sweeps: Sweeps, top_k: int) -> int:
-    """Candidates a query that all of it needs."""
+    """How many candidates each query needs, for the rows and for all sweeps."""
     return int(max([top_k, *sweeps.get("stage1_top_k", []), *sweeps.get("top_k", [])]))
 
 
 def run(
-    sweeps: Sweeps, systems: Sequence[System], rows: Mapping[str, Reranker], done: Mapping[str, Sequence[Record]], work: Work,
+    sweeps: Sweeps, systems: Sequence[System], rows: Mapping[str, Reranker], done: Mapping[str, Sequence[Record]], work: RankingWork,
     deep: Candidates, encode: Callable[[int], None],
-) -> Iterator[Swept]:  # fmt: skip
-    """Every value of every setting, for each system whose method has it.
+) -> Iterator[SweepRecords]:  # fmt: skip
+    """Ranks under every value of every setting, for each system whose method has the setting.
 
     Args:
         sweeps: setting → values.
         systems: those that run here.
-        rows, done: label → what ranks for it, and its records, which serve where nothing changes.
-        work: what the rows ranked, and who ranks.
-        deep: the same first stage as deep as `deepest` says. A stage1_top_k beyond the candidates has as many of them.
-        encode: puts the vectors of all candidates, of so many tokens at most, into the cache.
+        rows: label → the row's reranker.
+        done: label → the row's records. They are reused if a value changes nothing.
+        work: what the rows ranked.
+        deep: the same first stage with as many candidates as `deepest` says. A stage1_top_k above top_k ranks that many candidates.
+        encode: takes a number of tokens; puts the vectors of all candidates, cut to it, into the cache.
     """
     for name, values in sweeps.items():
         for value in values:
@@ -78,13 +84,13 @@ def run(
                 elif name != "top_k":
                     row = row.using(replace(method, **{name: value}), cross=system.crossed)
                 if row.token_limits == rows[label].token_limits and row.method == method and pool.hash == work.candidates.hash:
-                    yield Swept(name, value, label, done[label])
+                    yield SweepRecords(name, value, label, done[label])
                     continue
                 if name == "max_tokens_per_doc" and not encoded:
                     encode(int(value))
                     encoded = True
-                yield Swept(name, value, label, replace(work, candidates=pool).records(f"{label} at {name}={value}", row))
+                yield SweepRecords(name, value, label, replace(work, candidates=pool).records(f"{label} at {name}={value}", row))
 
 
 def _having(name: str, systems: Sequence[System]) -> list[System]:
-    return [system for system in systems if name in COMMON or name in system.method.settings()]
+    return [system for system in systems if name in COMMON_SETTINGS or name in system.method.settings()]

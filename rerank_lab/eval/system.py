@@ -1,6 +1,6 @@
-"""A row of the table, taken apart once: NAME[+cross][:SETTING=VALUE…], or endpoint:URL[:NAME[+cross]] for a server's.
+"""The label of a row, parsed once: NAME[+cross][:SETTING=VALUE…], or endpoint:URL[:NAME[+cross]] for a server's row.
 
-Everything else asks a System; no other file looks into a label.
+All other code asks a System. No other file parses a label.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class System:
     """A method as one row runs it.
 
     Attributes:
-        label: names the row, as it was asked for.
-        name: of the method, with +cross where that joins it: fast, best, best+cross.
-        settings: as the label gives them, each with its colon: ":tau=0.05"; "" for none.
-        server: the address of the v3 server that runs it; None: it runs here.
-        top_k: candidates a query, from which a method may take the depth of its first stage; None: its own default.
+        label: the row's name, as given on the command line.
+        name: the method's name, with +cross if the cross-encoder joins it: fast, best, best+cross.
+        settings: as in the label, each with its colon: ":tau=0.05"; "": none.
+        server: address of the v3 server that runs the method; None: it runs here.
+        top_k: number of candidates for a query. A method may derive the depth of its stage 1 from it; None: the method's default.
     """
 
     label: str
@@ -36,10 +36,10 @@ class System:
 
     @classmethod
     def parse(cls, label: str, top_k: int | None = None) -> System:
-        """Takes a label apart; whether there is such a method shows when `method` is asked for.
+        """Parses a label. Whether the method exists is checked later, when `method` is first read.
 
         Raises:
-            UserError: a server's without an address, or with a method or settings that v3 does not know.
+            UserError: a server's label has no address, or a method or settings that v3 does not know.
         """
         prefix, _, rest = label.partition(":")
         if prefix != SERVER:
@@ -68,26 +68,26 @@ class System:
 
     @property
     def base(self) -> str:
-        """The method's own name: best of best+cross."""
+        """The method's name without +cross."""
         name = self.name.removesuffix(CROSS_SUFFIX)
         return name if name in METHODS and METHODS[name].optional_cross else self.name
 
     @property
     def crossed(self) -> bool:
-        """Whether it runs the cross-encoder."""
+        """Whether the row runs the cross-encoder."""
         return self.base != self.name or (self.base in METHODS and "cross-encoder" in METHODS[self.base].roles)
 
     @property
     def remote(self) -> bool:
-        """Whether a server runs it."""
+        """Whether a server runs the row."""
         return self.server is not None
 
     @property
     def twin(self) -> str:
-        """The label of the row that does the same here; its own where it runs here."""
+        """The label of the row that runs the same method here. For a row that runs here, its own label."""
         return self.name if self.remote else self.label
 
 
 def names(cross: bool = True) -> list[str]:
-    """Names of all systems without settings; with cross=False, of those that run no cross-encoder."""
+    """Names of all systems without settings; cross=False leaves out those that run the cross-encoder."""
     return [name for name in labels() if cross or not System(name, name).crossed]

@@ -1,18 +1,18 @@
-"""What a terminal shows of results: the table, and a sentence for each thing that a reader must know."""
+"""Results as text for a terminal: the table, and a sentence for each finding."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 
-from rerank_lab.eval.kernel_check import DTYPES
+from rerank_lab.eval.kernel_check import CHECKED_DTYPES
 from rerank_lab.eval.results import Latency, Results
 
 ALPHA = 0.05
 
 
 def findings(results: Results) -> list[str]:
-    """One sentence a method: whether it differs from the baseline (Holm p below .05), by how much, and at what price; then `changes`."""
+    """One sentence for each row: whether it differs from the baseline (Holm p below .05), by how much, and at what latency. Then `changes`."""
     base = next(row for row in results.rows if row.label == results.config.baseline)
     sentences = []
     for row in results.rows:
@@ -29,7 +29,7 @@ def findings(results: Results) -> list[str]:
 
 
 def changes(results: Results) -> list[str]:
-    """One sentence a method for what a runtime or precision changes, and one an endpoint: how far it agrees with the same method here."""
+    """One sentence for each row that a runtime or precision changes, and one for each endpoint: how far it agrees with the same method here."""
     sentences = []
     for row in results.rows:
         if lost := row.vs_fp32:
@@ -48,11 +48,11 @@ def changes(results: Results) -> list[str]:
 
 
 def table(results: Results) -> str:
-    """The results for a terminal of 80 columns."""
+    """The results as text, 80 columns wide."""
     primary, *others = results.config.measures
     quality = [["method", f"{primary} [95% CI]", "delta [95% CI]", "Holm p", "p50 ms", "new docs"]]
     more = [["method", *others, "docs/s", "MB", "MFLOP"]]
-    kernels = [["method", "kernels and definition", *DTYPES]]
+    kernels = [["method", "kernels and definition", *CHECKED_DTYPES]]
     for row in results.rows:
         delta = interval(row.vs.delta, row.vs.ci95, "+.3f", "+.3f") if row.vs else "baseline"
         cost = [_ms(row.latency_ms), _ms(row.cold_latency_ms)]
@@ -60,7 +60,7 @@ def table(results: Results) -> str:
         values = [f"{row.measures[name]:.4f}" for name in others]
         more.append([row.label, *values, _whole(row.docs_per_s), _whole(row.peak_rss_mb), _whole(row.flops_per_query, 1e6)])
         if row.vs_definition:
-            shown = [row.vs_definition.get(name) for name in DTYPES]
+            shown = [row.vs_definition.get(name) for name in CHECKED_DTYPES]
             gaps = [change.agreement.max_score_diff if change and change.agreement else None for change in shown]
             kernels.append(
                 [row.label, next(iter(row.vs_definition.values())).measure, *("-" if change is None else f"{change.delta:+.4f}" for change in shown)]
@@ -73,7 +73,7 @@ def table(results: Results) -> str:
 
 
 def head(results: Results) -> list[str]:
-    """What was ranked, by which first stage, and the ceiling that its candidates set."""
+    """Three lines: the collection, the first stage, and the ceiling that its candidates set."""
     data, first, primary = results.dataset, results.candidates, results.primary
     return [
         f"{data.name} ({data.split}): {results.rows[0].queries} judged queries, {data.documents:,} documents",
@@ -83,7 +83,7 @@ def head(results: Results) -> list[str]:
 
 
 def interval(value: float, ci: list[float] | None, form: str = ".4f", ends: str = ".3f") -> str:
-    """A value with its 95% interval as people write it."""
+    """A value with its 95% interval, as text."""
     if ci is None:
         return f"{value:{form}} [one query]"
     low, high = (re.sub(r"^([+-]?)0\.", r"\1.", f"{end:{ends}}") for end in ci)
@@ -91,7 +91,7 @@ def interval(value: float, ci: list[float] | None, form: str = ".4f", ends: str 
 
 
 def p_text(p: float | None) -> str:
-    """A p-value, never 0."""
+    """A p-value as text, never 0."""
     return "undefined" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 

@@ -29,7 +29,7 @@ exit codes: 0 done, 1 failed while running, 2 wrong input
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option with its default."""
+    """The command line of the report."""
     p = argparse.ArgumentParser(
         "python -m rerank_lab.report",
         description="Turns results of rerank_lab.eval into report.md and one page, report.html.",
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns its exit code."""
     given = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(given)
     options.command = options.command or shlex.join(["python", "-m", "rerank_lab.report", *given])
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What the options say against each other, known before anything is loaded."""
+    """Checks the options of --compare against each other, before anything is loaded."""
     if not options.compare:
         return
     defaults = vars(parser().parse_args([]))

@@ -1,4 +1,4 @@
-"""What a report is made of, before anything is Markdown or HTML."""
+"""The blocks of a report, before they become Markdown or HTML."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 
 
 class Strong(str):
-    """Words that stand out."""
+    """Words that are emphasised."""
 
 
 class Quoted(str):
-    """Words of somebody else: ids and texts of a collection."""
+    """Words that are not ours: ids and texts of a collection."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """A paragraph, or with `item` a line of a list; parts in turn."""
+class Paragraph:
+    """A paragraph or, with item=True, an item of a list. Its parts follow each other."""
 
     parts: Sequence[str]
     item: bool = False
@@ -26,20 +26,20 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to be copied."""
+    """Lines that a reader may copy."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell.
+    """One cell of a table.
 
     Attributes:
         text: what is shown.
-        value: what it is sorted by, where that is a number.
-        shade: 0 to 1, how dark it stands.
-        quoted: whether the text is somebody else's.
+        value: the number that it is sorted by; None: it is sorted by its text.
+        shade: how dark its background is, 0 to 1; None: not at all.
+        quoted: whether the text is not ours.
     """
 
     text: str
@@ -50,7 +50,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head; a first column of names."""
+    """Rows under a head. The first column has names."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, its file's stem, and what it shows for who cannot see it."""
+    """A figure, with the stem of its file's name and a text for readers who cannot see it."""
 
     name: str
     figure: Figure
@@ -69,14 +69,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Plots:
-    """Plots side by side where there is room."""
+    """Plots, side by side if there is room."""
 
     plots: Sequence[Plot]
 
 
 @dataclass(frozen=True)
 class Details:
-    """What a reader opens."""
+    """Blocks that a reader can open and close."""
 
     summary: str
     blocks: Sequence[Block]
@@ -85,14 +85,14 @@ class Details:
 
 @dataclass
 class Section:
-    """A heading of some level (1: the title) and what stands under it."""
+    """A heading and the blocks under it; level 1 is the title."""
 
     title: str
     level: int
     blocks: list[Block] = field(default_factory=list)
 
 
-Block = Text | Code | Table | Plots | Details | Section
+Block = Paragraph | Code | Table | Plots | Details | Section
 
 
 def plots(block: Block) -> list[Plot]:

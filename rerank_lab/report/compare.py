@@ -1,4 +1,4 @@
-"""Two evaluations of the same candidates: what changed between them, and whether it changed the ranking."""
+"""The page of --compare: two evaluations of the same candidates, what changed between them, and whether that changed the ranking."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rerank_lab.eval.table import ALPHA, interval, p_text
 from rerank_lab.files import Json, encode
 from rerank_lab.measures import stats
 from rerank_lab.report import figures
-from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Section, Strong, Table, Text
+from rerank_lab.report.blocks import Block, Cell, Code, Paragraph, Plot, Plots, Section, Strong, Table
 from rerank_lab.report.content import command, number
-from rerank_lab.report.load import Loaded
+from rerank_lab.report.load import ResultsFolder
 
 
 @dataclass(frozen=True)
 class PairedRow:
-    """A row of both.
+    """A row that both evaluations have.
 
     Attributes:
         before, after: means in A and in B.
-        changes: B less A, one a query.
+        changes: B minus A, for each query.
         vs: B tested against A, corrected over all such rows.
-        latency: how many times as long B takes, by median; None: not to be compared.
+        latency: B's median latency divided by A's; None: they cannot be compared.
     """
 
     before: float
@@ -37,11 +37,11 @@ class PairedRow:
     latency: float | None
 
 
-def compared(a: Loaded, b: Loaded) -> dict[str, PairedRow]:
-    """Label → paired tests of b against a on a's first measure, for the methods that both ran.
+def compared(a: ResultsFolder, b: ResultsFolder) -> dict[str, PairedRow]:
+    """Label → paired test of b against a on a's first measure, for each row that both have.
 
     Raises:
-        UserError: other collections or candidates, no measure or no method in common.
+        UserError: collections or candidates differ, or there is no common measure or row.
     """
     hashes = {"collection": (a.result.dataset.hash, b.result.dataset.hash), "candidates": (a.result.candidates.hash, b.result.candidates.hash)}
     for what, (own, others) in hashes.items():
@@ -71,8 +71,8 @@ def compared(a: Loaded, b: Loaded) -> dict[str, PairedRow]:
     }  # fmt: skip
 
 
-def comparison(a: Loaded, b: Loaded, made_by: str) -> Section:
-    """The report of two evaluations, b against a, and the command that made it."""
+def comparison(a: ResultsFolder, b: ResultsFolder, made_by: str) -> Section:
+    """The page about b against a; made_by is the command that made it."""
     tests, measure = compared(a, b), a.primary
     name = a.result.dataset.name
     title = f"{name}: {a.folder.resolve().name} against {b.folder.resolve().name}"
@@ -89,17 +89,17 @@ def comparison(a: Loaded, b: Loaded, made_by: str) -> Section:
     forest = figures.forest({label: one.vs for label, one in tests.items()}, measure, name, "A", a.rows)
     strips = figures.strips({label: one.changes for label, one in tests.items()}, measure, name, "A", a.rows)
     counted = "; ".join(f"{label} {one.vs.wins} won, {one.vs.ties} tied, {one.vs.losses} lost" for label, one in tests.items())
-    said = "; ".join(f"{label} {interval(one.vs.delta, one.vs.ci95, '+.4f', '+.4f')}" for label, one in tests.items())
+    summary = "; ".join(f"{label} {interval(one.vs.delta, one.vs.ci95, '+.4f', '+.4f')}" for label, one in tests.items())
     same = f"Same collection ({a.result.dataset.hash[:16]}) and candidates ({a.result.candidates.hash[:16]}), by their hashes."
     blocks: list[Block] = [
-        *(Text(_sentence(label, one), item=len(tests) > 1) for label, one in tests.items()),
-        Text([f"A is {a.folder}, B is {b.folder}. {same}"]),
+        *(Paragraph(_sentence(label, one), item=len(tests) > 1) for label, one in tests.items()),
+        Paragraph([f"A is {a.folder}, B is {b.folder}. {same}"]),
         Table(head, rows),
-        Plots([Plot("comparison", forest, f"differences of B from A: {said}"), Plot("comparison-queries", strips, f"sorted by query: {counted}")]),
-        *(Text([line], item=True) for line in alone),
-        *([] if _same_machine(a, b) else [Text(["Their latencies are of different machines or settings of one (below), and not compared."], item=True)]),
+        Plots([Plot("comparison", forest, f"differences of B from A: {summary}"), Plot("comparison-queries", strips, f"sorted by query: {counted}")]),
+        *(Paragraph([line], item=True) for line in alone),
+        *([] if _same_machine(a, b) else [Paragraph(["Their latencies are of different machines or settings of one (below), and not compared."], item=True)]),
         Section("What changed", 2, [_changes(a, b)]),
-        Section("Made by", 2, [Code(made_by), Text([f"A: {command(a.result.config.options)}"]), Text([f"B: {command(b.result.config.options)}"])]),
+        Section("Made by", 2, [Code(made_by), Paragraph([f"A: {command(a.result.config.options)}"]), Paragraph([f"B: {command(b.result.config.options)}"])]),
     ]
     return Section(title, 1, blocks)
 
@@ -115,12 +115,12 @@ def _sentence(label: str, one: PairedRow) -> list[str]:
     return [Strong(label), verb, "" if one.latency is None else f", at {one.latency:.2f} × A's median latency", "."]
 
 
-def _same_machine(a: Loaded, b: Loaded) -> bool:
+def _same_machine(a: ResultsFolder, b: ResultsFolder) -> bool:
     return timed_on(a) == timed_on(b)
 
 
-def timed_on(one: Loaded) -> dict[str, str]:
-    """What latencies are compared within: the processor, and who else was at work on it."""
+def timed_on(one: ResultsFolder) -> dict[str, str]:
+    """Facts about machine and executor that must be equal if latencies are to be compared."""
     found = one.result.environment
     executor = f"{found.executor.name} with {found.executor.workers} workers" if found.executor else "local"
     return {"cpu": found.cpu, "cpus": str(found.cpus), "threads": str(found.threads), "device": found.device, "executor": executor}
@@ -130,8 +130,8 @@ def _ratio(a: Row, b: Row) -> float | None:
     return b.latency_ms.p50 / a.latency_ms.p50 if a.latency_ms and b.latency_ms else None
 
 
-def _changes(a: Loaded, b: Loaded) -> Block:
-    """Everything of configuration, models and environment that differs."""
+def _changes(a: ResultsFolder, b: ResultsFolder) -> Block:
+    """A table of everything that differs in configuration, models and environment."""
     rows: list[list[Cell]] = []
     for part in ("config", "models", "environment"):
         one, other = (_stated(x)[part] for x in (a, b))
@@ -140,22 +140,22 @@ def _changes(a: Loaded, b: Loaded) -> Block:
             for key in sorted({*one, *other})
             if one.get(key) != other.get(key)
         ]
-    return Table(["what", "A", "B"], rows, kind="wide") if rows else Text(["Nothing of configuration, models and environment."])
+    return Table(["what", "A", "B"], rows, kind="wide") if rows else Paragraph(["Nothing of configuration, models and environment."])
 
 
-def _stated(one: Loaded) -> dict[str, dict[str, str]]:
+def _stated(one: ResultsFolder) -> dict[str, dict[str, str]]:
     return {"config": flat(one.result.config.options), "models": flat(one.result.models), "environment": environment(one)}
 
 
-def environment(one: Loaded) -> dict[str, str]:
-    """Machine and software by name, as `flat` names them; a cluster and those who timed only where the results tell of any."""
+def environment(one: ResultsFolder) -> dict[str, str]:
+    """Facts about machine and software, with names as `flat` makes them. Facts about executors are left out if the results have none."""
     found = one.result.environment
     without = {name for name, value in (("executor", found.executor), ("timed_by", found.timed_by)) if not value}
     return flat({key: value for key, value in encode(found).items() if key not in without})
 
 
 def flat(value: Mapping[str, Json], prefix: str = "") -> dict[str, str]:
-    """Names with dots → values as text, of what is nested."""
+    """Flattens nested mappings: names joined by dots → values as text."""
     found: dict[str, str] = {}
     for key, inner in value.items():
         if isinstance(inner, Mapping):

@@ -1,18 +1,18 @@
-"""The report's parts in order: the finding first, then what a reader needs to doubt it."""
+"""The sections of a report in order: first the finding, then what a reader needs to check it."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
-from rerank_lab.eval.kernel_check import DTYPES
+from rerank_lab.eval.kernel_check import CHECKED_DTYPES
 from rerank_lab.eval.results import Latency, Row
 from rerank_lab.eval.table import changes, head, interval, p_text
 from rerank_lab.files import Json
 from rerank_lab.report import figures
-from rerank_lab.report.blocks import Block, Cell, Code, Plot, Plots, Quoted, Section, Table, Text
-from rerank_lab.report.figures import Difference
-from rerank_lab.report.load import Evaluated, Loaded, anchor
+from rerank_lab.report.blocks import Block, Cell, Code, Paragraph, Plot, Plots, Quoted, Section, Table
+from rerank_lab.report.figures import TestedDifference
+from rerank_lab.report.load import ComparableRows, ResultsFolder, anchor
 from rerank_lab.report.verdict import ratio, sentence, verdict
 from rerank_lab.timing import PHASES
 
@@ -26,25 +26,25 @@ DOUBT = (
 )
 
 
-def overview(every: Sequence[Loaded], made_by: str) -> list[Block]:
-    """The first screen: a sentence a collection, the table, the Pareto plots; what made it."""
-    blocks: list[Block] = [Text(sentence(one), item=len(every) > 1) for one in every]
+def overview(every: Sequence[ResultsFolder], made_by: str) -> list[Block]:
+    """The first screen: a sentence for each collection, the table, the Pareto plots, and how the report was made."""
+    blocks: list[Block] = [Paragraph(sentence(one), item=len(every) > 1) for one in every]
     blocks.append(main_table(every[0]) if len(every) == 1 else _across(every))
     blocks.append(Plots([Plot(f"pareto-{one.stem}", figures.pareto(one), figures.described(one)) for one in every if _timed(one)]))
     return [*blocks, *footing(every, made_by)]
 
 
-def footing(every: Sequence[Loaded], made_by: str) -> list[Block]:
+def footing(every: Sequence[ResultsFolder], made_by: str) -> list[Block]:
     """How to read the first screen, and what made it."""
     servers = any(row.system.remote for one in every for row in one.result.rows)
     doubt = DOUBT + (" Hollow marks are servers, timed over HTTP; they are not weighed against methods that ran here." if servers else "")
     environments = (one.result.environment for one in every)
     where = dict.fromkeys(f"commit {env.commit or 'unknown'} on {env.cpu}, {env.cpus} CPUs, device {env.device}" for env in environments)
-    return [Text([doubt]), Text([f"Made by {made_by}; evaluated at {' and at '.join(where)}."])]
+    return [Paragraph([doubt]), Paragraph([f"Made by {made_by}; evaluated at {' and at '.join(where)}."])]
 
 
-def main_table(one: Loaded) -> Table:
-    """One row a method: quality, difference, cost."""
+def main_table(one: ResultsFolder) -> Table:
+    """One line for each row: quality, difference from the baseline, cost."""
     primary = one.primary
     columns = ["method", f"{primary} [95% CI]", "Δ [95% CI]", "Holm p", "p50 ms", "× latency", "new documents, ms", "docs/s", "peak MB", "MFLOP"]
     rows = []
@@ -58,29 +58,29 @@ def main_table(one: Loaded) -> Table:
 
 
 def p50(latency: Latency | None) -> float | None:
-    """Median milliseconds, where there are any."""
+    """Median milliseconds; None: not measured."""
     return None if latency is None else latency.p50
 
 
 def mean(row: Row, measure: str) -> Cell:
-    """A row's mean with its interval."""
+    """A cell with a row's mean and its interval."""
     return Cell(interval(row.measures[measure], row.ci95[measure]), row.measures[measure])
 
 
-def against(vs: Difference | None) -> list[Cell]:
-    """A row's difference from another, and its p; None: it is the baseline."""
+def against(vs: TestedDifference | None) -> list[Cell]:
+    """Two cells: a row's difference from another, and its p; vs=None: the row is the baseline."""
     if vs is None:
         return [Cell("baseline", 0.0), Cell("-")]
     return [Cell(interval(vs.delta, vs.ci95, "+.4f", "+.3f"), vs.delta), Cell(p_text(vs.p_holm), vs.p_holm)]
 
 
 def number(value: float | None, form: str) -> Cell:
-    """A number that sorts as one; a dash where there is none."""
+    """A cell with a number, or with a dash for None."""
     return Cell("-") if value is None else Cell(f"{value:{form}}", float(value))
 
 
-def _across(every: Sequence[Loaded]) -> Table:
-    """Methods down, collections across: quality, and latency as a multiple of the baseline's."""
+def _across(every: Sequence[ResultsFolder]) -> Table:
+    """A line for each method, columns for each collection: quality, and latency as a multiple of the baseline's."""
     labels = list(dict.fromkeys(label for one in every for label in one.rows))
     columns = ["method", *(f"{one.name}, {one.primary}" for one in every), *(f"{one.name}, × latency" for one in every)]
     rows = []
@@ -95,11 +95,18 @@ def _across(every: Sequence[Loaded]) -> Table:
     return Table(columns, rows)
 
 
-def sections(one: Loaded, level: int, errors: Sequence[Block], limits: Block | None) -> Iterator[Section]:
-    """All that stands below the first screen; `limits` joins the cost."""
+def sections(one: ResultsFolder, level: int, errors: Sequence[Block], limits: Block | None) -> Iterator[Section]:
+    """All sections below the first screen.
+
+    Args:
+        one: the evaluation.
+        level: of their headings.
+        errors: blocks about queries that gained and lost.
+        limits: a block about the machine's limits, for the section on cost.
+    """
     if level > 2:
         yield Section("The table", level, [main_table(one)])
-    yield Section("Quality", level, [_measures(one), *(Text([line], item=True) for line in head(one.result))])
+    yield Section("Quality", level, [_measures(one), *(Paragraph([line], item=True) for line in head(one.result))])
     if any(row.vs for row in one.result.rows):
         yield Section("Differences", level, _differences(one))
     yield Section("Cost", level, [*_cost(one), *([limits] if limits else [])])
@@ -111,19 +118,19 @@ def sections(one: Loaded, level: int, errors: Sequence[Block], limits: Block | N
     yield Section("Made by", level, _made(one))
 
 
-def _measures(one: Loaded) -> Table:
+def _measures(one: ResultsFolder) -> Table:
     names = one.result.config.measures
     rows = [[Cell(label), *(mean(row, name) for name in names)] for label, row in one.rows.items()]
     return Table(["method", *(f"{n} [95% CI]" for n in names)], rows)
 
 
-def _differences(one: Loaded) -> list[Block]:
+def _differences(one: ResultsFolder) -> list[Block]:
     tested = {label: row.vs for label, row in one.rows.items() if row.vs}
-    said = "; ".join(f"{label} {interval(vs.delta, vs.ci95, '+.4f', '+.3f')}, Holm p {p_text(vs.p_holm)}" for label, vs in tested.items())
+    summary = "; ".join(f"{label} {interval(vs.delta, vs.ci95, '+.4f', '+.3f')}, Holm p {p_text(vs.p_holm)}" for label, vs in tested.items())
     counted = "; ".join(f"{label} {vs.wins} won, {vs.ties} tied, {vs.losses} lost" for label, vs in tested.items())
     own = {label: (one.measure(label) - one.measure(one.baseline)).to_numpy() for label in tested}
     plots = [
-        Plot(f"differences-{one.stem}", figures.forest(tested, one.primary, one.name, one.baseline, one.rows), f"differences from {one.baseline}: {said}"),
+        Plot(f"differences-{one.stem}", figures.forest(tested, one.primary, one.name, one.baseline, one.rows), f"differences from {one.baseline}: {summary}"),
         Plot(
             f"queries-{one.stem}",
             figures.strips(own, one.primary, one.name, one.baseline, one.rows),
@@ -147,7 +154,7 @@ def _differences(one: Loaded) -> list[Block]:
     return [Plots(plots), table, highest] if found.below else [Plots(plots), table]
 
 
-def _cost(one: Loaded) -> list[Block]:
+def _cost(one: ResultsFolder) -> list[Block]:
     blocks = list[Block]()
     if any(row.phases_ms for row in one.result.rows):
         alt = "; ".join(f"{row.label}: " + ", ".join(f"{p} {row.phases_ms[p]:.1f} ms" for p in PHASES) for row in one.result.rows if row.phases_ms)
@@ -158,11 +165,11 @@ def _cost(one: Loaded) -> list[Block]:
     text += "FLOPs are matrix products by formula, a query of these candidates. Peak memory is the process's, with what it maps of the cache."
     if any(row.system.remote for row in one.result.rows):
         text += " A server is timed over HTTP, waiting after 429 and 503 included; what it had seen before is not known."
-    return [*blocks, Text([text])]
+    return [*blocks, Paragraph([text])]
 
 
 def _cost_rows(row: Row) -> Iterator[list[Cell]]:
-    """What was timed of it: documents seen before, and every document new."""
+    """A row's costs with documents seen before, and with every document new, as far as they were measured."""
     seen = (row.timed_queries, row.latency_ms, row.phases_ms, row.docs_per_s, row.peak_rss_mb, row.flops_per_query)
     new = (row.cold_sample.queries, row.cold_latency_ms, row.cold_phases_ms, row.cold_docs_per_s, row.cold_peak_rss_mb, row.cold_flops_per_query)
     for state, (queries, latency, phases, rate, memory, flops) in (("seen", seen), ("new", new)):
@@ -173,11 +180,14 @@ def _cost_rows(row: Row) -> Iterator[list[Cell]]:
             yield [Cell(row.label), shown, number(queries, ",d"), *(number(ms, ",.1f") for ms in times), *(number(size, ",.0f") for size in sizes)]
 
 
-def _swept(one: Loaded) -> list[Block]:
+def _swept(one: ResultsFolder) -> list[Block]:
     points, ceiling = one.result.sweeps, one.result.ceiling_measure
     settings = list(dict.fromkeys(point.setting for point in points))
     if not settings:
-        return [Text(["Not measured. The evaluation's --sweep does: "]), Code("--sweep stage1_top_k=10,20,50,100,200 --sweep max_tokens_per_doc=64,128,256")]
+        return [
+            Paragraph(["Not measured. The evaluation's --sweep does: "]),
+            Code("--sweep stage1_top_k=10,20,50,100,200 --sweep max_tokens_per_doc=64,128,256"),
+        ]
     blocks: list[Block] = [
         Plots(
             [Plot(f"{anchor(setting)}-{one.stem}", figures.swept(one, setting), f"{one.primary} by {setting}, as in the table below") for setting in settings]
@@ -198,8 +208,8 @@ def _swept(one: Loaded) -> list[Block]:
     return blocks
 
 
-def _kernels(one: Loaded) -> list[Block]:
-    found = [(row.label, name, row.vs_definition[name]) for row in one.result.rows if row.vs_definition for name in DTYPES if name in row.vs_definition]
+def _kernels(one: ResultsFolder) -> list[Block]:
+    found = [(row.label, name, row.vs_definition[name]) for row in one.result.rows if row.vs_definition for name in CHECKED_DTYPES if name in row.vs_definition]
     rows = []
     for label, name, change in found:
         agreed = change.agreement
@@ -209,10 +219,10 @@ def _kernels(one: Loaded) -> list[Block]:
     text = f"The kernels that ran ({one.result.environment.kernels}) read the documents' vectors in each type of number; the definition, plain torch in fp32, "
     text += "reads the same vectors. Scores are compared as they are shown. Rows that run a cross-encoder are left out."
     measures = dict.fromkeys(change.measure for *_, change in found)
-    return [Table(["method", "type", f"Δ {', '.join(measures)} [95% CI]", "largest score difference", "Kendall's τ", "overlap at 10"], rows), Text([text])]
+    return [Table(["method", "type", f"Δ {', '.join(measures)} [95% CI]", "largest score difference", "Kendall's τ", "overlap at 10"], rows), Paragraph([text])]
 
 
-def _trust(one: Loaded) -> list[Block]:
+def _trust(one: ResultsFolder) -> list[Block]:
     rows = [
         [
             Cell(label), Cell(", ".join(f"{name}={value:g}" for name, value in row.settings.items()) or "none"),
@@ -222,25 +232,25 @@ def _trust(one: Loaded) -> list[Block]:
     ]  # fmt: skip
     columns = ["method", "settings", "queries covered", "unjudged in the top 10", "documents truncated", "tied neighbours", "token limit"]
     notes = [*one.result.dataset.notes, *one.result.candidates.notes]
-    return [Table(columns, rows), *(Text([Quoted(note)], item=True) for note in [*notes, *changes(one.result)] or ["No notes on the collection."])]
+    return [Table(columns, rows), *(Paragraph([Quoted(note)], item=True) for note in [*notes, *changes(one.result)] or ["No notes on the collection."])]
 
 
-def _made(one: Loaded) -> list[Block]:
+def _made(one: ResultsFolder) -> list[Block]:
     env, data, first = one.result.environment, one.result.dataset, one.result.candidates
     versions = ", ".join(f"{name} {version}" for name, version in env.packages.items())
     machine = f"{env.cpu}, {env.cpus} CPUs, {env.threads} threads, device {env.device}, kernels {env.kernels}"
     if cluster := env.executor:
         machine += f", Ray {cluster.version} with {cluster.workers} workers"
     made = f"at commit {env.commit or 'unknown'} on {machine}, Python {env.python}, {versions}. "
-    return [Code(command(one.result.config.options)), Text([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
+    return [Code(command(one.result.config.options)), Paragraph([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
 
 
 def command(options: Mapping[str, Json]) -> str:
-    """What makes these results again."""
+    """The command that makes these results again."""
     words = ["python -m rerank_lab.eval"]
     for key, value in options.items():
         flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, Mapping):  # of --sweep: setting → values
+        if isinstance(value, Mapping):  # --sweep: setting → values
             words += [f"{flag} {name}={','.join(map(str, values))}" for name, values in value.items()]
         elif value is True:
             words.append(flag)
@@ -249,11 +259,11 @@ def command(options: Mapping[str, Json]) -> str:
     return " ".join(words)
 
 
-def title(every: Sequence[Evaluated]) -> str:
+def title(every: Sequence[ComparableRows]) -> str:
     """The report's heading."""
     names = [one.name for one in every]
     return "Reranking on " + (names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}")
 
 
-def _timed(one: Loaded) -> bool:
+def _timed(one: ResultsFolder) -> bool:
     return any(row.latency_ms for row in one.result.rows)

@@ -1,4 +1,4 @@
-"""Which queries gained and lost most against the baseline, which documents moved, and what each query token of best found."""
+"""Examples: the queries that gained and lost most against the baseline, the documents that moved, and what each query token found (best)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from rerank_lab.files import DecodeError, decode
 from rerank_lab.methods import Pool
 from rerank_lab.methods.best import Best
 from rerank_lab.models.base import Detail, Encoder
-from rerank_lab.report.blocks import Block, Cell, Details, Quoted, Table, Text
-from rerank_lab.report.load import Loaded
+from rerank_lab.report.blocks import Block, Cell, Details, Paragraph, Quoted, Table
+from rerank_lab.report.load import ResultsFolder
 from rerank_lab.reranker import Reranker
 
-LENGTH = 160  # characters quoted of a document
-RELEVANT = 3  # relevant documents shown of a query
+LENGTH = 160  # characters of a document that are quoted
+RELEVANT = 3  # relevant documents that are shown for a query
 
 
 @dataclass(frozen=True)
-class Source:
-    """What examples are taken from.
+class ExampleSource:
+    """Where examples come from.
 
     Attributes:
-        dataset: the collection; None: neither texts nor alignments, ids alone.
-        reranker: the bi-encoder that ranked; None: no alignments.
+        dataset: the collection; None: examples show only ids.
+        reranker: the bi-encoder that ranked; None: examples show no token alignments.
         quote: whether texts may be shown.
-        count: queries shown each way.
+        count: how many queries to show that gained, and how many that lost.
     """
 
     dataset: Dataset | None
@@ -43,7 +43,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What the configuration says of the bi-encoder."""
+    """The options of the configuration that the bi-encoder is loaded by."""
 
     model: str
     max_tokens_per_doc: int
@@ -53,11 +53,11 @@ class ModelOptions:
     device: str
 
 
-def loaded_model(one: Loaded, cache: str | None) -> Reranker:
-    """The bi-encoder that ranked, as the results name it.
+def loaded_model(one: ResultsFolder, cache: str | None) -> Reranker:
+    """Loads the bi-encoder that ranked.
 
     Raises:
-        UserError: it is not to be had here, or another one answers to its name.
+        UserError: it cannot be loaded here, or the model of that name gives other vectors today.
     """
     models = one.result.models
     if models.get("model") is None:
@@ -75,23 +75,23 @@ def loaded_model(one: Loaded, cache: str | None) -> Reranker:
     return reranker
 
 
-def examples(one: Loaded, source: Source, shown: str, progress: Callable[[Sequence[str], str], Sequence[str]]) -> list[Block]:
-    """A part to open for each method: what gained and what lost.
+def examples(one: ResultsFolder, source: ExampleSource, shown: str, progress: Callable[[Sequence[str], str], Sequence[str]]) -> list[Block]:
+    """One block for each row that a reader can open: the queries that gained and lost.
 
     Args:
         one: the evaluation.
         source: collection and model.
-        shown: the method whose part stands open.
-        progress: wraps the queries that alignments are made of.
+        shown: label of the row whose block is open at first.
+        progress: wraps queries in a progress bar with a title.
     """
     if one.scores is None:
-        return [Text([f"Which documents moved is not known: {one.folder.name} has no scores.parquet that can be read."])]
+        return [Paragraph([f"Which documents moved is not known: {one.folder.name} has no scores.parquet that can be read."])]
     if len(one.rows) == 1:
-        return [Text(["One method ran; there is nothing to compare it with."])]
+        return [Paragraph(["One method ran; there is nothing to compare it with."])]
     return [_method(one, source, label, progress, label == shown) for label, row in one.rows.items() if row.vs]
 
 
-def _method(one: Loaded, source: Source, label: str, progress: Callable[[Sequence[str], str], Sequence[str]], shown: bool) -> Block:
+def _method(one: ResultsFolder, source: ExampleSource, label: str, progress: Callable[[Sequence[str], str], Sequence[str]], shown: bool) -> Block:
     change = (one.measure(label) - one.measure(one.baseline)).sort_values(kind="stable")
     gained = [q for q in change.index[::-1] if change[q] > 0][: source.count]
     lost = [q for q in change.index if change[q] < 0][: source.count]
@@ -103,7 +103,7 @@ def _method(one: Loaded, source: Source, label: str, progress: Callable[[Sequenc
         if queries:
             blocks.append(_table(one, source, label, queries, ranks, f"The {len(queries)} that {title} most"))
         else:
-            blocks.append(Text([f"No query {title}."]))
+            blocks.append(Paragraph([f"No query {title}."]))
         if shows:
             blocks += [_alignment(one, source, label, q, ranks, f"{title}, {one.primary} {change[q]:+.3f}") for q in progress(queries, f"align {label}")]
     return Details(f"{label} against {one.baseline}", blocks, open=shown)
@@ -114,7 +114,7 @@ def _ranks(scores: pd.DataFrame, label: str, queries: Sequence[str]) -> pd.DataF
     return own.assign(grade=own["grade"].fillna(0)).set_index(["query", "document"])[["rank", "grade"]]
 
 
-def _table(one: Loaded, source: Source, label: str, queries: Sequence[str], ranks: dict[str, pd.DataFrame], caption: str) -> Table:
+def _table(one: ResultsFolder, source: ExampleSource, label: str, queries: Sequence[str], ranks: dict[str, pd.DataFrame], caption: str) -> Table:
     measure, rows = one.primary, []
     before, after = one.measure(one.baseline), one.measure(label)
     for q in queries:
@@ -130,8 +130,8 @@ def _table(one: Loaded, source: Source, label: str, queries: Sequence[str], rank
     return Table(["query", measure, "relevant documents: rank before → after", *texts], rows, caption, kind="examples texts" if texts else "examples")
 
 
-def _relevant(source: Source, q: str, ranks: dict[str, pd.DataFrame], baseline: str, label: str) -> tuple[list[str], int]:
-    """Relevant documents, best placed first, and how many more there are."""
+def _relevant(source: ExampleSource, q: str, ranks: dict[str, pd.DataFrame], baseline: str, label: str) -> tuple[list[str], int]:
+    """The relevant documents, best rank first, at most RELEVANT; and how many more there are."""
     known = {d for frame in ranks.values() if q in frame.index.get_level_values(0) for d, row in frame.loc[q].iterrows() if row["grade"] > 0}
     if source.dataset is not None:
         known |= {d for d, grade in source.dataset.qrels[q].items() if grade > 0}
@@ -154,12 +154,12 @@ def _cut(text: str) -> str:
 
 
 def aligned(row: Row) -> bool:
-    """Whether a row ranks by what the query's tokens find, here."""
+    """Whether a row has token alignments: it runs best, and here."""
     return not row.system.remote and row.system.base == Best.name
 
 
-def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str, pd.DataFrame], what: str) -> Block:
-    """Query token by query token: its weight, and what it found in the document that moved up and in the baseline's first."""
+def _alignment(one: ResultsFolder, source: ExampleSource, label: str, q: str, ranks: dict[str, pd.DataFrame], what: str) -> Block:
+    """A table of query tokens: the weight of each, and what it found in the best relevant document and in the baseline's first document."""
     assert source.dataset is not None and source.reranker is not None and source.reranker.encoder is not None
     method = one.rows[label].system.method
     assert isinstance(method, Best)
@@ -175,7 +175,7 @@ def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str,
         read = pool.query_vectors(detail=Detail.TOKENS)
         kept = pool.nearest(read, pool.vectors(detail=Detail.POOLED), method.stage1_top_k)[1]
         if not len(read.tokens):
-            return Text([Quoted(q), " has no tokens."])
+            return Paragraph([Quoted(q), " has no tokens."])
         A = pool.attention(read, pool.vectors(kept, detail=Detail.TOKENS), method.tau).view(len(kept), len(read.tokens)).cpu()
         weight = A.amax(0) - A.mean(0)
         weight = weight / weight.sum() if float(weight.sum()) else torch.full_like(weight, 1 / len(weight))
@@ -203,6 +203,6 @@ def _alignment(one: Loaded, source: Source, label: str, q: str, ranks: dict[str,
 
 
 def _words(encoder: Encoder, text: str, kind: str, count: int, limit: int) -> list[str]:
-    """The text's own tokens as they are written."""
+    """The text's own tokens as strings."""
     (tokens,) = encoder.tokenize([text], kind, limit)
     return encoder.words(tokens)[:count]

@@ -1,4 +1,4 @@
-"""Every figure of the report, drawn by matplotlib under one style file."""
+"""Every figure of the report, drawn by matplotlib with one style file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from matplotlib.transforms import Bbox
 from rerank_lab.eval.results import Interval, Row
 from rerank_lab.eval.table import interval, p_text
 from rerank_lab.methods import labels as known_labels
-from rerank_lab.report.load import Evaluated, Loaded
+from rerank_lab.report.load import ComparableRows, ResultsFolder
 from rerank_lab.report.verdict import compared, frontier
 from rerank_lab.timing import PHASES
 
@@ -32,25 +32,25 @@ DOMINATED = "#9a9a9a"
 INK = "#333333"
 PHASE_LOOKS = [("#d9d9d9", ""), ("#56B4E9", "////"), ("#0072B2", ""), ("#333333", "")]
 CORNERS = [(dx, dy, side) for dy in (5, -12, 18, -25, 31, -38, 44, -51) for dx, side in ((6, "left"), (-6, "right"), (26, "left"), (-26, "right"))]
-CROWD = 10  # rows that a Pareto plot names all, where their names are short
+MOST_NAMED = 10  # a Pareto plot of more rows has numbers and a legend instead of names
 P = ParamSpec("P")
 
 
-class Look(TypedDict):
-    """How a row is drawn, as matplotlib names it."""
+class RowStyle(TypedDict):
+    """How a row is drawn, in matplotlib's terms."""
 
     color: str
     marker: str
 
 
-class Mark(Look, total=False):
-    """A look in a legend."""
+class LegendStyle(RowStyle, total=False):
+    """How a row is drawn in a legend."""
 
     markerfacecolor: str
 
 
-class Difference(Protocol):
-    """A difference of means with its 95% interval (None for a single query) and its corrected p."""
+class TestedDifference(Protocol):
+    """A difference of means, its 95% interval (None for a single query), and its corrected p."""
 
     @property
     def delta(self) -> float: ...
@@ -61,7 +61,7 @@ class Difference(Protocol):
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A figure under the style file, whatever the user's own settings."""
+    """Makes a function draw with the style file, independent of the user's own settings."""
 
     def drawn(*args: P.args, **options: P.kwargs) -> Figure:
         with style.context(["default", STYLE]):
@@ -71,29 +71,32 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def saved(figure: Figure, kind: str) -> bytes:
-    """A figure as "svg" or "png", the same bytes each time."""
+    """A figure as "svg" or "png". The same figure always gives the same bytes."""
     buffer = io.BytesIO()
     with style.context(["default", STYLE]):
         figure.savefig(buffer, format=kind, metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None})
     return buffer.getvalue()
 
 
-def looks(rows: Mapping[str, Row]) -> dict[str, Look]:
-    """Label → colour and mark, of the known methods and of the rows: the known ones' come first in the style's cycle, in the registry's order, then the others'."""
+def looks(rows: Mapping[str, Row]) -> dict[str, RowStyle]:
+    """Label → colour and marker, for the known methods and for the rows.
+
+    Known methods take the first styles of the style file's cycle, in the registry's order. Other rows take the next ones.
+    """
     known, styles = list(known_labels()), matplotlib.rc_params_from_file(STYLE, use_default_template=False)["axes.prop_cycle"]
     own = dict(zip(dict.fromkeys([*known, *(row.label for row in rows.values())]), cycle(styles)))
     names = [*zip(known, known), *((label, row.label) for label, row in rows.items())]
-    return {label: Look(color=own[name]["color"], marker=own[name]["marker"]) for label, name in names}
+    return {label: RowStyle(color=own[name]["color"], marker=own[name]["marker"]) for label, name in names}
 
 
 @styled
-def pareto(one: Evaluated) -> Figure:
-    """Quality with its 95% interval against median latency; what is dominated stands grey. In a crowd the others are numbered, and named below."""
+def pareto(one: ComparableRows) -> Figure:
+    """Quality with its 95% interval against median latency. Dominated rows are grey. If there are many rows, the others get numbers and a legend."""
     best, weighed, look = frontier(one), {*compared(one)}, looks(one.rows)
     timed = {label: row for label, row in one.rows.items() if row.latency_ms}
     at = {label: (latency.p50, row.measures[one.primary]) for label, row in one.rows.items() if (latency := row.latency_ms)}
     names = {label: short(label, row.label) for label, row in timed.items()}
-    crowd = len(timed) > CROWD or any("\n" in name for name in names.values())
+    crowd = len(timed) > MOST_NAMED or any("\n" in name for name in names.values())
     figure = Figure(figsize=(4.8, 3.4 + 0.18 * len(best))) if crowd else Figure()
     if crowd:
         names = {label: str(n) for n, label in enumerate(best, 1)}
@@ -101,7 +104,7 @@ def pareto(one: Evaluated) -> Figure:
         shown = {one.rows[label].label for label in best}
         for name, label in {row.label: label for label, row in timed.items() if row.label not in shown}.items():
             mark = look[label]["marker"]
-            marks[name] = Mark(**look[label], markerfacecolor="white") if timed[label].system.remote else Mark(color=DOMINATED, marker=mark)
+            marks[name] = LegendStyle(**look[label], markerfacecolor="white") if timed[label].system.remote else LegendStyle(color=DOMINATED, marker=mark)
         figure.legend([Line2D([], [], ls="", **mark) for mark in marks.values()], [*marks], loc="outside lower left", handletextpad=0.2)
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -149,7 +152,16 @@ def _name_points(
     figure: Figure, axes: Axes, at: Mapping[str, tuple[float, float]], bars: Mapping[str, Sequence[float]],
     level: Sequence[tuple[float, float, float]], names: Mapping[str, str], colours: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Each name at the corner where it hides least of others, marks, intervals (`bars`, low and high) and lines (`level`: from, to, at)."""
+    """Puts each name at the corner of its point where it hides least of the other names, markers, intervals and lines.
+
+    Args:
+        figure, axes: the plot.
+        at: label → its point.
+        bars: label → lower and upper end of its interval.
+        level: horizontal lines: from x, to x, at y.
+        names: label → the name to write.
+        colours: label → colour of the name.
+    """
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -175,14 +187,15 @@ def _name_points(
 
 
 @styled
-def forest(deltas: Mapping[str, Difference], measure: str, title: str, against: str, rows: Mapping[str, Row]) -> Figure:
-    """Differences with their 95% intervals; the corrected p beside each.
+def forest(deltas: Mapping[str, TestedDifference], measure: str, title: str, against: str, rows: Mapping[str, Row]) -> Figure:
+    """Differences with their 95% intervals, and the corrected p beside each.
 
     Args:
         deltas: label → its difference.
-        measure, title: what is compared, and where.
-        against: what each is compared with.
-        rows: all of the report, by label, whose looks are the same in every figure.
+        measure: what is compared.
+        title: of the figure, the collection.
+        against: what each row is compared with.
+        rows: all rows of the report by label; they give each row the same style in every figure.
     """
     figure = Figure(figsize=(4.8, 1.1 + 0.34 * len(deltas)))
     axes = figure.subplots()
@@ -208,11 +221,11 @@ def forest(deltas: Mapping[str, Difference], measure: str, title: str, against: 
 
 @styled
 def strips(changes: Mapping[str, np.ndarray], measure: str, title: str, against: str, rows: Mapping[str, Row]) -> Figure:
-    """Each query's difference, sorted, a strip a method, with wins, ties and losses.
+    """The differences of all queries, sorted, in one strip for each row, with wins, ties and losses.
 
     Args:
-        changes: label → one difference a query.
-        measure, title, against, rows: as `forest` takes them.
+        changes: label → one difference for each query.
+        measure, title, against, rows: as for `forest`.
     """
     figure = Figure(figsize=(4.8, 0.9 + 0.75 * len(changes)))
     panels = np.atleast_1d(figure.subplots(len(changes), sharex=True, sharey=True))
@@ -233,9 +246,9 @@ def strips(changes: Mapping[str, np.ndarray], measure: str, title: str, against:
 
 
 @styled
-def phases(one: Loaded) -> Figure:
-    """Where a query's time goes: bars of the phases' medians, documents seen before and every document new."""
-    rows = one.result.rows[::-1]  # the first stands on top
+def phases(one: ResultsFolder) -> Figure:
+    """Where a query's time goes: the phases' medians as bars, with documents seen before and with every document new."""
+    rows = one.result.rows[::-1]  # so that the first is on top
     seen = {row.label: row.phases_ms for row in rows if row.phases_ms}
     new = {row.label: row.cold_phases_ms for row in rows if row.cold_phases_ms}
     shown = [(title, medians) for title, medians in (("documents seen before", seen), ("every document new", new)) if medians]
@@ -261,8 +274,8 @@ def phases(one: Loaded) -> Figure:
 
 
 @styled
-def swept(one: Loaded, setting: str) -> Figure:
-    """Quality over one setting; above, what the candidates allow: their recall and the oracle's ceiling."""
+def swept(one: ResultsFolder, setting: str) -> Figure:
+    """Quality over the values of one setting. A panel above shows what the candidates allow: recall, and the measure of their best order."""
     points = [point for point in one.result.sweeps if point.setting == setting]
     values, labels = sorted({point.value for point in points}), list(dict.fromkeys(point.label for point in points))
     look = looks(one.rows)
@@ -273,7 +286,7 @@ def swept(one: Loaded, setting: str) -> Figure:
     above.plot(values, recall, color=INK, ls="-", lw=1.2, marker="", label="recall of what is ranked, at most")
     above.plot(values, ceiling, color=INK, ls=(0, (4, 2)), lw=1.2, marker="", label=f"its best order's {one.result.ceiling_measure}")
     low, high = above.get_ylim()
-    above.set_ylim(min(low, high - 0.05), high)  # where nothing changes, the line is level
+    above.set_ylim(min(low, high - 0.05), high)  # values that hardly change look level
     above.legend(loc="lower right")
     for label in labels:
         own = sorted((p.value, p.measures[one.primary]) for p in points if p.label == label)
@@ -298,11 +311,11 @@ def swept(one: Loaded, setting: str) -> Figure:
 
 
 def short(label: str, name: str | None = None) -> str:
-    """A label that fits beside an axis; what tells long ones apart stands at both ends.
+    """Shortens a label so that it fits beside an axis. Long labels lose their middle, since their ends tell them apart.
 
     Args:
         label: of the row on the page.
-        name: the row's own label. What follows it stands below it where it must. None: nothing follows.
+        name: the row's own label. If the whole is too long, what follows the name goes onto a second line. None: nothing follows.
     """
     if len(label) <= 26:
         return label
@@ -314,8 +327,8 @@ def short(label: str, name: str | None = None) -> str:
 UNITS = {"stage1_top_k": ", documents that stage 1 keeps", "max_tokens_per_doc": ", tokens kept of a document", "top_k": ", candidates a query"}
 
 
-def described(one: Evaluated) -> str:
-    """The Pareto plot in words."""
+def described(one: ComparableRows) -> str:
+    """The Pareto plot as text, for readers who cannot see it."""
     points = [
         f"{label} {interval(row.measures[one.primary], row.ci95[one.primary])} at {row.latency_ms.p50:,.1f} ms"
         for label, row in one.rows.items()

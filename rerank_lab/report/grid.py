@@ -1,4 +1,4 @@
-"""A grid of evaluations as its page reads it: the cells of each collection, with their rows joined, or a clear word on what does not fit."""
+"""Reads a grid of evaluations for its page: the cells of each collection, with their rows joined. Or it says clearly what does not fit."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 import pandas as pd
 
 from rerank_lab.errors import UserError
+from rerank_lab.eval.grid import GRID, GRID_SCHEMA
 from rerank_lab.eval.results import Row, Versus
 from rerank_lab.files import DecodeError, Json, decode, expanded
 from rerank_lab.measures import stats
 from rerank_lab.report.compare import timed_on
-from rerank_lab.report.load import GRID, Loaded, anchor, load
+from rerank_lab.report.load import ResultsFolder, anchor, load
 
-SCHEMA = 1
 REMEDY = "restore it, or run the grid again (python -m rerank_lab.eval --grid)"
 
 
 @dataclass(frozen=True)
 class ListedCell:
-    """A cell: its name, its values by axis."""
+    """A cell as grid.json lists it: the name of its folder, and axis → value."""
 
     name: str
     values: dict[str, Json]
@@ -32,7 +32,7 @@ class ListedCell:
 
 @dataclass(frozen=True)
 class GridFile:
-    """What grid.json says: the values of each axis, and all cells."""
+    """The content of grid.json: axis → its values, and all cells."""
 
     axes: dict[str, list[Json]]
     cells: list[ListedCell]
@@ -42,7 +42,7 @@ class GridFile:
 class FinishedCell(ListedCell):
     """A cell that is finished, with its results."""
 
-    one: Loaded
+    one: ResultsFolder
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class CellRow:
     """A row of a cell.
 
     Attributes:
-        row: as the cell has it, but tested against the baseline of the grid.
+        row: the row, but tested against the baseline of the grid.
         values: axis → name of the cell's value.
-        machine: what tells the machine that timed it from the others; "" where there are no others.
-        cell: the row's.
+        machine: what distinguishes the machine that timed the row from the others; "": there are no others.
+        cell: the cell that the row belongs to.
     """
 
     row: Row
@@ -64,12 +64,12 @@ class CellRow:
 
 @dataclass(frozen=True, eq=False)
 class JoinedRows:
-    """Rows of several cells of one collection, as one evaluation has them.
+    """Rows of several cells on one collection, in the form of one evaluation (ComparableRows).
 
     Attributes:
-        name, stem, primary, baseline, seed: as Evaluated has them.
-        cell_rows: label → row; the label is the row's own and the cell's values in brackets.
-        quality: label → the first measure by query.
+        name, stem, primary, baseline, seed: as in ComparableRows.
+        cell_rows: label → row; the label is the row's own, followed by the cell's values in brackets.
+        quality: label → the first measure by query id.
     """
 
     name: str
@@ -86,11 +86,11 @@ class JoinedRows:
         return {label: cell_row.row for label, cell_row in self.cell_rows.items()}
 
     def measure(self, label: str) -> pd.Series:
-        """A row's value of the first measure by query id."""
+        """A row's first measure by query id."""
         return self.quality[label]
 
     def machine(self, label: str) -> str:
-        """What a row was timed on."""
+        """The machine that timed a row."""
         return self.cell_rows[label].machine
 
 
@@ -100,7 +100,7 @@ class CollectionCells:
 
     Attributes:
         whole: their rows, tested against one baseline.
-        views: machine → the rows that were timed on it, which alone may be compared by time.
+        views: machine → the rows that it timed. Times may only be compared within one view.
         cells: in the grid's order.
     """
 
@@ -111,13 +111,13 @@ class CollectionCells:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is finished of a grid.
+    """The finished cells of a grid.
 
     Attributes:
-        axes: option → names of its values, in order; only those that vary within a collection.
-        collections: one a collection and set of judged queries.
-        unfinished: names of cells that are left out.
-        repeated: whether several cells held the same row.
+        axes: option → its values as JSON → their short names, in order; only options that vary within a collection.
+        collections: one for each collection and set of judged queries.
+        unfinished: names of the cells that are left out.
+        repeated: whether several cells have the same row.
     """
 
     axes: dict[str, dict[str, str]]
@@ -127,15 +127,16 @@ class Grid:
 
     @property
     def cells(self) -> list[FinishedCell]:
-        """All that are finished."""
+        """All finished cells."""
         return [cell for one in self.collections for cell in one.cells]
 
 
 def read(folder: Path) -> Grid:
-    """The grid in a folder.
+    """Reads the grid in a folder.
 
     Raises:
-        UserError: grid.json is damaged, a cell is or does not fit it, none is finished, or their first measures differ.
+        UserError: grid.json or a cell is damaged, a cell is not the one that grid.json describes, no cell is finished,
+            or the cells' first measures differ.
     """
     about = _described(folder / GRID)
     names = [cell.name for cell in about.cells]
@@ -172,9 +173,9 @@ def _described(path: Path) -> GridFile:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} does not read back ({error}); {REMEDY}") from None
     schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != SCHEMA or type(schema) is not int:
-        newer = isinstance(schema, int) and schema > SCHEMA
-        raise UserError(f"{path}: schema {schema!r}, and this version reads schema {SCHEMA}; {'a newer rerank_lab made it: upgrade' if newer else REMEDY}")
+    if schema != GRID_SCHEMA or type(schema) is not int:
+        newer = isinstance(schema, int) and schema > GRID_SCHEMA
+        raise UserError(f"{path}: schema {schema!r}, and this version reads schema {GRID_SCHEMA}; {'a newer rerank_lab made it: upgrade' if newer else REMEDY}")
     try:
         about = decode(GridFile, value)
         for problem in _inconsistent(about):
@@ -198,7 +199,7 @@ def _inconsistent(about: GridFile) -> Iterator[str]:
 
 
 def _check(folder: Path, cell: FinishedCell) -> None:
-    """Whether a cell's results are those that the grid says; what a collection or a list is called may differ."""
+    """Checks that a cell's results have the options that grid.json says. Collections and lists may be written differently."""
     for axis, value in cell.values.items():
         own = cell.one.result.config.options.get(axis, value)
         if axis != "dataset" and isinstance(value, (str, int, float)) and own not in (value, expanded(value) if isinstance(value, str) else value):
@@ -206,7 +207,7 @@ def _check(folder: Path, cell: FinishedCell) -> None:
 
 
 def _named(axis: str, values: Sequence[Json]) -> dict[str, str]:
-    """An axis' values, as JSON → as few words as tell them apart."""
+    """The values of an axis, as JSON → a name as short as possible that differs from the others."""
     full = [(f"{axis}" if value else f"no {axis}") if isinstance(value, bool) else value if isinstance(value, str) else json.dumps(value) for value in values]
     last = [text.rstrip("/").rpartition("/")[2] for text in full]
     brief = [text if len(text) <= 16 else f"{text[:8]}…{text[-7:]}" for text in last]
@@ -215,18 +216,18 @@ def _named(axis: str, values: Sequence[Json]) -> dict[str, str]:
 
 
 def _machines(cells: Sequence[FinishedCell]) -> dict[tuple[str, ...], str]:
-    """What the cells ran on → what tells it from the others."""
+    """Machine of a cell (see _machine) → the facts that distinguish it from the others."""
     found = {_machine(cell.one): timed_on(cell.one) for cell in cells}
     telling = [key for key in next(iter(found.values())) if len({env[key] for env in found.values()}) > 1]
     return {own: ", ".join(f"{key} {env[key]}" for key in telling) for own, env in found.items()}
 
 
-def _machine(one: Loaded) -> tuple[str, ...]:
+def _machine(one: ResultsFolder) -> tuple[str, ...]:
     return tuple(timed_on(one).values())
 
 
 def _titles(groups: Sequence[Sequence[FinishedCell]]) -> list[str]:
-    """Each collection's name, apart from the others' by as little as that takes."""
+    """A unique title for each collection: its name, with queries, hash or first cell added if they are needed."""
     firsts = [group[0] for group in groups]
     names = [first.one.name for first in firsts]
     queries = [f"{first.one.result.rows[0].queries} queries" for first in firsts]

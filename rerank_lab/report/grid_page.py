@@ -1,4 +1,4 @@
-"""A grid of evaluations as one page: the cells of a collection side by side, and what each axis of the grid changes."""
+"""The page of a grid of evaluations: the cells of a collection side by side, and what each axis of the grid changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import combinations
 from rerank_lab.eval.table import ALPHA, head, interval, p_text
 from rerank_lab.measures import stats
 from rerank_lab.report import content, figures
-from rerank_lab.report.blocks import Block, Cell, Code, Details, Plot, Plots, Quoted, Section, Strong, Table, Text
+from rerank_lab.report.blocks import Block, Cell, Code, Details, Paragraph, Plot, Plots, Quoted, Section, Strong, Table
 from rerank_lab.report.compare import environment
 from rerank_lab.report.content import against, mean, number, p50
 from rerank_lab.report.grid import CellRow, CollectionCells, FinishedCell, Grid, JoinedRows
@@ -16,10 +16,10 @@ from rerank_lab.report.verdict import frontier, randomized, ratio, sentence, ver
 
 
 def page(grid: Grid, made_by: str) -> Section:
-    """The report of a grid, and the command that made it."""
+    """The page of a grid; made_by is the command that made it."""
     wholes, cells = [one.whole for one in grid.collections], grid.cells
-    blocks: list[Block] = [Text(finding(one), item=len(wholes) > 1) for one in grid.collections]
-    blocks += [Text([line], item=True) for line in _remarks(grid)]
+    blocks: list[Block] = [Paragraph(finding(one), item=len(wholes) > 1) for one in grid.collections]
+    blocks += [Paragraph([line], item=True) for line in _remarks(grid)]
     blocks.append(across(grid))
     views = [view for one in grid.collections for view in one.views.values() if any(row.latency_ms for row in view.rows.values())]
     blocks.append(Plots([Plot(f"pareto-{view.stem}", figures.pareto(view), figures.described(view)) for view in views]))
@@ -35,7 +35,7 @@ def page(grid: Grid, made_by: str) -> Section:
 
 
 def finding(one: CollectionCells) -> list[str]:
-    """The sentence of one collection; where its rows were timed on several machines, the cheapest of each."""
+    """The finding about one collection, as parts of a paragraph. If several machines timed its rows, it names the cheapest row of each."""
     whole = one.whole
     if len(one.views) == 1:
         return sentence(whole, "rows")
@@ -62,19 +62,19 @@ def _remarks(grid: Grid) -> Iterator[str]:
         yield "Cells were timed on different machines or settings of one: times are compared within each alone, in plots of their own, and there is no ratio across."
     if grid.axes:
         yield f"A row is a method ({', '.join(grid.axes)}). A collection's Δ and × are against the baseline of its first cell."
-    if (rows := max(len(one.whole.rows) for one in grid.collections)) > figures.CROWD:
+    if (rows := max(len(one.whole.rows) for one in grid.collections)) > figures.MOST_NAMED:
         yield f"All pairs of {rows} rows are {rows * (rows - 1) // 2} tests, so that it takes more to be told from the highest mean than from the baseline."
     if grid.repeated:
         yield "A row that several cells hold stands once, from the first of them."
 
 
 def unfinished(grid: Grid) -> str:
-    """Which cells are left out."""
+    """A sentence about the cells that are left out."""
     return f"Not finished and left out, {len(grid.unfinished)} of {len(grid.cells) + len(grid.unfinished)} cells: {'; '.join(grid.unfinished)}."
 
 
 def across(grid: Grid) -> Table:
-    """Methods and values down, collections across: quality, and latency as a multiple of the baseline's."""
+    """A line for each row of a cell, columns for each collection: quality, and latency as a multiple of the baseline's."""
     wholes = [one.whole for one in grid.collections]
     rows = {label: cell_row for whole in wholes for label, cell_row in whole.cell_rows.items()}
     cells = [
@@ -98,7 +98,7 @@ def _mean(whole: JoinedRows, label: str) -> Cell:
 
 
 def _axis(grid: Grid, axis: str) -> list[Block]:
-    """What one option changes with all else equal, pair by pair."""
+    """What one option changes, in pairs of rows that have all other options equal."""
     pairs = [
         (one.whole, a, b, (one.whole.measure(b) - one.whole.measure(a)).to_numpy())
         for one in grid.collections
@@ -121,10 +121,10 @@ def _axis(grid: Grid, axis: str) -> list[Block]:
         ])  # fmt: skip
     columns = ["collection", "method", *(name for name in grid.axes if name != axis), "from → to", f"Δ {grid.collections[0].whole.primary} [95% CI]", "p, Holm"]
     columns += ["won/tied/lost", "× latency", *(["candidates"] if two_stages else [])]
-    said = [Text([Strong(step), f": {_counted(found)}."], item=True) for step, found in counted.items()]
+    summary = [Paragraph([Strong(step), f": {_counted(found)}."], item=True) for step, found in counted.items()]
     stages = " Where candidates are other ones, the first stage changed too, and the difference is of both." if two_stages else ""
     text = f"All else equal, paired by query; p from a randomisation test, Holm-corrected over the {len(rows)} rows of the table.{stages}"
-    return [*said, Text([text]), Table(columns, rows)]
+    return [*summary, Paragraph([text]), Table(columns, rows)]
 
 
 def _same_candidates(a: CellRow, b: CellRow) -> bool:
@@ -132,7 +132,7 @@ def _same_candidates(a: CellRow, b: CellRow) -> bool:
 
 
 def _pairs(whole: JoinedRows, axis: str, order: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Labels of rows that differ in one axis alone, the earlier value first."""
+    """Pairs of labels of rows that differ only in this axis, the earlier value first."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for label, cell_row in whole.cell_rows.items():
         alike.setdefault((cell_row.row.label, *(value for name, value in cell_row.values.items() if name != axis)), []).append(label)
@@ -148,7 +148,7 @@ def _counted(found: Sequence[tuple[float, float, float | None]]) -> str:
 
 
 def _collection(one: CollectionCells, axes: list[str]) -> list[Block]:
-    """All rows of a collection, highest mean first."""
+    """Blocks about one collection: all rows, highest mean first, plots and notes."""
     whole, found = one.whole, verdict(one.whole)
     order = sorted(whole.rows, key=lambda label: -whole.rows[label].measures[whole.primary])
     rows = []
@@ -168,19 +168,19 @@ def _collection(one: CollectionCells, axes: list[str]) -> list[Block]:
     stages: dict[str, list[str]] = {}
     for cell in one.cells:
         stages.setdefault("; ".join(head(cell.one.result)[1:]), []).append(cell.name)
-    blocks.append(Text(head(one.cells[0].one.result)[:1], item=True))
-    blocks += [Text([f"{line} (in {' and '.join(names)})" if len(stages) > 1 else line], item=True) for line, names in stages.items()]
+    blocks.append(Paragraph(head(one.cells[0].one.result)[:1], item=True))
+    blocks += [Paragraph([f"{line} (in {' and '.join(names)})" if len(stages) > 1 else line], item=True) for line, names in stages.items()]
     notes = dict.fromkeys(note for cell in one.cells for part in (cell.one.result.dataset, cell.one.result.candidates) for note in part.notes)
-    return [*blocks, *(Text([Quoted(note)], item=True) for note in notes)]
+    return [*blocks, *(Paragraph([Quoted(note)], item=True) for note in notes)]
 
 
 def _plots(one: CollectionCells, order: Sequence[str]) -> list[Plot]:
-    """Every row below the highest mean; query by query, those that no other dominates."""
+    """Two plots: every row below the highest mean; and, query by query, the rows that no other row dominates."""
     whole, found = one.whole, verdict(one.whole)
     below = {label: found.below[label] for label in order if label in found.below}
-    said = "; ".join(f"{label} {interval(vs.delta, vs.ci95, '+.4f', '+.3f')}, Holm p {p_text(vs.p_holm)}" for label, vs in below.items())
+    summary = "; ".join(f"{label} {interval(vs.delta, vs.ci95, '+.4f', '+.3f')}, Holm p {p_text(vs.p_holm)}" for label, vs in below.items())
     forest = figures.forest(below, whole.primary, whole.name, found.highest, whole.rows)
-    plots = [Plot(f"differences-{whole.stem}", forest, f"differences from {found.highest}: {said}")]
+    plots = [Plot(f"differences-{whole.stem}", forest, f"differences from {found.highest}: {summary}")]
     kept = [label for view in one.views.values() for label in frontier(view) if label in below]
     if kept:
         changes = {label: (whole.measure(label) - whole.measure(found.highest)).to_numpy() for label in kept}
@@ -190,8 +190,8 @@ def _plots(one: CollectionCells, order: Sequence[str]) -> list[Plot]:
 
 
 def _cell(cell: FinishedCell, first: FinishedCell) -> list[Block]:
-    """Its folder, what its environment has different from the first cell's, and its command."""
+    """A cell's folder, how its environment differs from the first cell's, and its command."""
     own, others = (environment(x.one) for x in (cell, first))
     differing = [f"{key} {own.get(key, 'absent')}, not {others.get(key, 'absent')}" for key in sorted({*own, *others}) if own.get(key) != others.get(key)]
-    said = "the first cell" if cell is first else "the first cell's environment" if not differing else f"in its environment {'; '.join(differing)}"
-    return [Text([Strong(cell.name), f": {said}."]), Code(content.command(cell.one.result.config.options))]
+    summary = "the first cell" if cell is first else "the first cell's environment" if not differing else f"in its environment {'; '.join(differing)}"
+    return [Paragraph([Strong(cell.name), f": {summary}."]), Code(content.command(cell.one.result.config.options))]

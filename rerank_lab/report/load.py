@@ -1,4 +1,4 @@
-"""A results folder as a report reads it, or a clear word on what is missing."""
+"""Reads results folders for a report, or says clearly what is missing."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ import pandas as pd
 from rerank_lab.datasets.dataset import Dataset
 from rerank_lab.datasets.load import load_dataset
 from rerank_lab.errors import UserError
+from rerank_lab.eval.grid import GRID
 from rerank_lab.eval.journal import RESULTS
 from rerank_lab.eval.results import Results, Row, read
 
-GRID = "grid.json"  # in the folder of a grid of evaluations
-SAME = 1e-9  # means of measures over queries, summed in another order
+MEAN_TOLERANCE = 1e-9  # means over queries differ by this much if they are summed in another order
 
 
-class Evaluated(Protocol):
-    """Rows that ranked the same queries: those of an evaluation, or those of all cells of a grid."""
+class ComparableRows(Protocol):
+    """Rows that ranked the same queries: those of one evaluation, or those of all cells of a grid on one collection."""
 
     @property
     def name(self) -> str:
-        """As the report calls them, unlike the others'."""
+        """Name of the collection; unique in the report."""
 
     @property
     def stem(self) -> str:
-        """The same in names of files and links."""
+        """The name as part of file names and links."""
 
     @property
     def rows(self) -> Mapping[str, Row]:
-        """Label → row. In a grid the row's own label is the start of it, and the cell's values follow in brackets."""
+        """Label → row. In a grid, the label is the row's own, followed by the cell's values in brackets."""
 
     @property
     def primary(self) -> str:
@@ -44,32 +44,32 @@ class Evaluated(Protocol):
 
     @property
     def baseline(self) -> str:
-        """Label of what the others are tested against."""
+        """Label of the row that the others are tested against."""
 
     @property
     def seed(self) -> int:
-        """Of resampling."""
+        """Seed of resampling."""
 
     def __hash__(self) -> int: ...
 
     def measure(self, label: str) -> pd.Series:
-        """A row's value of the first measure by query id, in the order of the judgements."""
+        """A row's first measure by query id, in the order of the judgements."""
 
     def machine(self, label: str) -> str:
-        """What a row was timed on: times are compared within one machine alone."""
+        """The machine that timed a row. Times may only be compared within one machine."""
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """One evaluation.
+class ResultsFolder:
+    """One evaluation, as read from its results folder.
 
     Attributes:
-        folder: where it lies.
-        name: as the report calls it, unlike the others'.
-        stem: the same in names of files and links.
-        result: results.json.
-        per_query: per_query.csv, ids as text.
-        scores: scores.parquet; None where it is gone.
+        folder: the results folder.
+        name: name of the collection; unique in the report.
+        stem: the name as part of file names and links.
+        result: content of results.json.
+        per_query: content of per_query.csv, with ids as text.
+        scores: content of scores.parquet; None: the file is missing.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ class Loaded:
 
     @cached_property
     def rows(self) -> dict[str, Row]:
-        """Label → row, as the evaluation had them."""
+        """Label → row, in the order of the evaluation."""
         return {row.label: row for row in self.result.rows}
 
     @property
@@ -91,35 +91,36 @@ class Loaded:
 
     @property
     def baseline(self) -> str:
-        """What the others are tested against."""
+        """Label of the row that the others are tested against."""
         return self.result.config.baseline
 
     @property
     def seed(self) -> int:
-        """Of resampling."""
+        """Seed of resampling."""
         return self.result.config.seed
 
     def measure(self, label: str, name: str | None = None) -> pd.Series:
-        """A method's value by query id, in the order of the judgements; of the first measure, or of the one named."""
+        """A row's values by query id, in the order of the judgements: of the measure `name`, or of the first measure."""
         own = self.per_query[self.per_query["method"] == label]
         return own.set_index("query")[name or self.primary]
 
     def machine(self, label: str) -> str:
-        """One machine timed all rows."""
+        """Always "": one machine timed all rows."""
         return ""
 
 
-def load(folders: Sequence[Path]) -> list[Loaded]:
-    """All of them, each under a name of its own.
+def load(folders: Sequence[Path]) -> list[ResultsFolder]:
+    """Reads results folders and gives each a unique name.
 
     Raises:
-        UserError: no folder, an interrupted run, a file missing, damaged, or of another version; which, and what to do.
+        UserError: there is no such folder, it holds an interrupted run, or a file is missing, damaged or of another version.
+            The message names it and says what to do.
     """
     if twice := [str(folder) for folder in folders if [*map(Path.resolve, folders)].count(folder.resolve()) > 1]:
         raise UserError(f"{twice[0]} is named twice")
     found = [_load(folder) for folder in folders]
     names = [_name(one) for one in found]
-    for tell in (lambda one: one.folder.resolve().name, lambda one: str(one.folder)):  # apart by as little as that takes
+    for tell in (lambda one: one.folder.resolve().name, lambda one: str(one.folder)):  # equal names get the folder's name, or else its path
         names = [name if names.count(name) == 1 else f"{_name(one)} ({tell(one)})" for one, name in zip(found, names)]
     stems = [anchor(name) for name in names]
     stems = [stem if stems.count(stem) == 1 else f"{stem}-{n}" for n, stem in enumerate(stems, 1)]
@@ -127,15 +128,15 @@ def load(folders: Sequence[Path]) -> list[Loaded]:
 
 
 def anchor(title: str) -> str:
-    """A title in names of files and links."""
+    """A title as part of file names and links."""
     return re.sub(r"[^\w]+", "-", title.lower()).strip("-")
 
 
 def newest(root: Path) -> Path:
-    """The results folder that was finished last, or the grid that it is of.
+    """The results folder that was finished last, or the grid's folder if it is a cell of a grid.
 
     Raises:
-        UserError: none is there.
+        UserError: there are no finished results.
     """
     cells = (path for path in root.glob(f"*/*/{RESULTS}") if is_grid(path.parent.parent))
     done = sorted([*root.glob(f"*/{RESULTS}"), *cells], key=lambda path: path.stat().st_mtime)
@@ -150,11 +151,15 @@ def is_grid(folder: Path) -> bool:
     return (folder / GRID).is_file()
 
 
-def collection(one: Loaded, given: dict[str, str]) -> Dataset:
-    """The collection that was ranked, from where the run had it or as --dataset says.
+def collection(one: ResultsFolder, given: dict[str, str]) -> Dataset:
+    """Loads the collection that was ranked.
+
+    Args:
+        one: the evaluation.
+        given: name of a collection → its place now, from --dataset. Other collections are where the evaluation had them.
 
     Raises:
-        UserError: not to be found there, or another than the one that was ranked.
+        UserError: the collection is not there, or it is not the one that was ranked.
     """
     config, ranked = one.result.config, one.result.dataset
     place = given.get(ranked.name, config.dataset)
@@ -164,12 +169,12 @@ def collection(one: Loaded, given: dict[str, str]) -> Dataset:
     return dataset
 
 
-def _name(one: Loaded) -> str:
+def _name(one: ResultsFolder) -> str:
     data = one.result.dataset
     return data.name + ("" if data.split == "test" else f" {data.split}")
 
 
-def _load(folder: Path) -> Loaded:
+def _load(folder: Path) -> ResultsFolder:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a results folder' if folder.exists() else 'no such folder'}; python -m rerank_lab.eval makes one")
     if (folder / "partial").is_dir():
@@ -180,7 +185,7 @@ def _load(folder: Path) -> Loaded:
     for name, digest in result.files.items():
         if (folder / name).is_file() and hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise UserError(f"{folder / name} is not the one that {RESULTS} came with; copy it back, or run the evaluation again with --overwrite")
-    return Loaded(folder, "", "", result, frame, scores)
+    return ResultsFolder(folder, "", "", result, frame, scores)
 
 
 def _done(partial: Path) -> str:
@@ -207,9 +212,9 @@ def _per_query(path: Path, result: Results) -> pd.DataFrame:
         own = frame[frame["method"] == row.label]
         if len(own) != row.queries:
             raise UserError(f"{path} has {len(own)} of {row.queries} queries of {row.label}; run the evaluation again with --overwrite")
-        if not np.allclose([own[n].mean() for n in names], [row.measures[n] for n in names], rtol=0, atol=SAME):
+        if not np.allclose([own[n].mean() for n in names], [row.measures[n] for n in names], rtol=0, atol=MEAN_TOLERANCE):
             raise UserError(f"{path} and {RESULTS} are of two runs: their means of {row.label} differ; run the evaluation again with --overwrite")
-        if row.vs and not np.isclose(row.vs.delta, row.measures[result.primary] - base, atol=SAME):
+        if row.vs and not np.isclose(row.vs.delta, row.measures[result.primary] - base, atol=MEAN_TOLERANCE):
             raise UserError(f"{path.with_name(RESULTS)} does not agree with itself on {row.label}; run the evaluation again with --overwrite")
     return frame
 

@@ -1,4 +1,4 @@
-"""From results folders to files: what goes onto which page, and what is said of it on a terminal."""
+"""Turns results folders into report files, and says on the terminal what they show."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from rerank_lab.cache.places import default_place
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.files import write_atomically
 from rerank_lab.report import bench, content, grid, grid_page, render
-from rerank_lab.report.blocks import Block, Section, Strong, Text, plots
+from rerank_lab.report.blocks import Block, Paragraph, Section, Strong, plots
 from rerank_lab.report.compare import comparison
-from rerank_lab.report.examples import Source, aligned, examples, loaded_model
+from rerank_lab.report.examples import ExampleSource, aligned, examples, loaded_model
 from rerank_lab.report.figures import saved
-from rerank_lab.report.load import Loaded, collection, is_grid, load, newest
+from rerank_lab.report.load import ResultsFolder, collection, is_grid, load, newest
 from rerank_lab.report.verdict import sentence, verdict
 
 
 def make(options: argparse.Namespace) -> str:
-    """Writes what the options describe; what to say of it."""
+    """Writes the report that the options describe. Returns the text for stdout.
+
+    Raises:
+        UserError: wrong options or unreadable results. ModelError: a model failed.
+    """
     if options.compare:
         return _compare(options)
     folders = options.results or [newest(Path("results"))]
@@ -48,7 +52,7 @@ def make(options: argparse.Namespace) -> str:
         if len(every) == 1:
             report.blocks += content.sections(one, 2, errors, None if speeds is None else bench.roofline(speeds, options.bench.name, 3))
         else:
-            pointer = None if speeds is None else Text([f"What the kernels reach of the machine's limits: under “{bench.LIMITS}”, at the end."])
+            pointer = None if speeds is None else Paragraph([f"What the kernels reach of the machine's limits: under “{bench.LIMITS}”, at the end."])
             report.blocks.append(Section(one.name, 2, list(content.sections(one, 3, errors, pointer))))
     if speeds is not None and len(every) > 1:
         report.blocks.append(bench.roofline(speeds, options.bench.name, 2))
@@ -56,13 +60,15 @@ def make(options: argparse.Namespace) -> str:
     if options.latex:
         tables = [render.latex(content.main_table(one), f"{one.primary} on {one.name}.", f"tab:{one.stem}") for one in every]
         extra["report.tex"] = "\n".join(tables)
-    said = ["".join(sentence(one)) for one in every]
-    return "\n".join([*map(wrapped, said), _write(out, "report", report, extra)])
+    summary = ["".join(sentence(one)) for one in every]
+    return "\n".join([*map(wrapped, summary), _write(out, "report", report, extra)])
 
 
 def _grid(folder: Path, options: argparse.Namespace) -> str:
     beside = [name for name in ("bench", "dataset", "cache") if getattr(options, name)]
-    beside += [name for name, none in (("quote", ("all", "none")), ("examples", (10, 0))) if getattr(options, name) not in none]  # its page has neither
+    beside += [
+        name for name, none in (("quote", ("all", "none")), ("examples", (10, 0))) if getattr(options, name) not in none
+    ]  # the page of a grid has neither texts nor examples
     if beside:
         raise UserError(f"{folder} is a grid, which takes --out, --command and --latex alone beside it, not {', '.join(beside)}; its cells take them")
     found = grid.read(folder)
@@ -70,8 +76,8 @@ def _grid(folder: Path, options: argparse.Namespace) -> str:
         print(f"rerank_lab: {grid_page.unfinished(found)}", file=sys.stderr)
     report = grid_page.page(found, options.command)
     extra = {"report.tex": render.latex(grid_page.across(found), "Every row of the grid.", "tab:grid")} if options.latex else {}
-    said = ["".join(grid_page.finding(one)) for one in found.collections]
-    return "\n".join([*map(wrapped, said), _write(options.out or folder, "report", report, extra)])
+    summary = ["".join(grid_page.finding(one)) for one in found.collections]
+    return "\n".join([*map(wrapped, summary), _write(options.out or folder, "report", report, extra)])
 
 
 def _compare(options: argparse.Namespace) -> str:
@@ -79,20 +85,20 @@ def _compare(options: argparse.Namespace) -> str:
         raise UserError(f"--compare takes two results, and {grids[0]} is a grid: name two of its cells")
     a, b = (load([folder])[0] for folder in options.compare)
     report = comparison(a, b, options.command)
-    said = ["".join(block.parts) for block in report.blocks if isinstance(block, Text) and isinstance(block.parts[0], Strong)]
-    return "\n".join([*map(wrapped, said), _write(options.out, "comparison", report, {})])
+    summary = ["".join(block.parts) for block in report.blocks if isinstance(block, Paragraph) and isinstance(block.parts[0], Strong)]
+    return "\n".join([*map(wrapped, summary), _write(options.out, "comparison", report, {})])
 
 
 def wrapped(text: str) -> str:
-    """For a terminal of 80 columns."""
+    """A text wrapped to 80 columns."""
     return textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], quote: bool) -> list[Block]:
-    """The queries that gained and lost, as far as collection and model are to be had; what is not is said."""
+def _examples(one: ResultsFolder, options: argparse.Namespace, given: dict[str, str], quote: bool) -> list[Block]:
+    """Blocks about queries that gained and lost. If the collection or the model cannot be loaded, a block says so."""
     if not options.examples:
-        return [Text(["Left out (--examples 0)."])]
-    said: list[Block] = [] if quote else [Text(["This collection's texts are not quoted here: ids alone."])]
+        return [Paragraph(["Left out (--examples 0)."])]
+    notes: list[Block] = [] if quote else [Paragraph(["This collection's texts are not quoted here: ids alone."])]
     dataset = reranker = None
     try:
         dataset = collection(one, given)
@@ -101,15 +107,17 @@ def _examples(one: Loaded, options: argparse.Namespace, given: dict[str, str], q
     except (UserError, ModelError) as error:
         if dataset is None and one.result.dataset.name in given:
             raise
-        said.append(Text([f"Left out: {error}."]))
+        notes.append(Paragraph([f"Left out: {error}."]))
         print(f"rerank_lab: {one.name}: {'no texts' if dataset is None else 'no token alignments'}: {error}", file=sys.stderr)
-    return said + examples(one, Source(dataset, reranker, quote, options.examples), verdict(one).use, lambda items, name: tqdm(items, desc=name, disable=None))
+    return notes + examples(
+        one, ExampleSource(dataset, reranker, quote, options.examples), verdict(one).use, lambda items, name: tqdm(items, desc=name, disable=None)
+    )
 
 
 def _write(out: Path, name: str, report: Section, extra: dict[str, str]) -> str:
-    """Figures first, the page last, each whole or not there."""
+    """Writes the files atomically, figures first and the page last. Returns a line for stdout."""
     files: dict[str, str | bytes] = {f"figures/{plot.name}.png": saved(plot.figure, "png") for plot in plots(report)}
     files |= {**extra, f"{name}.md": render.markdown(report), f"{name}.html": render.html(report)}
-    for file, text in files.items():  # all are made before any is written
+    for file, text in files.items():  # all contents are ready before the first file is written
         write_atomically(out / file, text)
     return f"Written to {out / name}.html and {name}.md"

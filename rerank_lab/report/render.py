@@ -1,4 +1,4 @@
-"""A report as Markdown, as one HTML page, and its table as LaTeX."""
+"""Writes a report as Markdown and as one HTML page, and a table as LaTeX."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from rerank_lab.report.blocks import Block, Code, Details, Plot, Plots, Quoted, Section, Strong, Table, Text
+from rerank_lab.report.blocks import Block, Code, Details, Paragraph, Plot, Plots, Quoted, Section, Strong, Table
 from rerank_lab.report.figures import saved
 from rerank_lab.report.load import anchor
 
-MEANT = re.compile(r"([\\`*|$]|<(?=[A-Za-z/!?]))")
-FOREIGN = re.compile(r"([\\`*_\[\]!|<~$&])")
+ESCAPED_OWN = re.compile(r"([\\`*|$]|<(?=[A-Za-z/!?]))")
+ESCAPED_QUOTED = re.compile(r"([\\`*_\[\]!|<~$&])")
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"} | {"<": "$<$", ">": "$>$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 )
 
 
 def markdown(block: Block) -> str:
-    """A block and all in it as Markdown (GitHub's), figures as images from the folder of that name."""
-    text = re.sub(r"(?m)^(- .*)\n(?!- |\n)", r"\1\n\n", "\n".join(_lines(block)))  # or a list would go on
+    """A block with its contents as GitHub's Markdown. Figures are images in the folder figures/."""
+    text = re.sub(r"(?m)^(- .*)\n(?!- |\n)", r"\1\n\n", "\n".join(_lines(block)))  # an empty line ends a list
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def html(report: Section) -> str:
-    """The report as a page that stands alone: style, figures and the script that sorts are all inside."""
+    """The report as one self-contained page, with style, figures and the script that sorts tables."""
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
     page.filters["svg"] = lambda plot: "data:image/svg+xml;base64," + base64.b64encode(saved(plot.figure, "svg")).decode()
     page.tests |= {name: lambda block, kind=kind: isinstance(block, kind) for name, kind in KINDS.items()}
@@ -37,7 +37,7 @@ def html(report: Section) -> str:
     return page.get_template("page.html").render(report=report)
 
 
-KINDS = {"text": Text, "code": Code, "table": Table, "plots": Plots, "details": Details, "section": Section, "strong": Strong}
+KINDS = {"text": Paragraph, "code": Code, "table": Table, "plots": Plots, "details": Details, "section": Section, "strong": Strong}
 
 
 def latex(table: Table, caption: str, label: str) -> str:
@@ -52,8 +52,8 @@ def latex(table: Table, caption: str, label: str) -> str:
 
 
 def escaped(text: str, quoted: bool = False) -> str:
-    """Text that stands in Markdown as it is; somebody else's loses every meaning it might have there."""
-    return (FOREIGN if quoted else MEANT).sub(r"\\\1", " ".join(text.split()))
+    """Escapes text for Markdown. In our own text only some characters are escaped, in quoted text every one with a meaning."""
+    return (ESCAPED_QUOTED if quoted else ESCAPED_OWN).sub(r"\\\1", " ".join(text.split()))
 
 
 def _lines(block: Block) -> Iterator[str]:
@@ -62,7 +62,7 @@ def _lines(block: Block) -> Iterator[str]:
             yield from (f"{'#' * block.level} {escaped(block.title)}", "")
             for part in block.blocks:
                 yield from _lines(part)
-        case Text():
+        case Paragraph():
             text = "".join(f"**{escaped(part)}**" if isinstance(part, Strong) else _spaced(part) for part in block.parts)
             yield f"- {text}" if block.item else text
             if not block.item:
@@ -81,7 +81,7 @@ def _lines(block: Block) -> Iterator[str]:
 
 
 def _spaced(part: str) -> str:
-    """As `escaped`, with the spaces at its ends."""
+    """Like `escaped`, but keeps one space at each end."""
     inner = escaped(part, isinstance(part, Quoted))
     return f"{' ' * (part[:1] == ' ')}{inner}{' ' * (part[-1:] == ' ' and bool(inner))}" if inner else part
 

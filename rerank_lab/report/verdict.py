@@ -1,4 +1,4 @@
-"""Which method to use, what it gains, what it costs, and how sure that is."""
+"""The verdict of a report: which method to use, what it gains, what it costs, and how certain that is."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rerank_lab.eval.results import Interval
 from rerank_lab.eval.table import ALPHA, interval, p_text
 from rerank_lab.measures import stats
 from rerank_lab.report.blocks import Strong
-from rerank_lab.report.load import Evaluated
+from rerank_lab.report.load import ComparableRows
 
-SWAPS = 500  # a test of a family: a corrected p near .05 is known to about .01
+SWAPS = 500  # for each test of a family; they give a corrected p near .05 to about .01
 
 
 @dataclass(frozen=True)
-class Below:
-    """A method that is not the highest, beside the one that is.
+class Deficit:
+    """How far a row is below the one with the highest mean.
 
     Attributes:
-        delta, ci95: how far below (at most 0 where the other is the highest), and the 95% interval of that.
-        p_holm: randomisation test, Holm-corrected over all pairs of methods: which is highest, the same queries chose.
+        delta, ci95: difference from the highest mean (at most 0), and its 95% interval.
+        p_holm: p of the randomisation test, Holm-corrected over all pairs of rows, because the same queries decided which row is highest.
     """
 
     delta: float
@@ -34,20 +34,22 @@ class Below:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes:
-    highest: the label of highest mean.
-    use: the cheapest of those that cannot be told from it.
-    below: label → how it stands beside the highest.
+    """Which row to use.
+
+    Attributes:
+        highest: label of the row with the highest mean.
+        use: label of the cheapest row that cannot be told from it.
+        below: label → how far it is below the highest, for all other rows.
     """
 
     highest: str
     use: str
-    below: dict[str, Below]
+    below: dict[str, Deficit]
 
 
 @cache
-def verdict(one: Evaluated) -> Verdict:
-    """By paired tests over the queries; servers are left out where methods ran here, since their time is another machine's."""
+def verdict(one: ComparableRows) -> Verdict:
+    """Decides by paired tests over the queries. If methods ran here, servers are left out, since another machine timed them."""
     labels = compared(one)
     latencies = {label: one.rows[label].latency_ms for label in labels}
     cost = {label: 0.0 if latency is None else latency.p50 for label, latency in latencies.items()}
@@ -57,25 +59,25 @@ def verdict(one: Evaluated) -> Verdict:
     corrected = dict(zip(map(frozenset, pairs), stats.holm(randomized([values[a] - values[b] for a, b in pairs], len(pairs), one.seed))))
     change = {label: values[label] - values[highest] for label in labels if label != highest}
     below = {
-        label: Below(float(less.mean()), stats.bootstrap_interval(less, one.seed), corrected[frozenset((label, highest))]) for label, less in change.items()
+        label: Deficit(float(less.mean()), stats.bootstrap_interval(less, one.seed), corrected[frozenset((label, highest))]) for label, less in change.items()
     }
     level = [label for label in labels if label == highest or below[label].p_holm >= ALPHA]
     return Verdict(highest, min(level, key=lambda label: cost[label]), below)
 
 
-def compared(one: Evaluated) -> list[str]:
-    """Labels of what is weighed against each other: what was timed, and without servers where methods ran here."""
+def compared(one: ComparableRows) -> list[str]:
+    """Labels of the rows that are compared: those that were timed, without servers if methods ran here."""
     labels = [label for label, row in one.rows.items() if row.latency_ms] or list(one.rows)
     return [label for label in labels if not one.rows[label].system.remote] or labels
 
 
 def randomized(changes: Sequence[np.ndarray], family: int, seed: int) -> list[float]:
-    """p of the paired randomisation test of each row of differences, with swaps enough for Holm's correction over a family.
+    """p-values of paired randomisation tests, with enough swaps for Holm's correction over a family of tests.
 
     Args:
-        changes: one a test, with one difference a query; the same queries in all.
+        changes: for each test, one difference for each query. All tests have the same queries.
         family: how many tests are corrected together.
-        seed: of the swaps; where a test needs more than stats.RESAMPLES of them, all tests share each.
+        seed: of the swaps. If more than stats.RESAMPLES swaps are needed, all tests use the same ones.
     """
     swaps = SWAPS * family
     if swaps <= stats.RESAMPLES:
@@ -88,8 +90,8 @@ def randomized(changes: Sequence[np.ndarray], family: int, seed: int) -> list[fl
     return [float(p) for p in counts / (swaps + 1)]
 
 
-def frontier(one: Evaluated) -> list[str]:
-    """Labels that no other of these beats in both quality and median latency, fastest first."""
+def frontier(one: ComparableRows) -> list[str]:
+    """Labels of the compared rows that no other beats in both quality and median latency, fastest first."""
     quality = {label: one.rows[label].measures[one.primary] for label in compared(one)}
     latencies = {label: latency.p50 for label in quality if (latency := one.rows[label].latency_ms)}
     kept: list[str] = []
@@ -99,8 +101,8 @@ def frontier(one: Evaluated) -> list[str]:
     return kept
 
 
-def sentence(one: Evaluated, what: str = "methods") -> list[str]:
-    """The finding of one collection, as parts of a paragraph; `what` its rows are."""
+def sentence(one: ComparableRows, what: str = "methods") -> list[str]:
+    """The finding about one collection, as parts of a paragraph; `what` is the word for its rows."""
     found, measure, use = verdict(one), one.primary, one.rows[verdict(one).use]
     vs = use.vs
     if vs is None:
@@ -120,8 +122,8 @@ def sentence(one: Evaluated, what: str = "methods") -> list[str]:
     return [Strong(one.name), ": ", Strong(found.use), start + end, *_cheaper(one, found)]
 
 
-def _cheaper(one: Evaluated, found: Verdict) -> list[str]:
-    """The best of what costs less than the chosen method and beats the baseline too."""
+def _cheaper(one: ComparableRows, found: Verdict) -> list[str]:
+    """A sentence about the best method that costs less than the chosen one and also beats the baseline; empty if there is none."""
     gains = [(label, vs) for label in frontier(one) if (vs := one.rows[label].vs) and vs.p_holm < ALPHA and vs.delta > 0]
     cheaper = [(label, vs) for label, vs in gains if (ratio(one, label, found.use) or 1) < 1]
     if not cheaper:
@@ -130,14 +132,14 @@ def _cheaper(one: Evaluated, found: Verdict) -> list[str]:
     return [" Cheaper: ", Strong(label), f" beats {vs.baseline} by {_gain(vs.delta, vs.ci95)}{_times(one, label, vs.baseline)}."]
 
 
-def ratio(one: Evaluated, label: str, other: str) -> float | None:
-    """How many times as long a method takes as another, by median; None where one was not timed, or over HTTP alone, or on another machine."""
+def ratio(one: ComparableRows, label: str, other: str) -> float | None:
+    """A row's median latency divided by another's. None: one was not timed, only one was timed over HTTP, or the machines differ."""
     a, b = one.rows[label], one.rows[other]
     alike = a.system.remote == b.system.remote and one.machine(label) == one.machine(other)
     return a.latency_ms.p50 / b.latency_ms.p50 if alike and a.latency_ms and b.latency_ms else None
 
 
-def _times(one: Evaluated, label: str, other: str) -> str:
+def _times(one: ComparableRows, label: str, other: str) -> str:
     found = ratio(one, label, other)
     return "" if found is None else f" at {found:.1f} × its latency"
 

@@ -98,7 +98,7 @@ class StepPool(Pool):
         own = positions.tolist()
         lacking = [position not in self.done for position in own]
         if any(lacking):
-            raise Missing(self._scores(cross, positions[torch.tensor(lacking, device="cpu")]))
+            raise Missing(self._scores(cross, positions[torch.tensor(lacking, dtype=torch.bool, device="cpu")]))
         logits, work = zip(*(self.done[position] for position in own))
         if cross.needs is None:
             self.note_pairs(positions, work)

@@ -1,4 +1,4 @@
-"""What tests of the Ray executor share: processes by name, and comparing results folders."""
+"""Helpers for tests of the Ray executor: find and kill processes by name, compare results folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENCODING, RANKING = "ray::MapWorker", "ray::Worker"
 
 
 def processes(ancestor: int) -> dict[int, str]:
-    """The command line of every process below this one."""
+    """Process id → command line, of every descendant of a process."""
     parents, names = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):
@@ -37,13 +37,23 @@ def processes(ancestor: int) -> dict[int, str]:
 
 
 def workers(kind: str, ancestor: int | None = None) -> list[int]:
-    """Processes of the cluster that was begun here whose names begin so."""
+    """Ids of the cluster's processes whose names begin with `kind`."""
     return sorted(pid for pid, name in processes(ancestor or os.getpid()).items() if name.startswith(kind))
 
 
 @contextmanager
 def killing(kinds: list[str], seed: int, act: Callable[[int], None] = lambda pid: os.kill(pid, signal.SIGKILL), wait: float = 1.0) -> Iterator[list[str]]:
-    """Does something to a worker of each of these kinds in turn, at a random moment of up to `wait` seconds after one is at work; gives what was done."""
+    """Kills workers, or does something else to them, while the block runs.
+
+    Args:
+        kinds: beginnings of process names; one worker of each is chosen, in this order.
+        seed: of the random moments.
+        act: what is done to a worker's process id.
+        wait: the most seconds between a worker's start and the act.
+
+    Yields:
+        the kinds that have been dealt with so far.
+    """
     done: list[str] = []
     stop, random = threading.Event(), Random(seed)
 
@@ -76,7 +86,7 @@ def load(out: Path) -> dict[str, Any]:
 
 
 def assert_same_results(a: Path, b: Path) -> None:
-    """Rankings equal, measures to six digits, every query once."""
+    """Asserts that rankings are equal, measures agree to six digits, and every query is there once."""
     one, other = load(a), load(b)
     assert one["config"] == other["config"] and one["candidates"]["hash"] == other["candidates"]["hash"] and one["models"] == other["models"]
     for row, same in zip(one["rows"], other["rows"], strict=True):
@@ -92,7 +102,7 @@ def assert_same_results(a: Path, b: Path) -> None:
 
 
 def ended(pids: list[int], seconds: float = 40.0) -> bool:
-    """Whether all of these processes are gone, within so long; a zombie is gone."""
+    """Waits until all of these processes are gone; a zombie counts as gone. Returns whether they are."""
     deadline = time.monotonic() + seconds
 
     def alive(pid: int) -> bool:
@@ -110,7 +120,7 @@ def ended(pids: list[int], seconds: float = 40.0) -> bool:
 
 @contextmanager
 def ftp_server(folder: Path) -> Iterator[str]:
-    """A file server on a real port, as a URL that fsspec knows."""
+    """The URL of a file server on a real port, for fsspec."""
     from pyftpdlib.authorizers import DummyAuthorizer
     from pyftpdlib.handlers import FTPHandler
     from pyftpdlib.servers import ThreadedFTPServer

@@ -1,4 +1,4 @@
-"""What is wrong with --executor ray before any work begins."""
+"""Errors of --executor ray that are found before any work begins."""
 
 from __future__ import annotations
 

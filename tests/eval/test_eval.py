@@ -1,4 +1,4 @@
-"""The command as a person uses it: a process, a folder, an exit code."""
+"""The eval command as a person uses it: a process, a results folder, an exit code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(out: Path) -> dict[str, Any]:
 
 
 def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a run that must end in exit code 2."""
+    """The error message of a command that must end with exit code 2."""
     try:
         code = main(arguments)
     except SystemExit as stop:  # argparse's own
@@ -218,7 +218,7 @@ def test_default_folders_do_not_collide(folder: str, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_resume_redoes_nothing_after_an_interruption(how: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the bundled collection, stopped in the middle of the second method."""
+    """The run, on the bundled collection, is stopped in the middle of the second method."""
     out = tmp_path / "out"
     arguments = ["--methods", "fast,best", "--limit-queries", "60", "--candidates", "bm25", "--top-k", "5", "--cold-queries", "0"]
     arguments += ["--max-tokens-per-doc", "32", "--out", str(out)]

@@ -1,4 +1,4 @@
-"""What a sweep, the ceiling and the kernel check speak of is the first of --measures: against ir_measures itself, over every order."""
+"""Sweeps, ceilings and the kernel check use the first of --measures. The tests compare them with ir_measures itself, over every order of documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rerank_lab.datasets.dataset import Qrels
 from rerank_lab.datasets.runs import Ranked
 from rerank_lab.errors import UserError
 from rerank_lab.eval.__main__ import main
-from rerank_lab.eval.kernel_check import Cast
+from rerank_lab.eval.kernel_check import CastReranker
 from rerank_lab.first_stage.candidates import oracle
 from rerank_lab.measures.quality import counted_grades, known_measures, measure_run, parse_measures
 from rerank_lab.reranker import Ranking
@@ -30,7 +30,7 @@ GRADES: Qrels = {"q1": {"d1": 1, "d2": 2, "d4": 0}, "q2": {"d3": 1, "d6": 2}, "q
 
 
 def measured(name: str, orders: Mapping[str, Sequence[str]]) -> float:
-    """The mean over QUERIES by ir_measures alone."""
+    """The mean over QUERIES, computed by ir_measures alone."""
     qrels = [ir_measures.Qrel(q, d, grade) for q, judged in GRADES.items() for d, grade in judged.items()]
     run = [ir_measures.ScoredDoc(q, d, -place) for q, documents in orders.items() for place, d in enumerate(documents)]
     measure = ir_measures.parse_measure(name)
@@ -38,7 +38,7 @@ def measured(name: str, orders: Mapping[str, Sequence[str]]) -> float:
 
 
 def best(name: str, sets: Mapping[str, Sequence[str]]) -> float:
-    """The most that any order of each query's documents gives."""
+    """The highest value over all orders of each query's documents."""
     return sum(max(measured(name, {q: order}) for order in itertools.permutations(documents)) for q, documents in sets.items())
 
 
@@ -71,14 +71,14 @@ def test_the_report_names_it(beir: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_the_kernel_check_is_of_it(beir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    real = Cast.score
+    real = CastReranker.score
 
-    def backwards(self: Cast, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking:
-        """The kernels' ranking from its end; the definition's as it is."""
+    def backwards(self: CastReranker, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking:
+        """Reverses the kernels' ranking and leaves the definition's as it is."""
         found = real(self, query, texts, first_stage=first_stage)
         return found if self.backend == "reference" else replace(found, order=found.order[::-1])
 
-    monkeypatch.setattr(Cast, "score", backwards)
+    monkeypatch.setattr(CastReranker, "score", backwards)
     out = tmp_path / "out"
     assert main(["--dataset", str(beir(qrels=GRADES)), "--measures", "AP@100,P@1", "--cold-queries", "0", "--methods", "fast", "--out", str(out)]) == 0
     ranked = orders(out, "fast")
@@ -89,7 +89,7 @@ def test_the_kernel_check_is_of_it(beir: Callable[..., Path], tmp_path: Path, mo
 
 
 def test_no_order_is_better_than_the_oracles(beir: Callable[..., Path]) -> None:
-    """For every measure that can be computed here, over random judgements of which some are missing and some negative."""
+    """Every measure that can be computed here, on random judgements; some are missing and some are negative."""
     data, drawn = load_dataset(str(beir())), random.Random(0)
     names = [form for name in known_measures() for form in (name, f"{name}@3") if computable(form)]
     names += ["nDCG(gains={0:1,1:0,2:5})@3", "nDCG(dcg='exp-log2')@3", "P(rel=2)@2", "P(judged_only=True)@2", "Compat(p=0.8)"]

@@ -1,4 +1,4 @@
-"""--grid: every combination, a folder each, everything encoded once."""
+"""--grid: a results folder for every combination, and every text encoded once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = 'methods = ["fast", "best"]\ncold-queries = 0\nno-kernel-check = true\n'
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Keys of all texts that were put into the cache."""
+    """The keys of all texts that were put into the cache, in order."""
     real, found = VectorCache.add, list[bytes]()
 
     def counted(self: VectorCache, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> None:
@@ -44,7 +44,7 @@ def test_every_combination_is_a_folder_and_equals_a_run_of_its_own(
     beir: Callable[..., Path], write: Callable[[str], str], tmp_path: Path, encoded: list[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = beir("a"), beir("b", documents={**DOCUMENTS, "d7": ("", "Nothing else.")})
-    # The first cells want less of a document than the last ones, which read the same texts.
+    # The first cells need less detail than the last ones, and all read the same texts.
     axes = f'[grid]\ndataset = ["{a}", "{b}"]\nmax_tokens_per_doc = [4, 64]\nmethods = [["fast"], ["fast", "best", "standard"]]\n'
     out, file = tmp_path / "out", write(BASE.replace("methods", "measures").replace('"fast", "best"', '"nDCG@3"') + axes)
     assert main(["--grid", file, "--out", str(out)]) == 0

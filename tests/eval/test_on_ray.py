@@ -1,4 +1,4 @@
-"""The same command on a real Ray cluster of two workers on this machine: the same results, whoever works and whoever dies."""
+"""The eval command on a real Ray cluster with two workers on this machine: results stay the same, even if workers die."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ON_RAY = ["--executor", "ray", "--address", "local"]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One for all tests of this module that do not end theirs."""
+    """One cluster for all tests of this module that do not end their own."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
     yield
     ray.shutdown()
@@ -37,7 +37,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The local run, from an empty cache."""
+    """Results of the local run, from an empty cache."""
     out = tmp_path_factory.mktemp("reference")
     assert main([*WHAT, "--cache", str(out / "cache"), "--out", str(out / "out")]) == 0
     return out / "out"
@@ -45,13 +45,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More calls to lose."""
+    """Small calls, so that there are more of them to lose."""
     monkeypatch.setattr("rerank_lab.eval.executors.ray.QUERIES", 3)
 
 
 @pytest.mark.usefixtures("cluster", "small_calls")
 def test_two_workers_of_which_some_are_killed_give_the_local_results(reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """With a cache elsewhere: vectors, texts and plans lie on a server, and what is here is a copy."""
+    """With a remote cache: vectors, texts and plans are on a server, and this machine has only copies."""
     with ftp_server(tmp_path / "there") as url, killing([ENCODING, RANKING], seed=time.time_ns() % 1000) as killed:
         assert main([*WHAT, *ON_RAY, "--workers", "2", "--cache", f"{url}/cache", "--out", str(tmp_path / "out")]) == 0
     assert_same_results(reference, tmp_path / "out")
@@ -82,7 +82,7 @@ def test_one_worker_gives_the_local_results(reference: Path, tmp_path: Path) -> 
 
 
 def test_ctrl_c_then_kill_then_resume(reference: Path, tmp_path: Path) -> None:
-    """Nothing is left running, nothing is done twice, and what a local run has encoded need not be encoded again."""
+    """No process is left running, no query is ranked twice, and vectors of a local run are not encoded again."""
     out = tmp_path / "out"
     shutil.copytree(reference.parent / "cache", tmp_path / "cache")
     encoded = {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}

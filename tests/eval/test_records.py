@@ -1,4 +1,4 @@
-"""The journal's lines and the files of timings, as the last release wrote them."""
+"""Lines of the journal and files of timings, in the format of the last release."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rerank_lab.eval.journal import Journal
-from rerank_lab.eval.records import Cold, Record
+from rerank_lab.eval.records import ColdCost, Record
 
 LINE = (
     '{"query": "q1", "documents": ["d2", "d1"], "scores": [0.9, 0.5], "relevance": [0.8, 0.25], "candidates": 2, "seconds": 0.0625, '
@@ -35,7 +35,7 @@ def test_a_list_of_records_ends_where_it_is_damaged(tmp_path: Path) -> None:
 
 
 def test_timings_are_read_and_written_as_they_were() -> None:
-    assert Cold.read(TIMINGS, 1).write().decode() == TIMINGS
+    assert ColdCost.read(TIMINGS, 1).write().decode() == TIMINGS
     for wrong in (TIMINGS.replace("[0.5]", "[]"), TIMINGS.replace("measured", "when"), "[]", "{", json.dumps(json.loads(TIMINGS) | {"seconds": 1})):
         with pytest.raises((ValueError, TypeError)):
-            Cold.read(wrong, 1)
+            ColdCost.read(wrong, 1)

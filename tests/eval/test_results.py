@@ -1,4 +1,4 @@
-"""Results as a file and as sentences."""
+"""Results as a file and as text."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_file_comes_back_as_it_was(path: Path) -> None:
 
 
 def test_a_ceiling_of_another_measure_than_the_first_keeps_its_name() -> None:
-    """As in files of releases that knew none but nDCG@10."""
+    """In files of early releases, ceilings are of nDCG@10 and not of the first measure."""
     value = json.loads(BASELINE[0].read_text())
     value["config"]["measures"] = sorted(value["config"]["measures"])
     found = results.parse(value)

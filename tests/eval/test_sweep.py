@@ -12,9 +12,9 @@ import pytest
 
 from rerank_lab.eval.__main__ import main
 from rerank_lab.eval.records import Record
-from rerank_lab.eval.rows import Ranks
+from rerank_lab.eval.rows import Ranker
 from rerank_lab.eval.settings import _sweep
-from rerank_lab.eval.work import Work
+from rerank_lab.eval.work import RankingWork
 from tests.eval.test_eval import failing, load
 
 
@@ -65,16 +65,16 @@ def test_rows_and_candidates_are_the_same_without_it(command: list[str], tmp_pat
 
 
 def test_an_interrupted_sweep_goes_on(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, real, seen = [*command, "best", "--no-kernel-check", "--sweep", "tau=0,0.05,0.2"], Work.records, []
+    arguments, real, seen = [*command, "best", "--no-kernel-check", "--sweep", "tau=0,0.05,0.2"], RankingWork.records, []
 
-    def stopped(work: Work, label: str, ranks: Ranks) -> list[Record]:
+    def stopped(work: RankingWork, label: str, ranker: Ranker) -> list[Record]:
         seen.append(label)
         if label == "best at tau=0.05" and seen.count(label) == 1:
-            real(work, label, ranks)
+            real(work, label, ranker)
             raise KeyboardInterrupt
-        return real(work, label, ranks)
+        return real(work, label, ranker)
 
-    monkeypatch.setattr("rerank_lab.eval.work.Work.records", stopped)
+    monkeypatch.setattr("rerank_lab.eval.work.RankingWork.records", stopped)
     assert main(arguments) == 130 and not (tmp_path / "out" / "results.json").exists()
     kept = {path.name: path.read_text() for path in (tmp_path / "out" / "partial").glob("*tau*")}
     assert len(kept) == 2
@@ -95,13 +95,13 @@ def test_a_toml_file_sweeps_too(command: list[str], tmp_path: Path) -> None:
 
 
 def test_only_what_a_value_changes_is_ranked_again(command: list[str], small_cross: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = Work.records, []
+    real, seen = RankingWork.records, []
 
-    def watched(work: Work, label: str, ranks: Ranks) -> list[Record]:
+    def watched(work: RankingWork, label: str, ranker: Ranker) -> list[Record]:
         seen.append(label)
-        return real(work, label, ranks)
+        return real(work, label, ranker)
 
-    monkeypatch.setattr("rerank_lab.eval.work.Work.records", watched)
+    monkeypatch.setattr("rerank_lab.eval.work.RankingWork.records", watched)
     sweeps = ["--sweep", "tau=0.1,0.2", "--sweep", "max_tokens_per_doc=254,300,512", "--sweep", "top_k=2,3"]
     assert main([*command, "fast,best,best+cross", "--no-kernel-check", "--model-cross", str(small_cross), *sweeps]) == 0
     assert [label for label in seen if "=" in label] == [  # the bi-encoder reads 254 tokens, this cross-encoder 512 of a pair

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rerank_kernels import bench, bench_peers
+from rerank_kernels import bench, bench_maxsim, bench_peers
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +54,7 @@ def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.Capture
 
 
 def test_a_result_that_differs_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench_peers, "packed_maxsim", lambda x, owner: torch.zeros(len(x["pairs"])))
+    monkeypatch.setattr(bench_maxsim, "packed_maxsim", lambda x, owner: torch.zeros(len(x["pairs"])))
     threads = torch.get_num_threads()
     assert bench.main(["--device", "cpu", "--quick", "--threads", str(threads)]) == 1
     assert "differ from ours: torch packed mm" in capsys.readouterr().err
@@ -83,15 +83,15 @@ def test_a_peer_that_crashes_or_raises_takes_nothing_with_it(name: str, tmp_path
     (tmp_path / "maxsim_cpu.py").write_text(f"{head}\ndef maxsim_scores_variable(q, documents):\n{body}\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(tmp_path)
-    task = bench_peers.Ragged(4, documents=3, Lq=2)
+    task = bench_maxsim.Ragged(4, documents=3, Lq=2)
     remote = bench_peers.Remote("maxsim-cpu", task, 1)
     try:
         seconds = remote.seconds()
         if name == "works":
             x = task.tensors()
-            full, mask = bench_peers.padded(x)
+            full, mask = bench_maxsim.padded(x)
             assert remote.result is not None and seconds > 0 and remote.problem is None
-            np.testing.assert_allclose(remote.result, bench_peers.padded_maxsim(x["q"], full, mask).numpy(), atol=1e-5)
+            np.testing.assert_allclose(remote.result, bench_maxsim.padded_maxsim(x["q"], full, mask).numpy(), atol=1e-5)
         else:
             assert math.isnan(seconds) and remote.problem is not None
             assert "only squares" in remote.problem if name == "raises" else "crashes (exit status -6)" in remote.problem

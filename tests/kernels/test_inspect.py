@@ -18,7 +18,7 @@ from rerank_kernels.configs import Config, Variant
 from tests.conftest import ROOT
 
 Row = dict[str, Any]
-OPERATORS = ("similarity_topk", "subspace_attention")
+OPERATORS = ("similarity_topk", "subspace_attention")  # which have budgets of their own
 SASS = """\
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;
@@ -76,7 +76,7 @@ def hopper() -> list[Row]:
 
 
 def test_hopper_holds_its_budgets(hopper: list[Row]) -> None:
-    assert {r["op"] for r in hopper} >= {*OPERATORS, "contrast_score", "project_normalize", "pool_normalize"}
+    assert {r["op"] for r in hopper} >= {*inspect.COMPILED, *OPERATORS, "contrast_score", "project_normalize", "pool_normalize"}
     nothing_spilled(hopper)
     hopper_budgets(hopper)
 
@@ -109,7 +109,7 @@ def test_a_release_of_triton_spills_nowhere_and_interprets_alike(release: str, t
     rows = rows_of(path=path)
     nothing_spilled(rows)
     hopper_budgets(rows)
-    tests = [f"tests/kernels/test_{operator}.py" for operator in (*OPERATORS, "contrast_score", "project_normalize")]
+    tests = [f"tests/kernels/test_{module}.py" for module in inspect.MODULES]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run([sys.executable, "-m", "pytest", "-x", *tests], capture_output=True, text=True, env=env, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout

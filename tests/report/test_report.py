@@ -1,4 +1,4 @@
-"""python -m rerank_lab.report: what it says, draws and refuses."""
+"""python -m rerank_lab.report: its text, its figures, its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rerank_lab.measures import stats
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.report import figures
 from rerank_lab.report.__main__ import main
-from rerank_lab.report.load import Loaded, load
+from rerank_lab.report.load import ResultsFolder, load
 from rerank_lab.report.verdict import frontier, sentence, verdict
 from tests.conftest import ROOT, write_beir
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 NAMES = ["join <b>two</b> tables", "sort | order", "dot product", "roots"]
-HOSTILE = {  # what a collection may hold and a page must not run or lose
+HOSTILE = {  # texts that a collection may have; a page must neither run nor lose them
     "d1": ("Merge", "Merge DataFrame or named Series objects. <script>document.title = 'hacked'</script> ![x](http://x.invalid/y.png) | a | b |"),
     "d2": ("Sort", "Sort by the values along either axis. [link](javascript:alert(1)) **bold** _it_ `code` # head"),
     "d3": ("Dot", "Dot product of two arrays, complex ones conjugated first.\n\n</details></table>"),
@@ -40,14 +40,14 @@ HOSTILE = {  # what a collection may hold and a page must not run or lose
     "d6": ("", ""),
 }
 QUERIES = {f"q{i}": name for i, name in enumerate(NAMES, 1)} | {"q5": "zeros of a polynomial & more", "q6": "merge frames"}
-QRELS = {  # of no sense, so that methods differ
+QRELS = {  # arbitrary, so that methods differ
     "q1": {"d1": 1, "d|4": 2}, "q2": {"d2": 1, "d|4": 1}, "q3": {"d5": 1, "d2": 2}, "q4": {"d1": 1, "d3": 2}, "q5": {"d2": 1, "d6": 1}, "q6": {"d3": 1, "d|4": 1}
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two evaluations of one small collection, all that a report can show among them."""
+    """Two evaluations of one small collection. Together they have everything that a report can show."""
     root = tmp_path_factory.mktemp("report")
     folder = write_beir(root / "small", HOSTILE, QUERIES, QRELS)
     arguments = ["--dataset", str(folder), "--top-k", "5", "--cold-queries", "1", "--no-cache"]
@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def one(made: Path) -> Loaded:
+def one(made: Path) -> ResultsFolder:
     return load([made / "a"])[0]
 
 
@@ -67,8 +67,8 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def made_up(rows: dict[str, tuple[np.ndarray, float]]) -> Loaded:
-    """An evaluation of these values by query and median latencies; the first row is the baseline."""
+def made_up(rows: dict[str, tuple[np.ndarray, float]]) -> ResultsFolder:
+    """An evaluation with these values by query and these median latencies; the first row is the baseline."""
     base, *_ = rows
     kept = read(ROOT / "reports" / "baseline" / "numpydoc.json")
     found = []
@@ -79,7 +79,7 @@ def made_up(rows: dict[str, tuple[np.ndarray, float]]) -> Loaded:
         found.append(replace(kept.rows[0], label=label, queries=len(values), measures=mean, ci95=ci95, latency_ms=Latency(latency, latency), vs=vs))
     frame = pd.concat([pd.DataFrame({"query": [f"q{i}" for i in range(len(v))], "method": label, "nDCG@10": v}) for label, (v, _) in rows.items()])
     result = replace(kept, config=replace(kept.config, measures=["nDCG@10"], baseline=base, seed=0), rows=found)
-    return Loaded(Path("x"), "made up", "made-up", result, frame, None)
+    return ResultsFolder(Path("x"), "made up", "made-up", result, frame, None)
 
 
 def test_a_report_holds_every_part_and_every_figure(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +190,7 @@ def test_equal_means_are_not_told_as_a_gap() -> None:
     assert verdict(one).use == verdict(one).highest == "quick" and "above" not in "".join(sentence(one))
 
 
-def test_the_pareto_plot_shows_what_the_results_say(one: Loaded) -> None:
+def test_the_pareto_plot_shows_what_the_results_say(one: ResultsFolder) -> None:
     axes = figures.pareto(one).axes[0]
     marks = {tuple(np.ravel(line.get_xydata())): line.get_color() for line in axes.lines if len(line.get_xdata()) == 1}  # type: ignore[arg-type]
     for label, row in one.rows.items():
@@ -200,7 +200,7 @@ def test_the_pareto_plot_shows_what_the_results_say(one: Loaded) -> None:
     assert axes.get_xscale() == "log" and {note.get_text() for note in axes.texts} == {*one.rows}
 
 
-def test_other_figures_show_what_the_results_say(one: Loaded) -> None:
+def test_other_figures_show_what_the_results_say(one: ResultsFolder) -> None:
     tested = {label: row.vs for label, row in one.rows.items() if row.vs}
     forest = figures.forest(tested, "nDCG@10", "small", "fast", one.rows).axes[0]
     drawn = {tuple(np.ravel(line.get_xdata())) for line in forest.lines}
@@ -218,7 +218,7 @@ def test_other_figures_show_what_the_results_say(one: Loaded) -> None:
     assert np.asarray(line.get_ydata()).tolist() == [p.measures["nDCG@10"] for p in one.result.sweeps if p.setting == "stage1_top_k" and p.label == "best"]
 
 
-def test_examples_are_those_that_gained_and_lost_most_with_their_ranks(made: Path, one: Loaded, tmp_path: Path) -> None:
+def test_examples_are_those_that_gained_and_lost_most_with_their_ranks(made: Path, one: ResultsFolder, tmp_path: Path) -> None:
     assert main([str(made / "a"), "--out", str(tmp_path), "--examples", "2"]) == 0
     text = (tmp_path / "report.md").read_text()
     assert re.search(r"(?<!\\)(!\[x|\[link|\*\*bold|_it_|`code|<script)", text) is None, "Markdown of a document"
@@ -236,13 +236,13 @@ def test_examples_are_those_that_gained_and_lost_most_with_their_ranks(made: Pat
 
 
 def soft(q: Tensor, d: Tensor) -> Tensor:
-    """Each query token's soft maximum over a document's tokens, as docs/methods.md has it; -1 where there are none."""
+    """For each query token, its soft maximum over a document's tokens, as docs/methods.md defines it; -1 if the document has no tokens."""
     s = (q.float() @ d.float().T).double()
     weights = ((s - 1) / 0.1).exp()
     return (weights * s).sum(1) / weights.sum(1) if len(d) else torch.full((len(q),), -1.0, dtype=torch.float64)
 
 
-def test_token_alignment_shows_what_each_query_token_found(made: Path, one: Loaded, encoder: BiEncoder, tmp_path: Path) -> None:
+def test_token_alignment_shows_what_each_query_token_found(made: Path, one: ResultsFolder, encoder: BiEncoder, tmp_path: Path) -> None:
     assert main([str(made / "a"), "--out", str(tmp_path), "--examples", "6"]) == 0
     text = (tmp_path / "report.md").read_text()
     change = one.measure("best") - one.measure("fast")

@@ -1,4 +1,4 @@
-"""What a report accepts as results, and two of them side by side."""
+"""Which results folders a report accepts, and --compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from rerank_lab.eval.__main__ import main as evaluation
-from rerank_lab.eval.results import SCHEMA
+from rerank_lab.eval.results import RESULTS_SCHEMA as SCHEMA
 from rerank_lab.measures import stats
 from rerank_lab.report import figures
 from rerank_lab.report.__main__ import main
@@ -22,12 +22,12 @@ from rerank_lab.report.load import load
 from tests.conftest import DOCUMENTS, QUERIES, write_beir
 from tests.report.test_report import failing
 
-RELEVANT = {"q1": "d4 d6", "q2": "d5", "q3": "d2 d3", "q4": "d1 d4"}  # of no sense, so that methods and lengths differ
+RELEVANT = {"q1": "d4 d6", "q2": "d5", "q3": "d2 d3", "q4": "d1 d4"}  # arbitrary, so that methods and lengths differ
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Evaluations of one small collection: a, b of cut documents under another baseline, c of other candidates, d of no common method."""
+    """Evaluations on one small collection. b cuts documents and has another baseline, c has other candidates, d has no method in common with a."""
     root = tmp_path_factory.mktemp("folders")
     folder = write_beir(root / "small", qrels={q: dict.fromkeys(relevant.split(), 1) for q, relevant in RELEVANT.items()})
     (root / "all.trec").write_text("".join(f"{q} Q0 {d} 1 {9 - n} x\n" for q in QUERIES for n, d in enumerate(DOCUMENTS)))
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "e": ["P@1", "--methods", "best"],
     }.items():
         assert evaluation([*arguments, *rest, "--out", str(root / name)]) == 0
-    shutil.copytree(root / "a", root / "f")  # as a query without candidates makes it, whose hash is the same
+    shutil.copytree(root / "a", root / "f")  # a query without candidates leaves such results, and the hash is the same
     rows = (root / "f" / "per_query.csv").read_text()
     (root / "f" / "per_query.csv").write_text(re.sub(r"\bq4\b", "q5", rows))
     (without_hashes(root / "f") / "scores.parquet").unlink()

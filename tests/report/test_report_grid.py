@@ -1,4 +1,4 @@
-"""The report of a grid: one page of many evaluations, what it says of them and what it refuses."""
+"""The report of a grid: one page about many evaluations, its text and its errors."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TOPICS = ["volcano", "guitar", "tax", "glacier", "bread", "chess", "whale", "bri
 NAMES, LENGTHS, METHODS = ["topics", "small"], [3, 512], ["fast", "best"]
 TITLE = "# Reranking on topics and small: a grid over max_tokens_per_doc"
 LABELS = [f"{method} ({tokens})" for tokens in LENGTHS for method in METHODS]
-MS = {"fast": {3: 1.0, 512: 2.0}, "best": {3: 4.0, 512: 8.0}}  # in place of what was measured, so that the cheapest is known
+MS = {"fast": {3: 1.0, 512: 2.0}, "best": {3: 4.0, 512: 8.0}}  # they replace measured latencies, so that the cheapest row is known
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cells of two collections under two lengths, and two evaluations that may replace one: of fewer queries, of another first measure.
+    """A grid of two collections and two lengths. Beside it are two evaluations that may replace a cell: with fewer queries, with another first measure.
 
-    In topics the first three tokens of all documents are the same, so that length decides; small has candidates that length does not change.
+    In topics, all documents share their first three tokens, so that length decides. In small, length does not change the candidates.
     """
     root = tmp_path_factory.mktemp("grid")
     documents = {f"d{i}": ("", f"notes about the {topic}") for i, topic in enumerate(TOPICS)}
@@ -62,13 +62,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def grid(made: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy of the grid that a test may damage."""
     return Path(shutil.copytree(made / "grid", tmp_path / "grid"))
 
 
 @pytest.fixture(scope="module")
 def page(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the report of the whole grid is in."""
+    """The folder with the report of the whole grid."""
     out = tmp_path_factory.mktemp("page")
     assert main([str(made / "grid"), "--out", str(out), "--latex", "--examples", "0"]) == 0
     return out
@@ -81,7 +81,7 @@ def text(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def elsewhere(made: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of the grid with one cell that another number of threads ran."""
+    """The page of the grid, in which one cell ran with another number of threads."""
     copy = Path(shutil.copytree(made / "grid", tmp_path_factory.mktemp("elsewhere") / "grid"))
     changed(copy / "topics,512" / "results.json", lambda result: result["environment"].update(threads=98))
     assert main([str(copy)]) == 0
@@ -109,7 +109,7 @@ def with_model(model: str, result: dict[str, Any]) -> None:
 
 
 def table(text: str, heading: str) -> list[dict[str, str]]:
-    """The first table under a heading, rows by their columns' names; of two columns of one name the second is `name 2`."""
+    """The first table under a heading, each row as column name → cell. If two columns have one name, the second is called `name 2`."""
     part = text[text.index(f"{heading}\n\n") :]
     lines = re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE)[0].splitlines()
     head, _, *rows = [[cell.strip().replace("\\", "") for cell in line.strip("|").split("|")] for line in lines]
@@ -118,7 +118,7 @@ def table(text: str, heading: str) -> list[dict[str, str]]:
 
 
 def measured(made: Path, name: str) -> dict[str, pd.Series]:
-    """Label → nDCG@10 by query, straight from the cells' files."""
+    """Label → nDCG@10 by query, read directly from the cells' files."""
     found: dict[str, pd.Series] = {}
     for tokens in LENGTHS:
         frame = pd.read_csv(made / "grid" / f"{name},{tokens}" / "per_query.csv").set_index("query")
@@ -127,7 +127,7 @@ def measured(made: Path, name: str) -> dict[str, pd.Series]:
 
 
 def made_up_grid(rows: dict[str, tuple[np.ndarray, float]]) -> JoinedRows:
-    """Rows of cells with these values by query and median latencies; a label is a method and in brackets its values."""
+    """Rows of cells with these values by query and these median latencies. A label is a method, followed by the cell's values in brackets."""
     one = made_up(rows)
     cell = FinishedCell("cell", {}, one)
     own = {label: CellRow(replace(row, label=label.partition(" (")[0]), {}, "", cell) for label, row in one.rows.items()}
@@ -341,7 +341,7 @@ def test_in_a_crowd_the_plot_numbers_what_nothing_dominates_and_no_number_hides_
     assert [note.get_text() for note in axes.texts] == [str(n) for n in range(1, len(kept) + 1)] and 5 < len(kept) < len(names)
     legend = [entry.get_text() for entry in figure.legends[0].get_texts()]
     assert [entry for entry in legend if entry[0].isdigit()] == [f"{n}  {label}" for n, label in enumerate(kept, 1)]
-    boxes = [Text.get_window_extent(note, renderer) for note in axes.texts]  # without the lines to their marks
+    boxes = [Text.get_window_extent(note, renderer) for note in axes.texts]  # without the lines to their markers
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert all(0 <= end <= limit for end, limit in zip(figure.legends[0].get_window_extent(renderer).max, figure.bbox.max))
     assert {line.get_color() for line in axes.lines if len(line.get_xdata()) == 1} >= {figures.DOMINATED}  # type: ignore[arg-type]

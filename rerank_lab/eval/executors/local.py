@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from rerank_lab.cache.store import Store
 from rerank_lab.datasets.corpus import Corpus
 from rerank_lab.eval.executors.base import ModelFacts, about, merged, query_batches, search_block
-from rerank_lab.eval.records import Cold, QueryCandidates, Record
-from rerank_lab.eval.rows import WARM_UP, Ranks, bar, cold, counting, rank
+from rerank_lab.eval.records import ColdCost, QueryCandidates, Record
+from rerank_lab.eval.rows import WARM_UP, Ranker, bar, cold, document_progress, rank
 from rerank_lab.first_stage.base import TopK
 from rerank_lab.models.base import Detail
 from rerank_lab.reranker import Reranker
 
 
-class Local:
-    """This process.
+class LocalExecutor:
+    """Does the work in this process.
 
     Args:
         cache: where timings are kept, beside the vectors; None: nowhere.
@@ -33,20 +33,20 @@ class Local:
         return about(reranker)
 
     def encode(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], detail: Detail, title: str) -> None:
-        with counting(title) as progress:
+        with document_progress(title) as progress:
             reranker.encode([corpus[i] for i in ids], detail=detail, progress=progress)
 
     def search(self, reranker: Reranker, corpus: Mapping[str, str], ids: Sequence[str], queries: Sequence[str], fetch: int) -> list[TopK]:
         batches = query_batches(reranker, queries)
-        with counting("encode corpus") as progress:
+        with document_progress("encode corpus") as progress:
             blocks = reranker.pooled_blocks([corpus[i] for i in ids], progress=progress)
             return merged((search_block(bar(batches, "dense retrieval"), block, fetch, reranker.similarity) for block in blocks), fetch)
 
-    def rank(self, ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str]) -> Iterator[Record]:
-        return rank(ranks, queries, corpus, WARM_UP)
+    def rank(self, ranker: Ranker, queries: Sequence[QueryCandidates], corpus: Mapping[str, str]) -> Iterator[Record]:
+        return rank(ranker, queries, corpus, WARM_UP)
 
-    def cold(self, label: str, ranks: Ranks, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], about: Mapping[str, str]) -> Cold:
-        return cold(label, ranks, queries, corpus, about, self.cache)
+    def cold(self, label: str, ranker: Ranker, queries: Sequence[QueryCandidates], corpus: Mapping[str, str], about: Mapping[str, str]) -> ColdCost:
+        return cold(label, ranker, queries, corpus, about, self.cache)
 
     def close(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What Ray says: in the log instead of on stdout, not at all where it writes past Python, and of its errors a sentence."""
+"""Keeps Ray quiet: its output goes to the log, what it writes past Python is dropped, and its errors become one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("rerank_lab")
 
 @contextmanager
 def without_stderr() -> Iterator[None]:
-    """Nothing reaches file descriptor 2."""
+    """Drops everything that is written to file descriptor 2, also by libraries that bypass Python."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -25,8 +25,8 @@ def without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-class Said(io.TextIOBase):
-    """What Ray prints, in the log."""
+class LogWriter(io.TextIOBase):
+    """A text stream that writes each line to the log."""
 
     def write(self, text: str) -> int:
         for line in text.splitlines():
@@ -36,6 +36,6 @@ class Said(io.TextIOBase):
 
 
 def short(error: BaseException) -> str:
-    """What matters of what Ray says, which goes on for a page: its first sentence, or where code of ours failed the last."""
+    """Shortens one of Ray's errors, which can fill a page: the last line if code on a worker failed, otherwise the first line."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
     return (lines[-1 if "Traceback" in str(error) or "ray::" in str(error) else 0] if lines else type(error).__name__)[:200]

@@ -1,4 +1,7 @@
-"""What a process of a cluster does for an evaluation: loads the models once, reads texts and vectors from the shared cache, and answers calls."""
+"""A worker process on a cluster. It loads the models once, reads texts and vectors from the shared cache, and answers calls.
+
+A call names its texts by a plan and a number. A plan is a file in the cache with positions of texts in the corpus, in order.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,21 @@ from rerank_lab.engine import Engines, unpickled
 from rerank_lab.environment import describe
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval.executors.base import ModelFacts, about, query_batches, search_block
-from rerank_lab.eval.records import Cold, QueryCandidates, Record
-from rerank_lab.eval.rows import WARM_UP, Ranks, cold, rank
+from rerank_lab.eval.records import ColdCost, QueryCandidates, Record
+from rerank_lab.eval.rows import WARM_UP, Ranker, cold, rank
 from rerank_lab.models.base import Detail
 from rerank_lab.reranker import CORPUS_BLOCK, Reranker
 
-QueryPositions = tuple[QueryCandidates, np.ndarray]  # a query, and the positions of its candidates' texts
+QueryPositions = tuple[QueryCandidates, np.ndarray]  # a query, and the positions of its candidates' texts in the corpus
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a worker is told once.
+class WorkerSetup:
+    """What a worker is told when it starts.
 
     Attributes:
         cache: the shared folder or URL.
-        kernels, threads: as the options have them.
+        kernels, threads: as in the options.
     """
 
     cache: str
@@ -44,21 +47,21 @@ class Setup:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a worker runs: Ray's id of the node, and what machine that is."""
+    """Where a worker runs: Ray's id of the node, and a description of the machine."""
 
     node: str
     machine: str
 
 
 class Worker:
-    """A process with models, loaded once and for as long as it lives."""
+    """A process that loads models once and keeps them for as long as it lives."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: WorkerSetup):
         import ray
 
-        self.setup, self.cache, self.seen, self.ranked = setup, Store(setup.cache), 0, b""
-        self.engines = Engines()  # a row's models, and the same in fp32 beside them
-        self.texts: dict[TextFiles, TextFiles] = {}  # each with the files that it has open
+        self.setup, self.cache, self.cache_version, self.ranked = setup, Store(setup.cache), 0, b""
+        self.engines = Engines()  # room for two: a row's models, and the same models in fp32
+        self.texts: dict[TextFiles, TextFiles] = {}  # keeps the files of each open
         self.node: str = ray.get_runtime_context().get_node_id()
         if setup.threads:
             torch.set_num_threads(setup.threads)
@@ -66,91 +69,95 @@ class Worker:
         use_backend(setup.kernels).__enter__()
 
     def hello(self) -> Location:
-        """Where it is."""
+        """Tells where the worker runs."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         machine = describe(device)
         return Location(self.node, f"{machine.cpu}, {machine.threads} threads, device {machine.device}")
 
-    def call(self, work: str, what: bytes, expected: dict[str, str | None] | None, turn: int, *arguments: Any) -> tuple[str, Any]:
-        """One of the functions below.
+    def call(self, work: str, packed_ranker: bytes, expected: dict[str, str | None] | None, cache_version: int, *arguments: Any) -> tuple[str, Any]:
+        """Calls one of the functions in WORK.
 
         Args:
             work: its name.
-            what: the Reranker or what else ranks, packed.
-            expected: fingerprints that its models must have.
-            turn: grows whenever the cache has; then it is looked at again.
+            packed_ranker: the ranker, packed.
+            expected: fingerprints that the models must have; None: any.
+            cache_version: a new number means that the cache has new vectors, so that its index must be read again.
             arguments: of the function.
 
         Returns:
-            ("done", what the function gave) or ("failed", why this worker cannot do it here).
+            ("done", the function's result) or ("failed", why the models do not load here).
         """
         try:
-            ranks = opened(what, expected, self.engines)
+            ranker = opened(packed_ranker, expected, self.engines)
         except (UserError, ModelError, OSError, RuntimeError, ImportError) as error:
             return "failed", str(error) or type(error).__name__
-        self.warm, self.ranked = what == self.ranked, what if work == "rank" else self.ranked
-        if turn != self.seen:
-            reranker_of(ranks).refresh()
-            self.seen = turn
+        self.warm, self.ranked = packed_ranker == self.ranked, packed_ranker if work == "rank" else self.ranked
+        if cache_version != self.cache_version:
+            reranker_of(ranker).refresh()
+            self.cache_version = cache_version
         known = [self.texts.setdefault(a, a) if isinstance(a, TextFiles) else a for a in arguments]
-        return "done", WORK[work](self, ranks, *known)
+        return "done", WORK[work](self, ranker, *known)
 
 
-def opened(what: bytes, expected: dict[str, str | None] | None, engines: Engines) -> Ranks:
-    """What was packed, its models loaded, and checked to be those that all others have."""
-    ranks: Ranks = unpickled(what, engines)
-    found = reranker_of(ranks).fingerprints()
+def opened(packed_ranker: bytes, expected: dict[str, str | None] | None, engines: Engines) -> Ranker:
+    """Unpacks a ranker and loads its models.
+
+    Raises:
+        UserError: the models' fingerprints are not the expected ones, or models cannot be loaded.
+    """
+    ranker: Ranker = unpickled(packed_ranker, engines)
+    found = reranker_of(ranker).fingerprints()
     differing = ", ".join(f"{k} {v} instead of {expected[k]}" for k, v in found.items() if v != expected[k] and v is not None) if expected else ""
     if differing:
         raise UserError(f"other models than on the node that began: {differing}")
-    return ranks
+    return ranker
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says so: torch has one of its own for GPUs, and none for the CPU."""
+    """Whether an error means that memory ran out. For GPUs torch has an error class, for the CPU only a message."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
-def reranker_of(ranks: Ranks) -> Reranker:
-    """The Reranker that ranks, or that stands behind what does."""
-    return ranks if isinstance(ranks, Reranker) else cast(Reranker, ranks.reranker)  # type: ignore[attr-defined]
+def reranker_of(ranker: Ranker) -> Reranker:
+    """The ranker itself if it is a Reranker, otherwise the Reranker that it wraps."""
+    return ranker if isinstance(ranker, Reranker) else cast(Reranker, ranker.reranker)  # type: ignore[attr-defined]
 
 
 def key(reranker: Reranker) -> str:
-    """What tells loaded models apart."""
+    """A string that identifies loaded models."""
     return repr(reranker.engine.spec)
 
 
 def chosen(texts: TextFiles, queries: Sequence[QueryPositions]) -> dict[str, str]:
-    """id → text of all candidates of these queries, which come with the candidates' positions."""
+    """id → text of all candidates of these queries."""
     places = {d: p for query, positions in queries for d, p in zip(query.candidates.documents, positions.tolist())}
     return dict(zip(places, texts.read(list(places.values()))))
 
 
-def _rank(worker: Worker, ranks: Ranks, texts: TextFiles, queries: Sequence[QueryPositions]) -> list[Record]:
-    return list(rank(ranks, [query for query, _ in queries], chosen(texts, queries), 0 if worker.warm else WARM_UP))
+def _rank(worker: Worker, ranker: Ranker, texts: TextFiles, queries: Sequence[QueryPositions]) -> list[Record]:
+    return list(rank(ranker, [query for query, _ in queries], chosen(texts, queries), 0 if worker.warm else WARM_UP))
 
 
-def _cold(worker: Worker, ranks: Ranks, texts: TextFiles, queries: Sequence[QueryPositions], label: str, about: Mapping[str, str]) -> Cold:
-    return cold(label, ranks, [query for query, _ in queries], chosen(texts, queries), about, worker.cache)
+def _cold(worker: Worker, ranker: Ranker, texts: TextFiles, queries: Sequence[QueryPositions], label: str, about: Mapping[str, str]) -> ColdCost:
+    return cold(label, ranker, [query for query, _ in queries], chosen(texts, queries), about, worker.cache)
 
 
-def _about(worker: Worker, ranks: Ranks) -> ModelFacts:
-    return about(reranker_of(ranks))
+def _about(worker: Worker, ranker: Ranker) -> ModelFacts:
+    return about(reranker_of(ranker))
 
 
-def _search(worker: Worker, ranks: Ranks, texts: TextFiles, plan: str, n: int, queries: Sequence[str], fetch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The nearest in block n of a plan, as numpy arrays."""
-    reranker = reranker_of(ranks)
+def _search(worker: Worker, ranker: Ranker, texts: TextFiles, plan: str, n: int, queries: Sequence[str], fetch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The nearest documents in block n of a plan, as numpy arrays."""
+    reranker = reranker_of(ranker)
     block = reranker.pooled(texts.read(planned(worker.cache, plan, n, CORPUS_BLOCK)))
     found = search_block(query_batches(reranker, queries), block, fetch, reranker.similarity)
     return [(values.cpu().numpy(), places.cpu().numpy()) for values, places in found]
 
 
-def _lacking(worker: Worker, ranks: Ranks, texts: TextFiles, plan: str, n: int, detail: Detail) -> list[int]:
-    """The chunks in block n of a plan that hold texts whose vectors are not all in the cache."""
+def _lacking(worker: Worker, ranker: Ranker, texts: TextFiles, plan: str, n: int, detail: Detail) -> list[int]:
+    """Numbers of the chunks in block n of a plan that have texts without vectors in the cache."""
     size = CHUNK[detail]
-    lacks = reranker_of(ranks).lacks(texts.read(planned(worker.cache, plan, n, CORPUS_BLOCK)), detail=detail)
+    lacks = reranker_of(ranker).lacks(texts.read(planned(worker.cache, plan, n, CORPUS_BLOCK)), detail=detail)
     return sorted({n * CORPUS_BLOCK // size + i // size for i, lacking in enumerate(lacks) if lacking})
 
 
@@ -158,27 +165,27 @@ WORK: dict[str, Callable[..., Any]] = {"rank": _rank, "cold": _cold, "about": _a
 
 
 def planned(cache: Store, plan: str, n: int, size: int) -> np.ndarray:
-    """Positions of the texts of chunk n."""
+    """Positions of the texts in chunk n of a plan; a chunk has `size` texts, the last one may have fewer."""
     positions = np.load(cache.child(PLANS).fetch(plan), mmap_mode="r")
     return np.asarray(positions[n * size : (n + 1) * size])
 
 
-def probe(setup: Setup) -> None:
-    """Does what a worker does first; that it returns says that one can begin there."""
+def probe(setup: WorkerSetup) -> None:
+    """Checks that a worker can start here: starts one, or raises why not."""
     Worker(setup)
 
 
-class Encoder:
-    """Encodes chunks of texts into the cache; an actor of Ray Data's pool."""
+class ChunkEncoder:
+    """Encodes chunks of texts into the cache, as an actor in Ray Data's pool."""
 
-    def __init__(self, setup: Setup, what: bytes, expected: dict[str, str | None] | None, texts: TextFiles, plan: str, detail: int):
+    def __init__(self, setup: WorkerSetup, packed_ranker: bytes, expected: dict[str, str | None] | None, texts: TextFiles, plan: str, detail: int):
         import ray
 
         self.worker, self.texts, self.plan, self.detail = Worker(setup), texts, plan, Detail(detail)
         self.again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         self.problem = ""
         try:
-            self.reranker = reranker_of(opened(what, expected, self.worker.engines))
+            self.reranker = reranker_of(opened(packed_ranker, expected, self.worker.engines))
         except (UserError, ModelError, OSError, RuntimeError, ImportError) as error:
             self.problem = str(error) or type(error).__name__
 
@@ -193,7 +200,7 @@ class Encoder:
                     raise OSError(f"{self.worker.cache.shown} cannot be written")
             except ModelError as error:
                 problem, kind = str(error), "model"
-            except (RuntimeError, MemoryError, OSError, ValueError, LookupError) as error:  # the other chunks can be done, and this one again elsewhere
+            except (RuntimeError, MemoryError, OSError, ValueError, LookupError) as error:  # the other chunks go on, and this one is tried again elsewhere
                 problem, kind = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".strip(": "), "memory" if out_of_memory(error) else "other"
         return {
             "chunk": [chunk], "texts": [count], "node": [self.worker.node], "pid": [os.getpid()], "again": [self.again],

@@ -1,44 +1,25 @@
-"""A first stage needs one file and one line in the registry. The one here is registered only by this test, and works as far as the report."""
+"""A first stage in one file, registered only by this test, works everywhere: evaluation and report."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from rerank_lab.datasets.runs import Ranked, Run, order
 from rerank_lab.errors import UserError
 from rerank_lab.eval.__main__ import main
-from rerank_lab.first_stage import FIRST_STAGES, Context, FirstStage, FirstStageKind, file_of, find
+from rerank_lab.first_stage import FIRST_STAGES, Context, FirstStage, file_of, find
 from tests.conftest import DOCUMENTS, QUERIES, report_of
 from tests.eval.test_eval import failing, load
-
-
-class Longest:
-    """The longest documents with a given word, for every query the same."""
-
-    def __init__(self, context: Context, argument: str):
-        self.corpus, self.word, self.notes = context.dataset.corpus, argument, list[str]()
-
-    def search(self, queries: Mapping[str, str], k: int) -> Run:
-        ids = [i for i, text in self.corpus.items() if self.word in text]
-        lengths = np.array([len(self.corpus[i]) for i in ids], dtype=np.float32)
-        best = order(lengths)[:k]
-        self.notes.append(f"{len(self.corpus) - len(ids)} documents lack the word {self.word}")
-        return {query: Ranked([ids[i] for i in best], lengths[best]) for query in queries}
-
-    def about(self) -> dict[str, Any]:
-        return {"word": self.word}
+from tests.toys.first_stage import KIND
 
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FIRST_STAGES, "longest", FirstStageKind("longest", "WORD", "the longest that hold WORD", f"{__name__}:Longest"))
+    monkeypatch.setitem(FIRST_STAGES, KIND.name, KIND)
 
 
 def test_a_new_first_stage_is_evaluated_and_reported(registered: None, beir: Callable[..., Path], tmp_path: Path) -> None:
