@@ -100,7 +100,7 @@ def run(main: Callable[[], int | None], name: str = "rerank_lab") -> int:
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineSettings:
     """Where models run, and in what arithmetic.
 
     Attributes:
@@ -120,22 +120,22 @@ class Machine:
 
 def machine_options(group: argparse._ArgumentGroup) -> None:
     """The options of Machine, for every command that runs models."""
-    group.add_argument("--device", default=Machine.device, help="auto, cpu, cuda, mps (default: auto)")
+    group.add_argument("--device", default=MachineSettings.device, help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument(
         "--kernels",
         choices=BACKENDS,
-        default=Machine.kernels,
+        default=MachineSettings.kernels,
         help="which implementation of the operators runs; auto: triton on CUDA, cpu on the CPU (default: auto)",
     )
     group.add_argument(
         "--runtime",
         choices=("auto", *RUNTIMES),
-        default=Machine.runtime,
+        default=MachineSettings.runtime,
         metavar="NAME",
         help=f"what runs the transformers: {', '.join(RUNTIMES)}, or auto: torch, or what computes in --precision (default: auto)",
     )
     group.add_argument(
-        "--precision", choices=PRECISIONS, default=Machine.precision, help="of the transformers; bf16 where the processor has it (default: fp32)"
+        "--precision", choices=PRECISIONS, default=MachineSettings.precision, help="of the transformers; bf16 where the processor has it (default: fp32)"
     )
     group.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
 

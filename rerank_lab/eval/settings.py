@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rerank_lab.cli import SUBSPACE, Machine, count, machine_options, natural, path_of, place_of, positive, weight
+from rerank_lab.cli import SUBSPACE, MachineSettings, count, machine_options, natural, path_of, place_of, positive, weight
 from rerank_lab.errors import UserError
 from rerank_lab.first_stage import FIRST_STAGES, listed
 
@@ -61,7 +61,7 @@ UNRECORDED = {"list", "config", "out", "resume", "overwrite", "cache", "cache_gb
 
 
 @dataclass(frozen=True)
-class EvalSettings(Machine):
+class EvalSettings(MachineSettings):
     """The settings of one evaluation or of a grid. A field is the long name of an option; --help explains each (see `parser`).
 
     Attributes:
