@@ -22,7 +22,7 @@ KEY = "a-key-for-tests"
 ALIASES = {"bge-reranker-v2-m3": "all-MiniLM-L6-v2", "bge-reranker-cross-encoder": "minilm-cross"}
 
 
-# Batches never end, and one query breaks.
+# Batches never end, and one query breaks the model.
 STUCK = """
 import threading
 from rerank_lab.server import scheduler, service
@@ -42,8 +42,8 @@ class Server:
 
     Attributes:
         url: http://127.0.0.1:PORT.
-        process: of its own.
-        log: where its stderr goes.
+        process: the server's process.
+        log: file with its stderr.
     """
 
     url: str
@@ -55,21 +55,21 @@ class Server:
         return int(self.url.rpartition(":")[2])
 
     def post(self, body: Any, path: str = "/api/v3/inference/reranker", key: str | None = KEY, **headers: str) -> tuple[int, Any, dict[str, str]]:
-        """Status, JSON and headers (names in lower case) of an answer; a body of bytes is sent as it is."""
+        """POSTs a body: bytes as they are, other values as JSON. Returns status, JSON and headers (names in lower case) of the answer."""
         data = body if isinstance(body, bytes) else orjson.dumps(body)
         given = {"Content-Type": "application/json", **headers} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         return self._ask(urllib.request.Request(self.url + path, data, given))
 
     def get(self, path: str) -> tuple[int, Any, dict[str, str]]:
-        """The same of a GET; text where it is no JSON."""
+        """Like `post` for a GET. An answer that is not JSON comes as text."""
         return self.send("GET", path)
 
     def send(self, method: str, path: str, **headers: str) -> tuple[int, Any, dict[str, str]]:
-        """The same of any request without a body; None where an answer has none."""
+        """Like `get` for any request without a body. An answer without a body comes as None."""
         return self._ask(urllib.request.Request(self.url + path, method=method, headers=headers))
 
     def metric(self, name: str) -> float:
-        """The value of a metric, labels included in its name."""
+        """The value of a metric; its name includes the labels."""
         line = next(line for line in self.get("/metrics")[1].splitlines() if line.startswith(f"{name} "))
         return float(line.rpartition(" ")[2])
 
@@ -86,13 +86,13 @@ class Server:
 
 @contextmanager
 def serving(*flags: str, wait: bool = True, code: str = "", env: dict[str, str] | None = None) -> Iterator[Server]:
-    """A server with these flags on a free port, stopped at the end.
+    """Runs a server with these flags on a free port while the block runs.
 
     Args:
-        flags: of python -m rerank_lab.server.
-        wait: until it is ready.
-        code: Python that runs in the process before the server, to break a model on purpose.
-        env: more of the environment.
+        flags: flags of python -m rerank_lab.server.
+        wait: whether to wait until it is ready.
+        code: Python code that the process runs before the server, for example to break a model.
+        env: additional environment variables.
     """
     log = Path(tempfile.mkdtemp()) / "server.log"
     start = f"{code}\nimport sys; from rerank_lab.server.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -125,7 +125,7 @@ def _wait_for(pattern: str, log: Path, process: subprocess.Popen[bytes]) -> re.M
 
 
 def eventually(reached: Callable[[], bool], seconds: float = 10) -> None:
-    """Waits until something has come true."""
+    """Waits until a condition is true."""
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end, "never came true"

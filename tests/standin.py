@@ -1,4 +1,4 @@
-"""A small v3 server in a thread, on the real models, that can be told to misbehave."""
+"""A small v3 server in a thread. It uses the real models and can be told to misbehave."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Reply = tuple[int, dict[str, str], bytes]
 
 @cache
 def models() -> Reranker:
-    """Both models that ship, loaded once."""
+    """Both shipped models, loaded once."""
     return Reranker("all-MiniLM-L6-v2", "standard", "minilm-cross", device="cpu")
 
 
 def answer(body: dict[str, Any]) -> dict[str, Any]:
-    """What v3 answers to a sound request."""
+    """The v3 answer to a valid request."""
     crossing = body.get("model_cross") is not None
     method = make_method(body.get("method", "fast"), **{k: v for k, v in body.items() if k == "stage1_top_k"})
     with RANKING:
@@ -45,11 +45,11 @@ class StandIn:
     Attributes:
         url: http://127.0.0.1:PORT.
         asked: path, headers (names in lower case) and JSON of every request.
-        replies: given first, one a request; None closes the connection without a word.
-        alter: makes another answer of each sound one.
+        replies: replies for the first requests, one each; None closes the connection without an answer.
+        alter: changes each valid answer.
         pause: seconds before each answer.
-        connections: that were opened.
-        most: requests that were in it at once.
+        connections: number of connections that were opened.
+        most: the most requests that were in progress at once.
     """
 
     url: str = ""
@@ -68,7 +68,7 @@ class StandIn:
 
 @contextmanager
 def standing_in(port: int = 0) -> Iterator[StandIn]:
-    """A StandIn on this port, or a free one, until the block ends."""
+    """Runs a StandIn on this port, or on a free one, while the block runs."""
     stand_in = StandIn()
 
     class Handler(BaseHTTPRequestHandler):
@@ -104,7 +104,7 @@ def standing_in(port: int = 0) -> Iterator[StandIn]:
     class Quiet(ThreadingHTTPServer):
         allow_reuse_address = daemon_threads = True
 
-        def handle_error(self, request: Any, client_address: Any) -> None:  # a client that left
+        def handle_error(self, request: Any, client_address: Any) -> None:  # a client has left
             pass
 
     with Quiet(("127.0.0.1", port), Handler) as http:
@@ -115,7 +115,7 @@ def standing_in(port: int = 0) -> Iterator[StandIn]:
 
 
 def ok(value: Any) -> Reply:
-    """A reply with status 200; bytes go over as they are."""
+    """A reply with status 200. Bytes are sent as they are, other values as JSON."""
     return 200, {}, value if isinstance(value, bytes) else json.dumps(value).encode()
 
 

@@ -1,4 +1,4 @@
-"""What all commands share: terminals that lack our characters, readers that have gone, streams that are closed or full."""
+"""Commands in odd surroundings: terminals without our characters, readers that have gone, streams that are closed or full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = [f"rerank_lab.{name}" for name in ("eval", "report", "server", "repla
 ]
 SLOW = {"torch", "numpy", "pandas", "transformers", "matplotlib", "jinja2", "scipy", "triton", "httpx", "fastapi", "ir_measures", "safetensors", "bm25s"}
 BARE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-# A command like all of ours, but without the seconds of importing torch.
+# A command like all of ours, without the seconds that importing torch takes.
 COMMAND = """
 import argparse, sys
 from rerank_lab import cli
@@ -44,7 +44,7 @@ Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    """Runs a line in a shell, with $c for the command."""
+    """Runs a line of bash; $c is the command."""
     (tmp_path / "command.py").write_text(COMMAND, encoding="utf-8")
 
     def run(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -135,7 +135,7 @@ def test_so_do_options_that_do_not_go_together(name: str, arguments: str) -> Non
 
 
 def loaded(name: str, arguments: str) -> tuple[int, list[str]]:
-    """The exit code of a command, and which modules of SLOW it imported."""
+    """A command's exit code, and the modules of SLOW that it has imported."""
     code = (
         "import runpy, sys\n"
         "del sys.argv[0]\n"  # runpy puts the module's own file in place of its name

@@ -1,4 +1,4 @@
-"""Published and promised figures on collections that are not part of the project (RERANK_LAB_DATA)."""
+"""Published and promised figures, on collections that are not part of the project (RERANK_LAB_DATA)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_bm25_on_scifact(collection: Callable[[str], Path]) -> None:
 
 
 def test_the_shipped_cross_encoder_beats_the_cosine_that_it_starts_from(tmp_path: Path) -> None:
-    """Some of numpydoc's test queries, so that weights that were merged wrongly show without a collection from elsewhere."""
+    """It uses some of numpydoc's test queries, so that wrongly merged weights are found even without other collections."""
     arguments = ["--methods", "fast,standard", "--candidates", "bm25", "--top-k", "20", "--limit-queries", "40", "--max-tokens-per-doc", "128"]
     arguments += ["--no-kernel-check"]
     ndcg = measures(evaluated(Path("numpydoc"), tmp_path / "out", *arguments), "nDCG@10")

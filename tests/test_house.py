@@ -1,4 +1,4 @@
-"""The house keeps its shape: rooms in one order, no circles, and what each joint hides stays behind it. docs/architecture.md is the map."""
+"""The shape of the package: rooms in one order, no circles of imports, and each joint hides what it should. docs/architecture.md is the map."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "rerank_lab"
-# From the bottom up: a module imports from its own room and from those before it. Rooms in one tuple know nothing of each other.
+# From the bottom up: a module imports from its own room and from rooms before it. Rooms in one tuple do not import each other.
 ORDER: list[tuple[str, ...]] = [
     ("errors",), ("files", "timing", "environment"), ("models",), ("cli",), ("cache",), ("datasets",), ("first_stage",), ("methods",), ("measures",),
     ("engine",), ("reranker",), ("client",), ("eval",), ("replay", "report", "server"), ("__init__",),
 ]  # fmt: skip
 AT_THE_DOOR = {"__init__", "reranker", "engine", "files", "cli", "errors", "timing", "environment"}
-# (who, whom): an import that the order forbids, inside a function, and why it cannot be otherwise.
+# (importing module, imported module) → why the import is needed. The order forbids it, so it is allowed only inside a function.
 LAZY: dict[tuple[str, str], str] = {}
 
-# Who takes a text apart at : or (, and what that text is; a row's label is taken apart in eval/system.py alone.
+# (file, function) → the text that it splits at : or (. Only eval/system.py parses a row's label.
 LABELS = "eval/system.py"
 TAKEN_APART = {
     ("methods/__init__.py", "make_method"): "a method's own spec, NAME:SETTING=VALUE",
@@ -40,7 +40,7 @@ TAKEN_APART = {
 OF_LABELS = {"split_label", "runs_cross", "BEST_CROSS"}
 LABEL_TEXTS = {"best+cross", "endpoint:"}
 
-# Files that read or write JSON, TOML or what a library gives, where a dict[str, Any] is what there is.
+# File → what it reads or writes as dict[str, Any]: JSON, TOML or a library's data.
 EDGES = {
     "client/endpoint.py": "bodies of v3",
     "datasets/beir.py": "files of a folder, or members of a zip",
@@ -65,7 +65,7 @@ LOOSE = {"dict", "Dict", "Mapping", "MutableMapping"}
 
 
 def name_of(path: Path) -> str:
-    """rerank_lab/eval/grid.py → rerank_lab.eval.grid; a package is called as its folder."""
+    """rerank_lab/eval/grid.py → rerank_lab.eval.grid; an __init__.py has the name of its folder."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -82,12 +82,12 @@ def short(path: Path) -> str:
 
 
 def room(module: str) -> str:
-    """The room, or the file at the door, that a module belongs to."""
+    """The room of a module, or its own name if it is in no room."""
     return [*module.split("."), "__init__"][1]
 
 
 def named(node: ast.AST, module: str) -> Iterator[str]:
-    """Modules that a node of this module's tree imports, wherever it stands."""
+    """The modules that a node of this module's tree imports."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -100,11 +100,11 @@ def named(node: ast.AST, module: str) -> Iterator[str]:
 
 
 def imports(module: str) -> dict[str, int]:
-    """What a module imports of this package, and in which line: under TYPE_CHECKING and inside functions too, and every package whose __init__ runs on the way."""
+    """Module of this package → line that imports it. Imports under TYPE_CHECKING and inside functions count, and so do packages whose __init__ runs."""
     found: dict[str, int] = {}
     for node in ast.walk(tree(MODULES[module])):
         for target in named(node, module):
-            while target.startswith("rerank_lab.") and target not in MODULES:  # a name in a module
+            while target.startswith("rerank_lab.") and target not in MODULES:  # the last part is a name in a module
                 target = target.rpartition(".")[0]
             parts = target.split(".")
             for package in [".".join(parts[:n]) for n in range(2, len(parts))] + [target]:
@@ -114,12 +114,12 @@ def imports(module: str) -> dict[str, int]:
 
 
 def nothing(found: list[str]) -> None:
-    """Fails with all that was found, a line each."""
+    """Fails if anything was found, and lists it, one per line."""
     assert not found, "\n" + "\n".join(found)
 
 
 def scoped(path: Path) -> Iterator[tuple[str, ast.AST]]:
-    """Every node, and the function or class that it stands in."""
+    """Every node, with the name of the function or class around it."""
 
     def walk(node: ast.AST, scope: tuple[str, ...]) -> Iterator[tuple[str, ast.AST]]:
         for child in ast.iter_child_nodes(node):
@@ -165,7 +165,7 @@ def test_kernels_know_nothing_of_the_house() -> None:
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         commands = [
             node for node in tree(path).body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
-        ]  # which stand at their edges as all do
+        ]  # a command at a module's end may import anything
         for top in (node for node in tree(path).body if node not in commands):
             for node in ast.walk(top):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -217,7 +217,7 @@ def test_a_label_is_taken_apart_in_one_place() -> None:
 
 
 def loose(node: ast.AST) -> bool:
-    """Whether a node is dict[str, Any] or another mapping of that kind."""
+    """Whether a node is dict[str, Any] or a similar mapping."""
     return isinstance(node, ast.Subscript) and ast.unparse(node.value).rpartition(".")[2] in LOOSE and ast.unparse(node.slice) in ("(str, Any)", "str, Any")
 
 

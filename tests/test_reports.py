@@ -1,4 +1,4 @@
-"""What README says is what reports/ hold."""
+"""README says what reports/ say."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ RESULTS: dict[str, dict[str, Any]] = {name: json.loads((BASELINE / f"{name}.json
 
 
 def tables(text: str) -> Iterator[list[dict[str, str]]]:
-    """Every Markdown table as rows by the names of its columns."""
+    """Every Markdown table in a text; each row is column name → cell."""
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         head, _, *rows = [[cell.strip(" *") for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
         yield [dict(zip(head, row)) for row in rows]
 
 
 def section(title: str, text: str = REPORT) -> str:
-    """What stands under a heading, up to the next of its level."""
+    """The text under a heading, up to the next heading of its level."""
     found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |\Z)", text, re.MULTILINE | re.DOTALL)
     assert found is not None, f"no heading {title!r}"
     return found[2]
 
 
 def row(collection: str, method: str) -> dict[str, str]:
-    """A method's row of a collection's table in reports/baseline."""
+    """A method's row in a collection's table of reports/baseline."""
     (table,) = tables(section("The table", section(collection)))
     return next(row for row in table if row["method"] == method)
 

@@ -52,13 +52,13 @@ from rerank_lab.reranker import Reranker
 from rerank_lab.timing import peak_memory_mb
 
 MODEL = "all-MiniLM-L6-v2"
-QUERIES, CANDIDATES, QUERY_TOKENS, TOKENS, R = 50, 100, 32, 180, 128  # of the row `tokens`
-FEW = 2  # pools of the rows in which documents are new each time
-Work = Callable[[], Any]
+QUERIES, CANDIDATES, QUERY_TOKENS, TOKENS, R = 50, 100, 32, 180, 128  # sizes of the row `tokens`
+FEW = 2  # number of pools in rows whose documents are new each time
+Action = Callable[[], Any]
 
 
 def classifier(folder: Path, limit: int) -> Path:
-    """A sequence classifier with one label on the default bi-encoder's weights, its head untrained: speed is the subject."""
+    """Writes a sequence classifier with one label and the default bi-encoder's weights. Its head is untrained, since only speed matters."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(0)
@@ -70,8 +70,8 @@ def classifier(folder: Path, limit: int) -> Path:
     return folder
 
 
-class Setting:
-    """What the contenders work on; each part is made when one asks for it."""
+class BenchInputs:
+    """What the contenders work on. Each part is made when it is first used."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.folder = options, folder
@@ -80,7 +80,7 @@ class Setting:
 
     @cached_property
     def pools(self) -> list[tuple[str, list[str]]]:
-        """Queries with up to 100 documents each, --pairs pairs together; BM25 draws them, so that no contender holds a model of ours."""
+        """Queries with up to 100 documents each, --pairs pairs in all. BM25 chooses the documents, so that no contender's process has a model of ours."""
         size = min(CANDIDATES, len(self.texts), self.options.pairs)
         chosen = [self.queries[n % len(self.queries)] for n in range(max(1, self.options.pairs // size))]
         index = BM25(self.texts)
@@ -91,8 +91,8 @@ class Setting:
         return str(self.folder) if (self.folder / "config.json").is_file() else str(classifier(self.folder, self.options.tokens))
 
     @cached_property
-    def given(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit token vectors of all queries and of all their candidates, packed, and the candidates' offsets; lengths are uneven."""
+    def token_vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed unit token vectors of all queries and of all their candidates, and the candidates' offsets. Candidates differ in length."""
         generator = torch.Generator().manual_seed(0)
         lengths = torch.randint(TOKENS // 2, TOKENS + 1, (QUERIES * CANDIDATES,), generator=generator)
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -101,19 +101,19 @@ class Setting:
 
     @property
     def lists(self) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """The same as the peers take them: a tensor a query, and one a candidate; views."""
-        q, d, offsets = self.given
+        """The same vectors in the peers' form: one tensor for each query and for each candidate. They are views."""
+        q, d, offsets = self.token_vectors
         flat = [d[a:b] for a, b in pairwise(offsets.tolist())]
         return list(q.view(QUERIES, QUERY_TOKENS, R)), [flat[n : n + CANDIDATES] for n in range(0, len(flat), CANDIDATES)]
 
 
-def asked(way: str) -> dict[str, Any]:
-    """Runtime and precision of what stands as [RUNTIME:]PRECISION."""
+def runtime_and_precision(way: str) -> dict[str, Any]:
+    """Runtime and precision, from [RUNTIME:]PRECISION."""
     runtime, _, precision = way.rpartition(":")
     return {"runtime": runtime or "auto", "precision": precision}
 
 
-def encode_peer(s: Setting) -> Work:
+def encode_peer(s: BenchInputs) -> Action:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(locate(MODEL, "bi-encoder")), device="cpu")
@@ -121,26 +121,26 @@ def encode_peer(s: Setting) -> Work:
     return lambda: model.encode(s.texts, show_progress_bar=False, convert_to_tensor=True)
 
 
-def encode_ours(s: Setting, way: str) -> Work:
-    model = load_bi_encoder(MODEL, device="cpu", **asked(way))
+def encode_ours(s: BenchInputs, way: str) -> Action:
+    model = load_bi_encoder(MODEL, device="cpu", **runtime_and_precision(way))
     assert isinstance(model, BiEncoder)
     return lambda: model.encode(s.texts, max_tokens=s.options.tokens - model.specials, detail=Detail.POOLED).pooled
 
 
-def pairs_peer(s: Setting, pools: int | None = None) -> Work:
+def pairs_peer(s: BenchInputs, pools: int | None = None) -> Action:
     from sentence_transformers import CrossEncoder as Peer
 
     model, pairs = Peer(s.checkpoint, device="cpu"), [(query, text) for query, pool in s.pools[:pools] for text in pool]
     return lambda: model.predict(pairs, show_progress_bar=False, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
 
 
-def pairs_ours(s: Setting, way: str) -> Work:
-    model = load_cross_encoder(s.checkpoint, device="cpu", **asked(way))
+def pairs_ours(s: BenchInputs, way: str) -> Action:
+    model = load_cross_encoder(s.checkpoint, device="cpu", **runtime_and_precision(way))
     assert isinstance(model, CrossEncoder)
     return lambda: torch.cat([model.score(query, pool)[0] for query, pool in s.pools])
 
 
-def pools_ours(s: Setting, method: str, *, new: bool) -> Work:
+def pools_ours(s: BenchInputs, method: str, *, new: bool) -> Action:
     cross = "minilm-cross" if method == "standard" else None
     ready = Reranker(MODEL, method, cross, device="cpu")
     for query, pool in s.pools[:FEW]:
@@ -153,7 +153,7 @@ def pools_ours(s: Setting, method: str, *, new: bool) -> Work:
     return work
 
 
-def tokens_pylate(s: Setting) -> Work:
+def tokens_pylate(s: BenchInputs) -> Action:
     from pylate.rank import rerank
 
     queries, documents = s.lists
@@ -162,7 +162,7 @@ def tokens_pylate(s: Setting) -> Work:
     return lambda: torch.tensor([[row["score"] for row in rerank(*given)[0]] for given in one_by_one])
 
 
-def tokens_rerankers(s: Setting) -> Work:
+def tokens_rerankers(s: BenchInputs) -> Action:
     from rerankers.models.colbert_ranker import _colbert_score
 
     queries, documents = s.lists
@@ -172,8 +172,8 @@ def tokens_rerankers(s: Setting) -> Work:
     return lambda: torch.cat([_colbert_score(q[None], d, own, m).sort(descending=True).values for q, d, m in zip(queries, padded, masks)]) * QUERY_TOKENS
 
 
-def tokens_ours(s: Setting) -> Work:
-    q, d, offsets = s.given
+def tokens_ours(s: BenchInputs) -> Action:
+    q, d, offsets = s.token_vectors
     pairs = torch.stack([torch.zeros(CANDIDATES, dtype=torch.int64), torch.arange(CANDIDATES)], 1)
     q_offsets, one_by_one = torch.tensor([0, QUERY_TOKENS]), []
     for n in range(QUERIES):
@@ -182,8 +182,8 @@ def tokens_ours(s: Setting) -> Work:
     return lambda: torch.stack([subspace_attention(*given, 0.0).view(CANDIDATES, QUERY_TOKENS).sum(1).sort(descending=True).values for given in one_by_one])
 
 
-def contenders(also: Sequence[str]) -> dict[str, dict[str, Callable[[Setting], Work]]]:
-    """Row → contender → what builds it; the first of a row is what the others are measured against."""
+def contenders(also: Sequence[str]) -> dict[str, dict[str, Callable[[BenchInputs], Action]]]:
+    """Row → contender → a function that builds it. The others of a row are compared with its first contender."""
     ways = ("fp32", *also)
     return {
         "encode": {"SentenceTransformer.encode": encode_peer, **{f"ours, {way}": partial(encode_ours, way=way) for way in ways}},
@@ -204,7 +204,7 @@ def contenders(also: Sequence[str]) -> dict[str, dict[str, Callable[[Setting], W
 
 
 def gemm_rate() -> float:
-    """GFLOP/s of fp32 matrix products of the forward's shape."""
+    """GFLOP/s of fp32 matrix products with shapes of the forward pass."""
     a, b, taken = torch.randn(1024, 384), torch.randn(384, 1536), []
     for _ in range(40):
         start = time.perf_counter()
@@ -213,8 +213,8 @@ def gemm_rate() -> float:
     return 2 * 1024 * 384 * 1536 / median(taken[10:]) / 1e9
 
 
-def flops(s: Setting, row: str) -> float:
-    """Of the row's work in fp32, by the models' own formulas; NaN where the row is not one forward."""
+def flops(s: BenchInputs, row: str) -> float:
+    """FLOPs of a row's work in fp32, by the models' own formulas; NaN if the row is not one forward pass."""
     if row == "encode":
         model = load_bi_encoder(MODEL, device="cpu")
         texts = model.tokenize(s.texts, "document", s.options.tokens - model.specials)
@@ -226,17 +226,17 @@ def flops(s: Setting, row: str) -> float:
     return float("nan")
 
 
-def apart(row: str, found: Any, wanted: Any) -> str:
-    """The largest difference of the results: of cosines to 1 for vectors, of scores else."""
+def largest_difference(row: str, found: Any, wanted: Any) -> str:
+    """The largest difference between two results: 1 minus the cosine for vectors, otherwise the difference of scores."""
     if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
         return "-"
     gap = 1 - (found.float() * wanted.float()).sum(1) if row == "encode" else found.float() - wanted.float()
     return f"{float(gap.abs().max()):.0e}"
 
 
-def measure(s: Setting, row: str, bar: tqdm[Any]) -> list[str]:
-    """One row's lines."""
-    works: dict[str, Work] = {}
+def measure(s: BenchInputs, row: str, bar: tqdm[Any]) -> list[str]:
+    """Measures all contenders of a row. Returns its lines of the table."""
+    works: dict[str, Action] = {}
     lines = []
     for name, build in contenders(s.options.also)[row].items():
         try:
@@ -258,12 +258,12 @@ def measure(s: Setting, row: str, bar: tqdm[Any]) -> list[str]:
         seconds, ours = median(times), name.startswith("ours")
         share = "-" if np.isnan(work_flops) or not ours else f"{work_flops / seconds / 1e9 / rate:.2f}"
         ratio = median(taken[peer]) / seconds
-        lines.append(f"{row:<8}{name:<29}{ratio:>8.2f}{apart(row, results[name], results[peer]):>9}{share:>8}{peak(s.options, row, name):>8}")
+        lines.append(f"{row:<8}{name:<29}{ratio:>8.2f}{largest_difference(row, results[name], results[peer]):>9}{share:>8}{peak(s.options, row, name):>8}")
     return lines + (forwards(s) if row == "seen" else [])
 
 
-def forwards(s: Setting) -> list[str]:
-    """p95 of a request beside one forward of the query."""
+def forwards(s: BenchInputs) -> list[str]:
+    """Lines that compare the time of a request with one forward pass of its query."""
     model, lines = load_bi_encoder(MODEL, device="cpu"), []
     for method in ("fast", "best"):
         ready, both = Reranker(model, method, device="cpu"), []
@@ -284,7 +284,7 @@ def forwards(s: Setting) -> list[str]:
 
 
 def peak(options: argparse.Namespace, row: str, name: str) -> str:
-    """MB of a process that does this contender's work once, and nothing else."""
+    """Peak memory, in MB, of a process that does only this contender's work, once."""
     flags = {flag: getattr(options, flag) for flag in ("dataset", "documents", "pairs", "tokens")} | {"threads": torch.get_num_threads()}
     given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     done = subprocess.run([sys.executable, __file__, *given, "--also", *options.also, "--peak", row, name], capture_output=True, text=True, check=False)
@@ -295,7 +295,7 @@ def run(options: argparse.Namespace) -> str:
     if options.threads:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        s = Setting(options, Path(folder) / "classifier")
+        s = BenchInputs(options, Path(folder) / "classifier")
         if options.peak:
             row, name = options.peak
             contenders(options.also)[row][name](s)()

@@ -43,10 +43,10 @@ from rerank_lab.first_stage.dense import merge_topk
 from rerank_lab.models.base import Detail, Vectors
 
 TOKENS, R, D, QUERY, K, TAU = 50, 128, 384, 32, 100, 0.1
-SHARD, BLOCK = 4096, 4096  # documents of a file, and of what is looked at together
+SHARD, BLOCK = 4096, 4096  # documents in a file, and in a block that is read at once
 BYTES = TOKENS * R * 2 + D * 4 + 32
-KEY = "scale-1"
-Found = tuple[Tensor, Tensor]
+CACHE_KEY = "scale-1"
+Nearest = tuple[Tensor, Tensor]
 
 
 def key(number: int) -> bytes:
@@ -54,7 +54,7 @@ def key(number: int) -> bytes:
 
 
 def made(start: int, stop: int) -> Vectors:
-    """Documents start to stop: random unit vectors, the same in every run."""
+    """Vectors of the documents from start to stop: random unit vectors, the same in every run."""
     generator = torch.Generator().manual_seed(start)
     size = stop - start
     tokens = normalize(torch.randn(size * TOKENS, R, generator=generator), dim=-1).half()
@@ -64,9 +64,9 @@ def made(start: int, stop: int) -> Vectors:
 
 
 def filled(folder: Path, documents: int) -> VectorCache:
-    """The cache with so many documents in it; makes those that are not."""
+    """A cache with this many documents. Missing ones are made."""
     about = {"model": "made vectors", "arithmetic": "none", "token_dimensions": str(R)}
-    cache = VectorCache(KEY, folder, disk_bytes=1 << 60, about=about)
+    cache = VectorCache(CACHE_KEY, folder, disk_bytes=1 << 60, about=about)
     starts = [start for start in range(0, documents, SHARD) if not cache.has(key(min(start + SHARD, documents) - 1), Detail.TOKENS)]
     need = len(starts) * SHARD * BYTES
     free = shutil.disk_usage(folder).free
@@ -85,16 +85,16 @@ def blocks(cache: VectorCache, keys: list[bytes], detail: Detail) -> Iterator[tu
         yield start, cache.gather(keys[start : start + BLOCK], detail)
 
 
-def best(parts: Iterator[Found]) -> Found:
-    """The K best of values and places that come in blocks, 1 × … each."""
+def best(parts: Iterator[Nearest]) -> Nearest:
+    """The K best of values and places that come in blocks; each block is 1 × n."""
     found = torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.int64)
     for part in parts:
         found = merge_topk(found, part, K)
     return found
 
 
-def search(cache: VectorCache, keys: list[bytes], query: Vectors) -> Found:
-    def parts() -> Iterator[Found]:
+def search(cache: VectorCache, keys: list[bytes], query: Vectors) -> Nearest:
+    def parts() -> Iterator[Nearest]:
         for start, block in blocks(cache, keys, Detail.POOLED):
             values, places = similarity_topk(query.pooled, block.pooled, min(K, len(block.pooled)))
             yield values, places + start
@@ -102,17 +102,17 @@ def search(cache: VectorCache, keys: list[bytes], query: Vectors) -> Found:
     return best(parts())
 
 
-def scan(cache: VectorCache, keys: list[bytes], query: Vectors) -> Found:
+def scan(cache: VectorCache, keys: list[bytes], query: Vectors) -> Nearest:
     return best(attended(query, block, start) for start, block in blocks(cache, keys, Detail.TOKENS))
 
 
-def rerank(cache: VectorCache, keys: list[bytes], query: Vectors) -> Found:
+def rerank(cache: VectorCache, keys: list[bytes], query: Vectors) -> Nearest:
     chosen = random.Random(0).sample(keys, min(K, len(keys)))
     return best(iter([attended(query, cache.gather(chosen, Detail.TOKENS), 0)]))
 
 
-def attended(query: Vectors, documents: Vectors, start: int) -> Found:
-    """Mean over the query's tokens of their subspace attention, a document, and where the documents stand: from `start` on."""
+def attended(query: Vectors, documents: Vectors, start: int) -> Nearest:
+    """Scores the documents: the mean of the subspace attention over the query's tokens. Returns scores, and places that count from `start`."""
     size = len(documents.pooled)
     places = torch.arange(size)
     scores = subspace_attention(query.tokens, query.offsets, documents.tokens, documents.offsets, torch.stack([torch.zeros_like(places), places], 1), TAU)
@@ -121,7 +121,7 @@ def attended(query: Vectors, documents: Vectors, start: int) -> Found:
 
 @contextmanager
 def watched() -> Iterator[list[float]]:
-    """Peak of the process's own memory in MB, looked at every hundredth of a second; what it held before is in it."""
+    """Gives the peak of the process's own memory in MB, sampled every hundredth of a second. It includes what the process held before."""
     peak, done = [0.0], threading.Event()
 
     def watch() -> None:
@@ -140,24 +140,24 @@ def watched() -> Iterator[list[float]]:
         thread.join()
 
 
-WORK: dict[str, Callable[[VectorCache, list[bytes], Vectors], Found]] = {"search": search, "scan": scan, "rerank": rerank}
+WORKLOADS: dict[str, Callable[[VectorCache, list[bytes], Vectors], Nearest]] = {"search": search, "scan": scan, "rerank": rerank}
 
 
 def measure(options: argparse.Namespace) -> tuple[list[int], dict[str, list[float]], list[float]]:
-    """Numbers of documents, seconds of each work over them, and the peak of memory."""
+    """Measures all workloads. Returns the numbers of documents, and for each number the seconds of each workload and the peak memory."""
     cache = filled(options.work, options.documents)
     generator = torch.Generator().manual_seed(2**31)
     tokens, pooled = (normalize(torch.randn(rows, columns, generator=generator), dim=-1) for rows, columns in ((QUERY, R), (1, D)))
     nothing = torch.zeros(0, 0, dtype=torch.float16)
     query = Vectors(pooled, torch.tensor([QUERY]), torch.tensor([0, QUERY]), tokens.half(), nothing)
     sizes = [10**power for power in range(3, 9) if 10**power < options.documents] + [options.documents]
-    seconds: dict[str, list[float]] = {name: [] for name in WORK}
+    seconds: dict[str, list[float]] = {name: [] for name in WORKLOADS}
     peaks, keys = [], [key(n) for n in range(options.documents)]
     for size in tqdm(sizes, desc="sizes", disable=None):
         if not all(cache.has(own, Detail.TOKENS) for own in keys[:size:SHARD]):
             raise UserError(f"{options.work}: a shard did not read back and was deleted; the same command makes it again")
         with watched() as peak:
-            for name, work in WORK.items():
+            for name, work in WORKLOADS.items():
                 taken = []
                 for _ in range(options.rounds + 1):
                     start = time.perf_counter()
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace) -> tuple[list[int], dict[str, list[floa
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
-    """Of log seconds over log documents, from 10^4 on, where what a call costs at least no longer shows."""
+    """Slope of log seconds over log documents, from 10^4 documents on, where the fixed cost of a call no longer matters."""
     points = [(size, second) for size, second in zip(sizes, seconds) if size >= 10_000] or list(zip(sizes, seconds))
     x, y = np.log(np.array(points, dtype=np.float64)).T
     return float(np.polyfit(x, y, 1)[0]) if len(points) > 1 else math.nan
@@ -185,10 +185,10 @@ def report(options: argparse.Namespace) -> str:
         f"{'documents':>10}{'GB':>8}{'search ms':>12}{'scan ms':>12}{'rerank ms':>12}{'anon MB':>10}",
     ]
     for n, size in enumerate(sizes):
-        times = "".join(f"{1000 * seconds[name][n]:>12,.1f}" for name in WORK)
+        times = "".join(f"{1000 * seconds[name][n]:>12,.1f}" for name in WORKLOADS)
         lines.append(f"{size:>10,}{size * BYTES / 1e9:>8.2f}{times}{peaks[n]:>10,.0f}")
     lines += ["", "slope of log time over log documents, from 10^4 on (1: linear, 0: constant):"]
-    lines.append(", ".join(f"{name} {slope(sizes, seconds[name]):.2f}" for name in WORK))
+    lines.append(", ".join(f"{name} {slope(sizes, seconds[name]):.2f}" for name in WORKLOADS))
     if options.plot:
         plot(options.plot, sizes, seconds)
         lines += ["", f"plot: {options.plot}"]

@@ -47,15 +47,15 @@ from tqdm import tqdm
 
 from bench_models import classifier
 from rerank_lab.cli import count, non_negative, path_of
+from rerank_lab.client.v3 import V3
 from rerank_lab.datasets import Dataset, load_dataset
 from rerank_lab.environment import describe
 from rerank_lab.errors import UserError
 from rerank_lab.reranker import Reranker
 
 CLIENTS, SHARES, METHODS = (1, 8, 64), (0.5, 0.8), ("fast", "best", "standard")
-DOCUMENTS, WORDS, SEEN, LIMIT = 20, 20, 400, 256  # of a request; of a document; documents sent before; tokens of a pair
+DOCUMENTS, WORDS, SEEN, LIMIT = 20, 20, 400, 256  # documents of a request; words of a document; documents sent before; tokens of a pair
 TIMING = re.compile(r"model;dur=([\d.]+).*total;dur=([\d.]+)")
-V3 = "/api/v3/inference/reranker"
 INFINITY = "--engine torch --device cpu --dtype float32 --no-bettertransformer --no-compile --log-level error --served-model-name classifier"
 QUIET = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
 EPILOG = """\
@@ -68,16 +68,16 @@ examples:
 
 exit codes: 0 done, 1 a server failed or refused, 2 wrong input
 """
-Row = dict[str, float]
-Rows = dict[tuple[str, str, str], list[Row]]  # documents, name, load → a row for each round
+LoadFigures = dict[str, float]
+Rows = dict[tuple[str, str, str], list[LoadFigures]]  # documents, name, load → a row for each round
 
 
-class Failed(Exception):
-    """A server that did not start, or an answer other than 200."""
+class ServerFailed(Exception):
+    """A server did not start, or answered with a status other than 200."""
 
 
-class Texts:
-    """Queries, documents cut short, and when they arrive; the same seed gives the same ones in the same order."""
+class RequestTexts:
+    """Draws queries, shortened documents and arrival times. The same seed gives the same ones in the same order."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.random, self.arrivals, self.queries = random.Random(seed), random.Random(seed), list(dataset.queries.values())
@@ -92,28 +92,31 @@ class Texts:
 
 
 @dataclass
-class Case:
-    """One kind of request to one server, over keep-alive connections, with as little of HTTP as both servers need.
+class RequestKind:
+    """One kind of request to one server. It uses keep-alive connections, and no more of HTTP than both servers need.
 
     Attributes:
-        path, fixed: where it goes, and its JSON but for query and documents.
-        seen: whether its documents were sent before.
-        local: the same in this process, for the endpoint's own cost.
-        answers: when each came, what it took in ms, its head.
-        idle: connections that wait.
+        port: of the server.
+        path: of the requests.
+        fixed: their JSON, without query and documents.
+        texts: draws queries and documents.
+        seen: whether the documents were sent before.
+        local: ranks the same in this process, to find the cost of HTTP; None: not measured.
+        answers: for each answer, the time when it came, the ms that it took, and its head.
+        idle: open connections that no request uses.
     """
 
     port: int
     path: str
     fixed: Mapping[str, object]
-    texts: Texts
+    texts: RequestTexts
     seen: bool = False
     local: Reranker | None = None
     answers: list[tuple[float, float, str]] = field(default_factory=list)
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
 
     async def send(self, pool: tuple[str, list[str]] | None = None, due: float | None = None) -> bytes:
-        """The answer to a drawn pool, or to this one; timed from now, or from when it was due."""
+        """Sends a request with this pool, or with a drawn one. Its time counts from `due`, or from now. Returns the answer's body."""
         query, documents = pool or self.texts.draw(self.seen)
         body, start = json.dumps({**self.fixed, "query": query, "documents": documents}).encode(), due or time.perf_counter()
         head, answer = await self.ask(f"POST {self.path}", body)
@@ -121,7 +124,11 @@ class Case:
         return answer
 
     async def ask(self, what: str, body: bytes = b"") -> tuple[str, bytes]:
-        """Head and body of an answer, which must be a 200; asked again where a server has just closed a connection that waited."""
+        """Sends a request. Returns head and body of the answer. If the server has just closed an idle connection, it is sent again.
+
+        Raises:
+            ServerFailed: the status is not 200.
+        """
         while True:
             self.idle = [pair for pair in self.idle if not pair[0].at_eof()]
             waited = bool(self.idle)
@@ -136,27 +143,27 @@ class Case:
                 if not waited:
                     raise
                 continue
-            except BaseException:  # cancelled, too
+            except BaseException:  # also if the task is cancelled
                 writer.close()
                 raise
             if head.split(" ", 2)[1] != "200":
-                raise Failed(f"{what}: {head.splitlines()[0]} {answer[:300].decode(errors='replace')}")
+                raise ServerFailed(f"{what}: {head.splitlines()[0]} {answer[:300].decode(errors='replace')}")
             self.idle.append((reader, writer))
             return head, answer
 
     async def busy(self) -> float:
-        """Seconds in which our server has run batches; NaN of another server."""
+        """Seconds in which our server has run batches so far; NaN for another server."""
         found = re.search(r"^rerank_lab_model_seconds_total (\S+)$", (await self.ask("GET /metrics"))[1].decode(), re.MULTILINE)
         return float(found[1]) if found else math.nan
 
-    def figures(self, start: float, end: float, cpu: float) -> Row:
-        """Requests a second, ms, and the share of a core that the load took, between two points in time."""
+    def figures(self, start: float, end: float, cpu: float) -> LoadFigures:
+        """Figures between two points in time: requests per second, latencies in ms, and the share of a core that this client took."""
         took = [taken for at, taken, _ in self.answers if start < at <= end]
         quantiles = np.percentile(took or [math.nan], [50, 95, 99]).tolist()
         return dict(zip(("p50", "p95", "p99"), quantiles)) | {"rate": len(took) / (end - start), "client": cpu / (end - start), "out": math.nan}
 
-    async def closed(self, clients: int, seconds: float) -> Row:
-        """So many clients, each with one request at a time."""
+    async def closed(self, clients: int, seconds: float) -> LoadFigures:
+        """Runs this many clients, each with one request at a time, and measures for so many seconds."""
         unmet, running = set(range(clients)), True
 
         async def client(number: int) -> None:
@@ -166,23 +173,23 @@ class Case:
 
         self.answers = []
         tasks = [asyncio.create_task(client(i)) for i in range(clients)]
-        while unmet and not any(task.done() for task in tasks):  # one that ends has failed
+        while unmet and not any(task.done() for task in tasks):  # a client that ends has failed
             await asyncio.sleep(0.01)
         before, cpu, start = await self.busy(), time.process_time(), time.perf_counter()
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
         end, cpu, after, running = time.perf_counter(), time.process_time() - cpu, await self.busy(), False
-        for task in tasks if clients == CLIENTS[-1] else ():  # nothing is measured behind these, and to empty the queue takes long
+        for task in tasks if clients == CLIENTS[-1] else ():  # this is the last load, and emptying its queue would take long
             task.cancel()
         for error in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(error, Exception):
                 raise error
-        last = max((at for at, _, _ in self.answers if start < at <= end), default=end)  # answers come in bursts: the clock runs from one to another
+        last = max((at for at, _, _ in self.answers if start < at <= end), default=end)  # answers come in bursts, so the clock stops at the last one
         row, timings = self.figures(start, last, cpu), [(float(model), float(total)) for _, _, head in self.answers for model, total in TIMING.findall(head)]
         model, total = map(sum, zip(*timings)) if clients == 1 and timings else (after - before, end - start)
-        return row | {"out": max(1 - model / total, 0.0)}  # in this order NaN stays
+        return row | {"out": max(1 - model / total, 0.0)}  # this order of arguments keeps NaN
 
-    async def opened(self, rate: float, seconds: float) -> Row:
-        """Poisson arrivals, whatever the answers take."""
+    async def opened(self, rate: float, seconds: float) -> LoadFigures:
+        """Sends requests at Poisson arrivals, without waiting for answers, and measures."""
         self.answers, tasks, cpu = [], [], time.process_time()
         start = due = time.perf_counter()
         while due < start + seconds:
@@ -192,15 +199,15 @@ class Case:
         await asyncio.gather(*tasks)
         return self.figures(start, time.perf_counter(), time.process_time() - cpu) | {"out": math.nan}
 
-    async def overhead(self, local: Reranker, seconds: float) -> Row:
-        """Median ms of a request and of Reranker.rank on the same documents, the two in turn."""
+    async def overhead(self, local: Reranker, seconds: float) -> LoadFigures:
+        """Median ms of a request and of Reranker.rank on the same documents; the two alternate."""
         taken: list[float] = []
-        await self.send()  # behind what an earlier load has left
+        await self.send()  # waits until the queue of an earlier load is empty
         end, self.answers = time.perf_counter() + seconds, []
         while len(taken) < 2 or time.perf_counter() < end:
             pool = self.texts.draw(self.seen)
             for remote in (True, False) if len(taken) % 2 else (False, True):
-                await asyncio.sleep(0.005)  # until the other process's threads have stopped spinning
+                await asyncio.sleep(0.005)  # lets the other process's threads stop spinning
                 start = time.perf_counter()
                 if remote:
                     await self.send(pool)
@@ -210,8 +217,8 @@ class Case:
         return {"http": median(took for _, took, _ in self.answers), "rank": median(taken)}
 
 
-async def measure(cases: dict[tuple[str, str], Case], seconds: float, rows: Rows, bar: tqdm) -> list[float]:
-    """Every load on every case of one server; the scores of the first request."""
+async def measure(cases: dict[tuple[str, str], RequestKind], seconds: float, rows: Rows, bar: tqdm) -> list[float]:
+    """Puts every load on one server and adds the figures to `rows`. Returns the scores of the first request, by index."""
     found = json.loads(await next(iter(cases.values())).send())["results"]
     for (documents, name), case in cases.items():
         for start in range(0, SEEN if case.seen else 0, DOCUMENTS):
@@ -236,7 +243,7 @@ async def measure(cases: dict[tuple[str, str], Case], seconds: float, rows: Rows
 
 @contextmanager
 def serving(command: Sequence[str], ready: str, folder: Path, threads: int) -> Iterator[int]:
-    """The port of a server that answers 200 on `ready`; it runs in a folder, leaves its log there and is stopped in any case."""
+    """Runs a server in a folder while the block runs, and gives its port when `ready` answers 200. The folder has its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -247,7 +254,7 @@ def serving(command: Sequence[str], ready: str, folder: Path, threads: int) -> I
         end, state = time.monotonic() + 180, 0
         while state != 200:
             if process.poll() is not None or time.monotonic() > end:
-                raise Failed(f"{' '.join(command[:3])} did not get ready:\n{(folder / 'server.log').read_text(errors='replace')[-1500:]}")
+                raise ServerFailed(f"{' '.join(command[:3])} did not get ready:\n{(folder / 'server.log').read_text(errors='replace')[-1500:]}")
             time.sleep(0.2)
             with suppress(OSError):
                 state = urllib.request.urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5).status
@@ -261,7 +268,7 @@ def serving(command: Sequence[str], ready: str, folder: Path, threads: int) -> I
 
 
 def report(rows: Rows) -> Iterator[str]:
-    """Two tables of at most 80 columns, the ratios and the endpoint's own cost."""
+    """Lines of the report: two tables of at most 80 columns, the ratios, and the cost of HTTP."""
     of = {key: {name: median(row[name] for row in group) for name in group[0]} for key, group in rows.items()}
     for documents in ("new", "seen"):
         yield f"\n{documents + ' docs':<8} | load |  req/s | pairs/s |    p50 |    p95 |    p99 |  out | x inf"
@@ -294,7 +301,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def version(python: str) -> str:
-    """Of infinity, and of its torch."""
+    """Versions of infinity and of its torch."""
     ask = "from importlib.metadata import version as v; import infinity_emb; print(v('infinity-emb'), 'on torch', v('torch'))"
     try:
         return subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True, env=os.environ | QUIET).stdout.strip()
@@ -306,27 +313,27 @@ def run(options: argparse.Namespace, folder: Path) -> str:
     torch.set_num_threads(options.threads)
     machine, dataset, peer = describe(torch.device("cpu")), load_dataset(options.dataset), str(options.infinity.absolute()) if options.infinity else ""
     head = f"{machine.cpu}, {options.threads} threads a server, torch {machine.packages['torch']}" + (f", infinity {version(peer)}" if peer else "")
-    model, rows, apart = str(classifier(folder / "classifier", LIMIT)), defaultdict[tuple[str, str, str], list[Row]](list), 0.0
+    model, rows, apart = str(classifier(folder / "classifier", LIMIT)), defaultdict[tuple[str, str, str], list[LoadFigures]](list), 0.0
     fast, cross = Reranker(method="fast", device="cpu"), Reranker(None, "standard", model, device="cpu")
     ours = [sys.executable, "-m", "rerank_lab.server", "--no-auth", "--device", "cpu", "--threads", str(options.threads), "--model-cross", model]
     theirs = [peer, "-m", "infinity_emb.cli", "v2", "--model-id", model, *INFINITY.split()]
     with tqdm(desc="loads", total=options.rounds * (21 if peer else 16), disable=None) as bar:
         for turn in range(options.rounds):
             with serving(ours, "/ready", folder, options.threads) as port:
-                texts, named = Texts(dataset, turn), {"model": "all-MiniLM-L6-v2", "method": "standard", "model_cross": "minilm-cross"}
-                cases = {("new", "ours"): Case(port, V3, named | {"model_cross": model}, texts, local=cross)}
+                texts, named = RequestTexts(dataset, turn), {"model": "all-MiniLM-L6-v2", "method": "standard", "model_cross": "minilm-cross"}
+                cases = {("new", "ours"): RequestKind(port, V3, named | {"model_cross": model}, texts, local=cross)}
                 for method in METHODS:
                     body = {"model": "all-MiniLM-L6-v2", "method": method} if method != "standard" else named
-                    cases["seen", method] = Case(port, V3, body, texts, seen=True, local=fast if method == "fast" else None)
+                    cases["seen", method] = RequestKind(port, V3, body, texts, seen=True, local=fast if method == "fast" else None)
                 scores = asyncio.run(measure(cases, options.seconds, rows, bar))
             if peer:
                 with serving(theirs, "/health", folder, options.threads) as port:
-                    cases = {("new", "infinity"): Case(port, "/rerank", {"model": "classifier", "return_documents": False}, Texts(dataset, turn))}
+                    cases = {("new", "infinity"): RequestKind(port, "/rerank", {"model": "classifier", "return_documents": False}, RequestTexts(dataset, turn))}
                     found = asyncio.run(measure(cases, options.seconds, rows, bar))
                 apart = max(apart, *(abs(a - b) for a, b in zip(scores, found)))
     if apart > 1e-4:
-        raise Failed(f"the servers do not do the same: their scores of one request differ by {apart:.4f}")
-    tokenizer, texts = Tokenizer.from_file(f"{model}/tokenizer.json"), Texts(dataset, 0)
+        raise ServerFailed(f"the servers do not do the same: their scores of one request differ by {apart:.4f}")
+    tokenizer, texts = Tokenizer.from_file(f"{model}/tokenizer.json"), RequestTexts(dataset, 0)
     tokenizer.no_padding()
     tokens = fmean(len(tokenizer.encode(query, text).ids) for query, pool in (texts.draw(False) for _ in range(50)) for text in pool)
     head += f"; {DOCUMENTS} documents a request, {tokens:.0f} tokens a pair; medians over --rounds {options.rounds}, --seconds {options.seconds:g}; times in ms"
@@ -335,11 +342,11 @@ def run(options: argparse.Namespace, folder: Path) -> str:
 
 def main() -> int:
     options = parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server outlives this
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are stopped too
     try:
         with tempfile.TemporaryDirectory() as folder:
             print(run(options, Path(folder)))
-    except (UserError, Failed, OSError, EOFError) as error:
+    except (UserError, ServerFailed, OSError, EOFError) as error:
         print(f"bench_server: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0

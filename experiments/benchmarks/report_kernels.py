@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Runs the commands in turn and writes the report when all have succeeded."""
+    """Runs the commands one after another, and writes the report if all succeed."""
     parser = argparse.ArgumentParser(
         "python experiments/benchmarks/report_kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

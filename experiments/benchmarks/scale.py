@@ -41,11 +41,11 @@ from scale_measure import CHECK_TOKENS, LIMITS, MADE_TOKENS, RAY_TOKENS, RUNTIME
 from scale_model import (
     METHODS,
     TOP_K,
-    Case,
     Figures,
-    Json,
+    JsonObject,
     Line,
-    Settings,
+    ScaleCase,
+    ScaleSettings,
     bottleneck,
     checks,
     driver_bytes,
@@ -68,7 +68,7 @@ DRIVER = {
 }  # fmt: skip
 OUT = Path(__file__).resolve().parents[2] / "reports" / "scale.md"
 WORKERS, SHOWN = (1, 8, 64), ("fp32", "bf16")
-NEED = 20e9  # bytes of disk for a million made documents, and what is encoded beside them
+NEED = 20e9  # bytes of disk for a million made documents and all other files
 FORMULAS = """\
 d documents, q queries of 100 candidates, w workers, n = min(w, workers a node), F = ⌈d / chunk⌉ shards of S bytes (chunk: 512, of states 64)
 T = F (1 − (1 − 1/F)^(100 q / w))     shards that one worker meets, its candidates anywhere
@@ -112,13 +112,13 @@ ASSUMED = """\
 
 
 def duration(seconds: float) -> str:
-    """In the unit that people would use, two digits or three."""
+    """A time in the unit that people would use, with two or three digits."""
     unit, name = next(((u, n) for u, n in ((86400, "days"), (3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
     return f"{seconds / unit:,.0f} {name}" if seconds >= 10 * unit else f"{seconds / unit:.2g} {name}"
 
 
 def size(amount: float) -> str:
-    """Bytes likewise."""
+    """A number of bytes in the unit that people would use, with two or three digits."""
     unit, name = next(((u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if amount >= u), (1.0, "B"))
     return f"{amount / unit:,.0f} {name}" if amount >= 10 * unit else f"{amount / unit:.2g} {name}"
 
@@ -133,18 +133,18 @@ def millis(line: Line, units: float) -> str:
 
 
 def digits(number: float) -> str:
-    """Three of them."""
+    """A number rounded to three digits."""
     return f"{float(f'{number:.3g}'):,g}"
 
 
 def whole(number: float) -> str:
-    """Rounded to two digits, in words where it is large."""
+    """A number rounded to two digits; from a million on, with the word."""
     rounded = float(f"{number:.2g}")
     return f"{rounded / 1e6:g} million" if rounded >= 1e6 else f"{rounded:,.0f}"
 
 
-def read_off(f: Figures, case: Case) -> str:
-    """The table of times: methods, precisions, workers."""
+def read_off(f: Figures, case: ScaleCase) -> str:
+    """The table of times, by method, precision and number of workers."""
     rows = []
     for method, precision, workers in product(METHODS, (p for p in SHOWN if p in f.actor), WORKERS):
         own = replace(case, method=method, precision=precision, workers=workers)
@@ -155,8 +155,8 @@ def read_off(f: Figures, case: Case) -> str:
     return table(["", "workers", "encode", "listing", "rank", "texts", "checksums", "bytes", "network", "driver", "all", "slowest part"], rows)
 
 
-def needs(f: Figures, case: Case) -> str:
-    """The table of what is the same in all precisions and in all methods of a detail."""
+def needs(f: Figures, case: ScaleCase) -> str:
+    """The table of disk and memory. They are the same for all precisions, and for all methods that cache the same detail."""
     rows = []
     for detail, workers in product(Detail, WORKERS):
         methods = [method for method, wanted in METHODS.items() if wanted is detail]
@@ -170,10 +170,10 @@ def needs(f: Figures, case: Case) -> str:
     return table(["", "workers", "shards", "vectors", "texts", "driver", "a worker", "a node's workers", "files mapped", "does not fit, worst first"], rows)
 
 
-def facts(f: Figures, case: Case, found: Json, about: Json) -> Json:
-    """What the prose says, as people would say it."""
+def facts(f: Figures, case: ScaleCase, found: JsonObject, about: JsonObject) -> JsonObject:
+    """Name → text, for the placeholders in the report's prose."""
 
-    def at(method: str, workers: int) -> Case:
+    def at(method: str, workers: int) -> ScaleCase:
         return replace(case, method=method, workers=workers)
 
     best, standard, d = at("best", 64), at("standard", 64), case.documents
@@ -192,7 +192,7 @@ def facts(f: Figures, case: Case, found: Json, about: Json) -> Json:
     }  # fmt: skip
 
 
-def measured_tables(f: Figures, found: Json) -> str:
+def measured_tables(f: Figures, found: JsonObject) -> str:
     known = [precision for precision in f.encode if precision in f.rank]
     sizes = {detail: f"{size(line.at(f.tokens))} = {line.fixed:,.0f} + {f.tokens:.0f} × {line.slope:,.0f}" for detail, line in f.vectors.items()}
     encode = [[detail.name, *(millis(f.encode[p][detail], f.tokens) for p in known), sizes[detail]] for detail in Detail]
@@ -216,7 +216,7 @@ def measured_tables(f: Figures, found: Json) -> str:
     ])  # fmt: skip
 
 
-def checked(f: Figures, found: Json) -> str:
+def checked(f: Figures, found: JsonObject) -> str:
     def shown(value: float, unit: str) -> str:
         return f"{value:.3g} s" if unit == "s" else f"{value / 1e6:,.0f} MB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
 
@@ -231,8 +231,8 @@ def checked(f: Figures, found: Json) -> str:
     return "\n\n".join(parts)
 
 
-def report(found: Json, case: Case, about: Json) -> str:
-    """The page; what each number is stands in its heading, its column or its sentence."""
+def report(found: JsonObject, case: ScaleCase, about: JsonObject) -> str:
+    """The report. Every heading, column or sentence with a number says whether it is measured, extrapolated or assumed."""
     f = figures(found)
     said = facts(f, case, found, about)
     command = f"python experiments/benchmarks/scale.py --work DIR --dataset path/to/{about['dataset']}"
@@ -251,7 +251,7 @@ def report(found: Json, case: Case, about: Json) -> str:
 
 
 def precisions() -> list[str]:
-    """Those that this processor has, and for int8 those whose packages are installed."""
+    """The precisions that can be measured: those of this processor, and int8 if its packages are installed."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
     except OSError:
@@ -265,8 +265,8 @@ def precisions() -> list[str]:
     return found
 
 
-def sections(s: Settings) -> list[str]:
-    """All of them in order; the words of each are its function and its arguments."""
+def sections(s: ScaleSettings) -> list[str]:
+    """All sections in order. The words of a section are the name of its function and its arguments."""
     known = precisions()
     quickest = "bf16" if "bf16" in known else "fp32"
     sizes = [10**power for power in range(4, 9) if 10**power < s.largest] + [s.largest]
@@ -278,28 +278,28 @@ def sections(s: Settings) -> list[str]:
         *(f"encoded {s.size(size)} {quickest} TOKENS" for size in (1000, 3000, 10_000)), f"encoded {s.size(1000)} fp32 STATES",
         *([f"ray {workers}" for workers in (1, 2)] if importlib.util.find_spec("ray") else []),
     ]  # fmt: skip
-    return list(dict.fromkeys(found))  # small sizes fall together
+    return list(dict.fromkeys(found))  # small sizes can be equal
 
 
-def found_by(s: Settings, section: str) -> Json:
-    """One section in its own process.
+def found_by(s: ScaleSettings, section: str) -> JsonObject:
+    """Measures one section in a process of its own.
 
     Raises:
-        UserError: it did not end well.
+        UserError: the process failed.
     """
     given = [sys.executable, scale_measure.__file__, section, json.dumps(asdict(s))]
     done = subprocess.run(given, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise UserError(f"the section {section!r} ended with {done.returncode}; the same command goes on there")
-    found: Json = json.loads(done.stdout.splitlines()[-1])
+    found: JsonObject = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def measured(options: argparse.Namespace) -> tuple[Json, Json]:
-    """What the sections found, each measured now unless it is there already, and on what."""
+def measured(options: argparse.Namespace) -> tuple[JsonObject, JsonObject]:
+    """Measures all sections that --work does not have yet. Returns the results of all sections, and facts about machine and data."""
     options.work.mkdir(parents=True, exist_ok=True)
     data = load_dataset(options.dataset)
-    s = Settings(
+    s = ScaleSettings(
         str(options.work.resolve()), str(Path(options.dataset).resolve() if Path(options.dataset).exists() else options.dataset), options.largest, options.quick
     )
     facts: dict[str, Any] = vars(describe(torch.device("cpu")))
@@ -311,7 +311,7 @@ def measured(options: argparse.Namespace) -> tuple[Json, Json]:
     path = options.work / f"figures-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if options.fresh:
         path.unlink(missing_ok=True)
-    kept: Json = json.loads(path.read_text()) if path.is_file() else {}
+    kept: JsonObject = json.loads(path.read_text()) if path.is_file() else {}
     wanted = sections(s)
     left = [section for section in wanted if section not in kept]
     need = NEED * max(0.1, options.largest / 1e6)
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         found, about = measured(options)
-        case = Case(options.documents, options.queries, 64, "best", "fp32", options.workers_a_node, options.gbits, options.node_gb)
+        case = ScaleCase(options.documents, options.queries, 64, "best", "fp32", options.workers_a_node, options.gbits, options.node_gb)
         write_atomically(options.out, report(found, case, about))
     except UserError as error:
         print(f"scale: error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""What experiments/benchmarks/scale.py measures, each section in a process of its own: python experiments/benchmarks/scale_measure.py SECTION SETTINGS
+"""The measurements of experiments/benchmarks/scale.py, one section for each process: python experiments/benchmarks/scale_measure.py SECTION SETTINGS
 
-A section that computes runs on one core, to which its process is bound, and its seconds are CPU seconds of that core: others may share the
-machine, and what a worker is short of is the core. `wall` is beside them where a run is checked. Prints JSON.
+The process of a section is bound to one core, and its seconds are CPU seconds of that core. So they do not depend on others that share
+the machine, and a core is what limits a worker. Runs that check the model also have `wall`, their wall time. Prints JSON.
 """
 
 from __future__ import annotations
@@ -55,25 +55,25 @@ from rerank_lab.models.base import Detail, Vectors
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from rerank_lab.reranker import Reranker
 from rerank_lab.timing import peak_memory_mb
-from scale_model import METHODS, TOP_K, Json, Settings
+from scale_model import METHODS, TOP_K, JsonObject, ScaleSettings
 
 MODEL, CROSS = "all-MiniLM-L6-v2", "minilm-cross"
-RUNTIME = {"int8": "onnx"}  # torch.compile's int8 compiles for minutes before it encodes
-LIMITS = (64, 128, 512)  # tokens kept of a document; the model's own limit is below the last
+RUNTIME = {"int8": "onnx"}  # with torch.compile, int8 would compile for minutes first
+LIMITS = (64, 128, 512)  # tokens kept of a document; the model's own limit is below the last one
 CHECK_TOKENS, RAY_TOKENS, MADE_TOKENS = 64, 128, 24
-TINY = ((16, 8192), (2000, 2), (66_000, 2))  # files, documents in each: what a document, a file and too many files cost
+TINY = ((16, 8192), (2000, 2), (66_000, 2))  # number of files, documents in each: for the cost of a document, of a file, and of too many files
 bench_scale.TOKENS = MADE_TOKENS  # a million of its 50 would take 14 GB
 
 
 def spent(work: Callable[[], Any]) -> tuple[float, float]:
-    """CPU and wall seconds."""
+    """CPU seconds and wall seconds of a piece of work."""
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def varied(s: Settings, count: int) -> list[str]:
-    """Distinct texts of the collection; past its end with a number in front."""
+def varied(s: ScaleSettings, count: int) -> list[str]:
+    """Distinct texts of the collection. When it has no more, they repeat with a number in front."""
     base = list(load_dataset(s.dataset).corpus.values())
     return [base[n] if n < len(base) else f"{n} {base[n % len(base)]}" for n in range(count)]
 
@@ -85,17 +85,17 @@ def models(precision: str) -> dict[str, Any]:
 
 
 def told(file: str, name: str) -> int:
-    """A number of this process, as the system has it."""
+    """A number that the system reports about this process in /proc."""
     return next(int(line.split()[1]) for line in Path("/proc/self", file).read_text().splitlines() if line.startswith(name))
 
 
 def own_bytes() -> int:
-    """Memory that is the process's own, mapped files left out."""
+    """Bytes of the process's own memory, without mapped files."""
     return 1024 * told("status", "RssAnon")
 
 
 def opened(key: str, folder: Path) -> tuple[VectorCache, float, int]:
-    """A cache, and the seconds and bytes that opening it takes; seconds of later times, when its pages are in memory."""
+    """Opens a cache. Returns it, the seconds of opening it once its pages are in memory, and the bytes that it takes."""
     before = own_bytes()
     cache = VectorCache(key, folder, disk_bytes=1 << 60)
     held = own_bytes() - before
@@ -103,12 +103,12 @@ def opened(key: str, folder: Path) -> tuple[VectorCache, float, int]:
 
 
 def stored(folder: Path) -> int:
-    """Bytes of the files of tensors in a folder."""
+    """Bytes of all safetensors files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def evicted(folder: Path) -> None:
-    """Has the system forget the pages of these files, so that they are read as if for the first time."""
+    """Drops the cached pages of a folder's files, so that the next reading comes from the disk."""
     os.sync()
     for path in folder.rglob("*.safetensors"):
         number = os.open(path, os.O_RDONLY)
@@ -116,8 +116,8 @@ def evicted(folder: Path) -> None:
         os.close(number)
 
 
-def texts(s: Settings) -> Json:
-    """Tokens and bytes of a document, and what a worker spends on the texts of its candidates: their files are opened anew in each call."""
+def texts(s: ScaleSettings) -> JsonObject:
+    """Tokens and bytes of a document, and the time that a worker needs for the texts of candidates. Each call opens the files anew."""
     own, encoder, found = varied(s, s.size(5000, 200)), load_bi_encoder(MODEL, device="cpu"), dict[str, Any]()
     lengths = np.array([len(tokens) - encoder.specials for tokens in encoder.tokenize(own, "document", encoder.limit)])
     for each in (corpora.PART[0], 10):
@@ -136,8 +136,8 @@ def texts(s: Settings) -> Json:
     return {"tokens": float(lengths.mean()), "pairs": QUERIES * TOP_K, "parts": list(found.values())}
 
 
-def encode(s: Settings, precision: str) -> Json:
-    """detail → [mean tokens, seconds, bytes] a document, a row for each of three chunks of texts and each token limit."""
+def encode(s: ScaleSettings, precision: str) -> JsonObject:
+    """detail → [mean tokens, seconds, bytes] of a document; one row for each of three chunks of texts and each token limit."""
     size, loaded, found = s.size(24, 8), models(precision), {detail.name: list[Any]() for detail in Detail}
     own, encoder = varied(s, 3 * size), loaded["model"]
     for start, limit, detail in [(0, LIMITS[0], Detail.STATES), *product(range(0, 3 * size, size), LIMITS, Detail)]:  # the first warms up
@@ -150,13 +150,13 @@ def encode(s: Settings, precision: str) -> Json:
     return found
 
 
-def rank_seconds(s: Settings, precision: str) -> Json:
-    """method → [candidates, seconds a query], medians; documents seen before, from the map."""
+def rank_seconds(s: ScaleSettings, precision: str) -> JsonObject:
+    """method → [number of candidates, median seconds of a query]; the documents were seen before and are mapped from disk."""
     own, loaded = varied(s, s.size(150, TOP_K)), models(precision)
     corpus, queries, place = {str(n): text for n, text in enumerate(own)}, list(load_dataset(s.dataset).queries.values()), s.folder("rank", new=True)
     Reranker(**loaded, method="standard", cache_dir=place).encode(own, detail=Detail.STATES)
     first = Reranker(**loaded, method="standard", cache_dir=place)
-    found: Json = {method: [] for method in METHODS}
+    found: JsonObject = {method: [] for method in METHODS}
     for method, size in product(METHODS, (25, TOP_K)):
         settings = {"stage1_top_k": size // 2} if method == "optimal" else {}
         ready, drawn = first.using(make_method(method.partition("+")[0], **settings), cross=method != "best"), random.Random(0)
@@ -166,18 +166,18 @@ def rank_seconds(s: Settings, precision: str) -> Json:
     return found
 
 
-def actor(s: Settings, precision: str, method: str) -> Json:
-    """A process with the models, from its start to its first answer."""
+def actor(s: ScaleSettings, precision: str, method: str) -> JsonObject:
+    """A process with the models: seconds and memory after loading them, and the memory peak after a first answer."""
     if importlib.util.find_spec("ray"):
         import ray  # noqa: F401, as a worker has it
     ready = Reranker(MODEL, method, device="cpu", precision=precision)
-    found = {"seconds": time.process_time(), "own_mb": own_bytes() / 1e6}  # since the process's start
+    found = {"seconds": time.process_time(), "own_mb": own_bytes() / 1e6}  # counted from the start of the process
     ready.score("a query", varied(s, 32))
     return found | {"peak_mb": peak_memory_mb() * 1.048576}
 
 
 def beir(folder: Path, documents: dict[str, str], queries: dict[str, str]) -> None:
-    """A collection in which each query has one judged document."""
+    """Writes a collection in which each query has one judged document."""
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, texts in (("corpus", documents), ("queries", queries)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"_id": i, "text": text}) + "\n" for i, text in texts.items()))
@@ -185,8 +185,8 @@ def beir(folder: Path, documents: dict[str, str], queries: dict[str, str]) -> No
     (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{d}\t1\n" for q, d in judged))
 
 
-def collect(s: Settings) -> Json:
-    """Writes what `driver` reads, in another process, so that its memory is its own."""
+def collect(s: ScaleSettings) -> JsonObject:
+    """Writes the files that `driver` reads. It is a section of its own, so that its memory is not the driver's."""
     size, asks = s.size(100_000, 4000), s.size(2500, 100)
     place, drawn, base = s.folder("driver", new=True), random.Random(0), list(load_dataset(s.dataset).queries.values())
     documents = {f"doc-{n:09d}": text for n, text in enumerate(varied(s, size))}
@@ -200,15 +200,15 @@ def collect(s: Settings) -> Json:
     return {}
 
 
-def driver(s: Settings) -> Json:
-    """[seconds, bytes that stay, bytes at the peak] a document or a query of each step that the driver alone does."""
-    import pyarrow.parquet  # noqa: F401, before memory is looked at
+def driver(s: ScaleSettings) -> JsonObject:
+    """Step → [seconds, bytes that stay, bytes at the peak], for one document or one query, for each step that only the driver does."""
+    import pyarrow.parquet  # noqa: F401, before memory is measured
 
     place, found, kept = s.folder("driver"), dict[str, Any](), list[Any]()
 
     def step(name: str, units: int, work: Callable[[], Any]) -> Any:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps let go of would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier steps have freed would hide what this step takes
         before = own_bytes()
         with bench_scale.watched() as peak:
             start = time.process_time()
@@ -225,7 +225,7 @@ def driver(s: Settings) -> Json:
         return make_candidates(f"run:{place / name}", data, TOP_K, search=lambda *asked: [], drop_identical=False, progress=lambda rows, title: rows)
 
     few, corpus = (step(name, 1, partial(loaded, name)) for name in ("few", "documents"))
-    more = len(corpus) - len(few)  # between them, since a corpus holds texts until they fill a file
+    more = len(corpus) - len(few)  # the difference counts, since a corpus holds texts until they fill a file
     seconds, stays, _ = ((after - before) / more for before, after in zip(found.pop("few"), found.pop("documents")))
     found["load"] = [seconds, stays, stays]
     asks = sum(1 for _ in (place / "queries/queries.jsonl").open())
@@ -269,15 +269,15 @@ def driver(s: Settings) -> Json:
 
 
 def record(query: QueryCandidates) -> Record:
-    """What a method leaves behind of a query."""
+    """A record as ranking one query leaves it."""
     size, numbers = len(query.candidates.documents), np.random.default_rng(0).standard_normal(len(query.candidates.documents))
     phases = {"encode": 0.0123456789, "tokenise": 0.0012345678, "score": 0.0123456789, "rank": 0.001234567}
     cost = Cost(phases, flops=10**9, flops_new=10**12, truncated=40, peak_rss_mb=1234.5678)
     return Record(query.id, query.candidates.documents[::-1], numbers.astype(np.float32).tolist(), numbers.tolist(), size, 0.0123456789, cost, "ray")
 
 
-def tiny(s: Settings, files: str, each: str) -> Json:
-    """Shards of hardly anything but keys."""
+def tiny(s: ScaleSettings, files: str, each: str) -> JsonObject:
+    """Writes shards that have little besides keys."""
     place, size = s.folder(f"tiny-{files}-{each}/vectors/tiny", new=True), int(each)
     empty = torch.zeros(size, 0, dtype=torch.float16)
     vectors = Vectors(torch.zeros(size, 1), torch.ones(size, dtype=torch.int64), torch.arange(size + 1), empty, empty)
@@ -286,8 +286,8 @@ def tiny(s: Settings, files: str, each: str) -> Json:
     return {}
 
 
-def index(s: Settings, files: str, each: str) -> Json:
-    """What opening so many shards, listing their folder and mapping them all costs."""
+def index(s: ScaleSettings, files: str, each: str) -> JsonObject:
+    """The cost of opening this many shards, of listing their folder, and of mapping them all."""
     size, place = int(files), s.folder(f"tiny-{files}-{each}")
     cache, seconds, held = opened("tiny", place)
     listed = [spent(partial(shards.shards, place / VECTORS / "tiny"))[0] for _ in range(3)]
@@ -301,19 +301,19 @@ def index(s: Settings, files: str, each: str) -> Json:
     }  # fmt: skip
 
 
-def make(s: Settings, documents: str) -> Json:
-    """What `made` looks at."""
+def make(s: ScaleSettings, documents: str) -> JsonObject:
+    """Writes the vectors that `made` reads."""
     bench_scale.filled(s.folder(f"made-{documents}"), int(documents))
     return {}
 
 
-def made(s: Settings, documents: str) -> Json:
-    """Opening made vectors, and reranking 100 of them: shards new to the process, seen before, and gone from memory."""
+def made(s: ScaleSettings, documents: str) -> JsonObject:
+    """The cost of opening made vectors and of reranking 100 of them: with shards that are new to the process, seen before, and dropped from memory."""
     count, place, first = int(documents), s.folder(f"made-{documents}"), list[float]()
-    cache, seconds, held = opened(bench_scale.KEY, place)
+    cache, seconds, held = opened(bench_scale.CACHE_KEY, place)
     drawn = [bench_scale.key(n) for n in random.Random(0).sample(range(count), TOP_K)]
     for _ in range(4):
-        cache, read = VectorCache(bench_scale.KEY, place, disk_bytes=1 << 60), told("io", "rchar")
+        cache, read = VectorCache(bench_scale.CACHE_KEY, place, disk_bytes=1 << 60), told("io", "rchar")
         evicted(place)
         first.append(spent(lambda: all(cache.has(key, Detail.TOKENS) for key in drawn))[0])  # noqa: B023
         read = told("io", "rchar") - read
@@ -334,8 +334,8 @@ def made(s: Settings, documents: str) -> Json:
     }  # fmt: skip
 
 
-def encoded(s: Settings, documents: str, precision: str, detail: str) -> Json:
-    """A run to check the model by: so many documents into an empty cache."""
+def encoded(s: ScaleSettings, documents: str, precision: str, detail: str) -> JsonObject:
+    """A run that checks the model: encodes this many documents into an empty cache."""
     count, place, loaded = int(documents), s.folder("encoded", new=True), models(precision)
     ready = Reranker(**loaded, method="standard", cache_dir=place, cache_bytes=1 << 60, max_tokens_per_doc=CHECK_TOKENS)
     own, encoder = varied(s, count), loaded["model"]
@@ -345,8 +345,11 @@ def encoded(s: Settings, documents: str, precision: str, detail: str) -> Json:
     return {"documents": count, "tokens": tokens / count, "seconds": cpu, "wall": wall, "bytes": stored(place)}
 
 
-def ray(s: Settings, workers: str) -> Json:
-    """The whole command over new documents: its wall time, and what each worker that encodes spends; with states, whose chunks are small enough to be divided."""
+def ray(s: ScaleSettings, workers: str) -> JsonObject:
+    """The whole command over new documents: its wall time, and the CPU seconds of each worker that encodes.
+
+    It encodes states, because their chunks are small enough to be divided among workers.
+    """
     size, folder, data, spends = s.size(1000, 100), s.folder(f"ray-{workers}", new=True), load_dataset(s.dataset), dict[int, float]()
     beir(folder / "data", dict(islice(data.corpus.items(), size)), dict(islice(data.queries.items(), QUERIES)))
     command = [sys.executable, "-m", "rerank_lab.eval", "--dataset", str(folder / "data"), "--methods", "standard", "--max-tokens-per-doc", str(RAY_TOKENS)]
@@ -365,10 +368,10 @@ def ray(s: Settings, workers: str) -> Json:
 
 
 def encoders(parent: int) -> dict[int, float]:
-    """CPU seconds of the processes below another in which Ray Data encodes."""
+    """Process id → CPU seconds, of Ray Data's encoding processes below a parent."""
     rows: dict[int, tuple[str, int, float]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # the process has just ended
             head, _, tail = path.read_text().rpartition(")")
             told, (number, _, name) = tail.split(), head.partition(" (")
             rows[int(number)] = name, int(told[1]), (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
@@ -381,7 +384,7 @@ def encoders(parent: int) -> dict[int, float]:
     return {number: seconds for number, (name, _, seconds) in rows.items() if name.startswith("ray::MapWorker") and below(number)}
 
 
-WORK: dict[str, Callable[..., Json]] = {
+SECTIONS: dict[str, Callable[..., JsonObject]] = {
     "texts": texts, "encode": encode, "rank": rank_seconds, "actor": actor, "collect": collect, "driver": driver, "tiny": tiny, "index": index, "make": make, "made": made,
     "encoded": encoded, "ray": ray,
 }  # fmt: skip
@@ -390,10 +393,10 @@ WORK: dict[str, Callable[..., Json]] = {
 def main() -> None:
     name, *arguments = sys.argv[1].split()
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # of shards that `index` cannot map any more, and of quantisation
+    logging.disable(logging.WARNING)  # warnings about shards that `index` cannot map, and about quantisation
     if name != "ray" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    print(json.dumps(WORK[name](Settings(**json.loads(sys.argv[2])), *arguments)))
+    print(json.dumps(SECTIONS[name](ScaleSettings(**json.loads(sys.argv[2])), *arguments)))
 
 
 if __name__ == "__main__":

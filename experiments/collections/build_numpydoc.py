@@ -47,10 +47,10 @@ SUBMODULES = {
     " io.stata plotting testing tseries.api tseries.frequencies tseries.holiday tseries.offsets util",
 }
 MODULES = [path for root, names in SUBMODULES.items() for path in (root, *(f"{root}.{name}" for name in names.split()))]
-OPEN_MODULES = ("pandas.util", "pandas.api.types")  # `__all__` is missing, or does not name all that is public
-# Tried in this order after the modules and classes around the docstring that names something.
+OPEN_MODULES = ("pandas.util", "pandas.api.types")  # `__all__` is missing or incomplete
+# Names are looked up in these, in this order, after the modules and classes around the docstring.
 PREFIXES = ("numpy", "pandas", "pandas.api.typing", "pandas.arrays", "pandas.api.types", "pandas.tseries.offsets", "numpy.random")
-# Classes, separated by blanks, whose members of one name do one thing: these count as relevant together.
+# Classes whose members of the same name do the same thing. Such members are relevant together.
 FAMILIES = {
     owner: family
     for family in (
@@ -83,7 +83,7 @@ RELATIVE = re.compile(
 
 
 class Named(NamedTuple):
-    """A public name with its docstring; they sort by rank: fewest dots, of the class that defines it, the object's own, shortest."""
+    """A public name with its docstring. Names sort by rank: fewest dots first, then defined in the class itself, then the object's own name, then shortest."""
 
     rank: tuple[int, bool, bool, int]
     name: str
@@ -92,7 +92,7 @@ class Named(NamedTuple):
 
 @dataclass
 class Doc:
-    """A document with all public names of its docstring, best first."""
+    """A document with all public names that have its docstring, best name first."""
 
     text: str
     named: list[Named] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Query(NamedTuple):
 
 
 class Groups:
-    """Union-find; a group's root is its smallest member, so the order of the joins does not matter."""
+    """Union-find. The root of a group is its smallest member, so that the order of joins does not matter."""
 
     def __init__(self) -> None:
         self.parent: dict[str, str] = {}
@@ -136,7 +136,7 @@ def documented(name: str, obj: object, own: bool) -> Iterator[Named]:
     doc = getattr(obj, "__doc__", None)
     if isinstance(doc, str) and doc.strip():
         home = f"{getattr(obj, '__module__', '')}.{getattr(obj, '__qualname__', '')}" == name
-        length = len(name.replace("pandas.Index.", "pandas.DataFrame."))  # what Index shares with Series goes by Series
+        length = len(name.replace("pandas.Index.", "pandas.DataFrame."))  # members that Index shares with Series get Series's name
         yield Named((name.count("."), not own, not home, length), name, inspect.cleandoc(doc))
 
 
@@ -145,7 +145,7 @@ def walk_class(name: str, cls: type, accessors: bool = True) -> Iterator[Named]:
         owner = next((c for c in cls.__mro__ if key in vars(c)), None)
         if owner is None or not ours(owner.__module__):  # built-in classes' docstrings change with Python
             continue
-        raw = getattr(vars(owner)[key], "__func__", vars(owner)[key])  # out of staticmethod and classmethod
+        raw = getattr(vars(owner)[key], "__func__", vars(owner)[key])  # unwraps staticmethod and classmethod
         if isinstance(accessor := getattr(raw, "_accessor", None), type):
             yield from documented(f"{name}.{key}", accessor, owner is cls)
             yield from walk_class(f"{name}.{key}", accessor, accessors=False) if accessors else ()
@@ -156,7 +156,7 @@ def walk_class(name: str, cls: type, accessors: bool = True) -> Iterator[Named]:
 def walk() -> Iterator[Named]:
     import numpy as np
 
-    # What int_, longlong, longdouble ... are, and their docstrings, depend on the platform.
+    # The types behind int_, longlong, longdouble, … and their docstrings depend on the platform.
     sized = {t for t in np.sctypeDict.values() if issubclass(t, np.number)}
     for path in MODULES:
         try:
@@ -191,11 +191,11 @@ def sections(doc: str) -> list[tuple[str, str]]:
 def document_text(doc: str) -> str:
     kept = [(h, body) for h, body in sections(doc) if h.lower() not in ("see also", "references", "examples", "example")]
     text = "\n\n".join((f"{h}\n{'-' * len(h)}\n" if h else "") + body.strip("\n") for h, body in kept)
-    return "\n".join(re.sub(r"^\s+", "    ", line.rstrip()) for line in text.strip().split("\n"))  # depths differ between Pythons
+    return "\n".join(re.sub(r"^\s+", "    ", line.rstrip()) for line in text.strip().split("\n"))  # indentation differs between Python versions
 
 
 def plain(text: str) -> str:
-    """One line without reST's roles, links, quotes and footnotes."""
+    """A text as one line, without reST's roles, links, quotes and footnotes."""
     text = " ".join(text.split())
     text = re.sub(r"\s*<[^`<>]*>(?=`)|:[a-z:]+:(?=`)", "", text)
     return re.sub(r"`__?(?!\w)|`~?|\s*\[\d+\]_|\\(?=\s)|\*(?=\w+\*)|(?<=\w)\*(?=[\s-])", "", text)
@@ -206,7 +206,7 @@ def words(text: str) -> list[str]:
 
 
 def gist(text: str) -> str:
-    """The words alone: one for texts that differ in case, punctuation, articles and a final s."""
+    """The words of a text in a normal form: texts that differ only in case, punctuation, articles and a final s have the same one."""
     return " ".join(re.sub(r"(?<=\w\w)s$", "", word) for word in words(text) if word not in ("a", "an", "the"))
 
 
@@ -219,7 +219,7 @@ def see_also(doc: str) -> Iterator[tuple[list[str], str]]:
                 entries.append((entry[1], [entry[2] or ""]))
             elif line.startswith((":", "..")) or not line.strip():
                 entries.append(("", []))
-            elif entries:  # indented or not: some entries go on in the first column
+            elif entries:  # not only indented lines: some entries continue in the first column
                 entries[-1][1].append(line)
         for head, parts in entries:
             names = re.findall(r"[A-Za-z_](?:[\w.]*\w)?", re.sub(r":[\w:]+:`", "`", head))
@@ -229,14 +229,14 @@ def see_also(doc: str) -> Iterator[tuple[list[str], str]]:
 
 
 def near(ids: Iterable[str], vocabulary: dict[str, frozenset[str]], share: float) -> Iterator[tuple[str, str]]:
-    """The pairs that have at least `share` of their distinct words in common."""
+    """Pairs of ids whose texts share at least `share` of their distinct words."""
     for a, b in combinations(((i, vocabulary[i]) for i in ids), 2):
         if share * max(len(a[1]), len(b[1])) <= min(len(a[1]), len(b[1])) and len(a[1] & b[1]) >= share * len(a[1] | b[1]):
             yield a[0], b[0]
 
 
 class Resolver:
-    """Finds the document that a name in some docstring means."""
+    """Finds the document that a name in a docstring refers to."""
 
     def __init__(self, docs: Iterable[Doc]) -> None:
         self.ids = {named.name: doc.id for doc in docs for named in doc.named}
@@ -252,7 +252,7 @@ class Resolver:
 
 
 def make_docs(named: Iterable[Named]) -> list[Doc]:
-    """One document for every distinct text, the names of a document best first."""
+    """One document for every distinct text, with its names, best first."""
     by_text: dict[str, Doc] = {}
     for one in sorted(named):
         text = document_text(one.doc)
@@ -316,7 +316,7 @@ def make_queries(docs: list[Doc], resolve: Resolver, groups: Groups, counts: Cou
 
 
 def split(queries: list[Query], vocabulary: dict[str, frozenset[str]]) -> tuple[list[Query], list[Query]]:
-    """(train, test): whole components of queries joined by a relevant document or by near-copies among those."""
+    """(train, test). Queries that share a relevant document, or whose relevant documents are near-copies, form a component and stay together."""
     linked = Groups()
     relevant = {doc for query in queries for doc in query.relevant}
     for together in (*(query.relevant for query in queries), *near(relevant, vocabulary, NEAR_COPY)):
@@ -332,14 +332,14 @@ def split(queries: list[Query], vocabulary: dict[str, frozenset[str]]) -> tuple[
 
 
 def licence(package: str, main: str, others: tuple[str, ...] = ()) -> str:
-    """A distribution's licence text without the appendix on bundled libraries, and the texts of the parts that have their own."""
+    """A distribution's licence without the appendix on bundled libraries, followed by the licences of parts that have their own."""
     files = {name: min((f for f in metadata.files(package) or [] if f.match(name)), key=str) for name in (main, *others)}
     texts = {name: Path(str(f.locate())).read_text("utf-8").split("\n----\n")[0].strip() for name, f in files.items()}
     return "\n\n".join([texts.pop(main), *(f"-------- {name} --------\n\n{text}" for name, text in texts.items())]) + "\n"
 
 
 def build() -> tuple[dict[str, str], Counter[str]]:
-    """(text of every file by its path, counts)"""
+    """Builds the collection. Returns path → text of every file, and the counts."""
     named = list(walk())
     docs = make_docs(named)
     counts: Counter[str] = Counter({"distinct docstrings": len({n.doc for n in named}), "documents": len(docs)})

@@ -32,7 +32,7 @@ LEFT_OUT = re.compile(
 
 
 def descriptions(count: int, rng: random.Random) -> list[dict[str, str]]:
-    """Package descriptions of some length, the first of those that begin alike."""
+    """Package descriptions of at least 200 characters. Of those with the same beginning, only the first is taken."""
     files = sorted(LISTS.glob("*_main_i18n_Translation-en*"), key=lambda f: f.stat().st_size)[-1:]  # the release, not its updates
     text = "".join(subprocess.run([APT_HELPER, "cat-file", str(f)], capture_output=True, text=True, check=True).stdout for f in files)
     print(f"descriptions: sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
@@ -51,7 +51,7 @@ def descriptions(count: int, rng: random.Random) -> list[dict[str, str]]:
 
 
 def manual_pages(rng: random.Random) -> list[tuple[str, str]]:
-    """(what the NAME line says, DESCRIPTION) of pages whose line has three words or more."""
+    """(text of the NAME line, DESCRIPTION) of manual pages whose NAME line has at least three words."""
     found = []
     for section, count in PAGES.items():
         paths = sorted(p for p in Path(f"/usr/share/man/man{section}").glob("*.gz") if not p.is_symlink())

@@ -36,7 +36,7 @@ def z(values: Any) -> np.ndarray:
 
 
 def token_sum(cosine: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """z(cos) + 2 z(a), of which best shows the z-score: the one scale s at which s·z(best) − z(cos) has a deviation of 2."""
+    """Recovers z(cos) + 2 z(a) from the scores of best, which are its z-scores: s·z(best), with the s at which s·z(best) − z(cos) has a deviation of 2."""
     if not best.any():
         return cosine
     r = float((cosine * best).mean())
@@ -45,7 +45,7 @@ def token_sum(cosine: np.ndarray, best: np.ndarray) -> np.ndarray:
 
 
 def scores(pool: pd.DataFrame, cosine_weight: float | None, cross_weight: float | None) -> pd.Series:
-    """Of one query's documents, under optimal's weight or best+cross's."""
+    """Scores of one query's documents, under a weight of optimal (cosine_weight) or of best+cross (cross_weight)."""
     if cosine_weight is not None:
         kept = pool.sort_values("fast", ascending=False, kind="stable").head(KEEP)
         return pd.Series(z(kept["standard"]) + cosine_weight * z(kept["fast"]), kept.index)

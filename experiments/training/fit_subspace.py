@@ -33,7 +33,7 @@ def numpydoc() -> list[str]:
 
 
 def glosses(folder: Path) -> list[str]:
-    """Definitions and example sentences; a data line of WordNet holds them after the bar."""
+    """WordNet's definitions and example sentences: the part of each data line after the bar."""
     files = [folder / name for name in WORDNET]
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
@@ -42,7 +42,7 @@ def glosses(folder: Path) -> list[str]:
 
 
 def sample(model: BiEncoder, texts: list[str], count: int, rng: random.Random) -> list[torch.Tensor]:
-    """Twice `count` unit token vectors of randomly chosen texts: some to fit on, some, of other texts, to check on."""
+    """Two samples of `count` unit token vectors, from different random texts: one to fit on, one to check on."""
     shuffled, picked = rng.sample(texts, len(texts)), []
     for part in (shuffled[::2], shuffled[1::2]):
         vectors, total = [], 0

@@ -50,12 +50,12 @@ from rerank_lab.reranker import Reranker
 from training_lists import Example, examples, labelled, pseudo_queries, read_corpus, split, write_split
 
 QUERY_TOKENS = 64
-BATCHES_SORTED = 16  # lists of so many batches are drawn at once and sorted by the query's length, to save padding
+BATCHES_SORTED = 16  # this many batches are drawn at once and sorted by the query's length, to save padding
 DEV_QUERIES, DEV_TOP_K = 100, 50
 
 
 class LowRank(nn.Module):
-    """A linear map W that stays as it is, plus B·A."""
+    """A frozen linear map W plus a trained low-rank update: y = (W + B·A) x."""
 
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
@@ -68,7 +68,7 @@ class LowRank(nn.Module):
 
 
 def adaptable(encoder: BiEncoder, rank: int) -> OneWay:
-    """The network with everything frozen but low-rank updates of its layers' maps, gates and head."""
+    """The one-way network. Only low-rank updates of its layers' maps, its gates and its head are trained; everything else is frozen."""
     net = OneWay(encoder.model, encoder.state_layers)
     for layer in net.layers:
         layer.requires_grad_(False)
@@ -80,7 +80,19 @@ def adaptable(encoder: BiEncoder, rank: int) -> OneWay:
 
 
 class Trainer:
-    """Network, data and documents' vectors; scores lists of documents with gradients."""
+    """Trains the network.
+
+    Args:
+        options: of the command line.
+        encoder: the frozen backbone.
+
+    Attributes:
+        net: the network; `trained` has its trained parameters, `average` their moving average.
+        cache: the documents' vectors.
+        judged: training examples with judgements.
+        text: name of a collection → examples that only the teacher scores.
+        dev: name of a collection → held-out examples.
+    """
 
     def __init__(self, options: argparse.Namespace, encoder: BiEncoder):
         self.options, self.encoder = options, encoder
@@ -97,7 +109,7 @@ class Trainer:
         self.dev: dict[str, list[Example]] = {}
 
     def scores(self, lists: list[tuple[str, list[str]]], longest: int) -> list[Tensor]:
-        """Logits of each list's documents; documents cut to `longest` tokens where the network reads them."""
+        """Logits, with gradients, of each list's documents. The network reads at most `longest` tokens of a document."""
         device, encoder = self.encoder.device, self.encoder
         encodings = encoder.tokenize([query for query, _ in lists], "query", QUERY_TOKENS)
         width = max(len(e) for e in encodings)
@@ -121,7 +133,7 @@ class Trainer:
         return list(torch.split(logits, [len(documents) for _, documents in lists]))
 
     def draw(self) -> tuple[str, list[str], Tensor]:
-        """A list to learn from: query, documents, the distribution wanted over them."""
+        """Draws a training list: query, documents, and the target distribution over them."""
         o, judged = self.options, self.random.random() < self.options.judged
         if judged and self.judged:
             example = self.random.choice(self.judged)
@@ -141,11 +153,11 @@ class Trainer:
         return example.query, [example.documents[n] for n in places], wanted
 
     def train(self) -> Iterable[float]:
-        """Steps until the last one, each with its loss."""
+        """Trains until the last step. Yields the loss of each step."""
         batches: list[list[tuple[str, list[str], Tensor]]] = []
         while self.step < self.options.steps:
             block, position = divmod(self.step, BATCHES_SORTED)
-            if not batches or not position:  # drawn by the block's number alone, so that a resumed run draws the same
+            if not batches or not position:  # the draw depends only on the block's number, so that a resumed run draws the same
                 self.random = random.Random(f"{self.options.seed}/{block}")
                 drawn = sorted((self.draw() for _ in range(BATCHES_SORTED * self.options.lists)), key=lambda d: len(d[0]))
                 batches = [drawn[i : i + self.options.lists] for i in range(0, len(drawn), self.options.lists)]
@@ -168,7 +180,7 @@ class Trainer:
             yield float(loss.detach())
 
     def development(self) -> dict[str, float]:
-        """nDCG@10 of the averaged network on each development collection's first queries, their nearest documents alone."""
+        """nDCG@10 of the averaged network for each development collection, over its first queries and their nearest documents."""
         kept = {name: p.detach().clone() for name, p in self.trained.items()}
         self._load(self.average)
         found = {}
@@ -186,7 +198,7 @@ class Trainer:
         return found
 
     def calibrate(self, count: int = 100) -> tuple[float, float]:
-        """Slope and intercept that make the sigmoid a probability of relevance over judged queries' candidates."""
+        """Slope and intercept with which the sigmoid of a logit is a probability of relevance, fitted over judged queries' candidates."""
         import statsmodels.api as sm
 
         if not self.judged:
@@ -213,7 +225,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def export(self) -> dict[str, Tensor]:
-        """The averaged network as rerank_lab.models.one_way.merge takes it, fp16."""
+        """The averaged network in fp16, in the form that rerank_lab.models.one_way.merge reads."""
         return {name: value.half().contiguous() for name, value in self.average.items()} | {"calibration": self.net.calibration.half()}
 
     def _load(self, values: dict[str, Tensor]) -> None:
@@ -223,7 +235,7 @@ class Trainer:
 
 
 def load_data(trainer: Trainer, options: argparse.Namespace) -> dict[str, str]:
-    """Fills the trainer's lists and writes the development splits; gives the hash of each collection."""
+    """Fills the trainer's examples and writes the development splits. Returns the hash of each collection."""
     encoder = Reranker(DEFAULT_MODEL, "fast", cache_dir=options.work / "cache", cache_bytes=1 << 60, device=options.device)
     teacher = "bm25" if options.teacher == "bm25" else encoder.using(options.teacher)
     hashes = {}
@@ -264,7 +276,7 @@ def load_data(trainer: Trainer, options: argparse.Namespace) -> dict[str, str]:
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Loss and development scores over the steps."""
+    """Draws loss and development scores over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")

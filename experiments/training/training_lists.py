@@ -1,4 +1,4 @@
-"""What experiments/training/train_cross_encoder.py learns from: pools of candidates with judgements, a teacher's scores, or both."""
+"""The training data of experiments/training/train_cross_encoder.py: pools of candidates with judgements, a teacher's scores, or both."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Example:
 
     Attributes:
         query: its text.
-        documents: the candidates' texts, nearest first, then relevant ones that the first stage missed.
-        relevant: positions of the relevant ones.
-        teacher: the teacher's score of each, zero mean, unit variance.
-        found: how many of the documents the first stage found.
+        documents: the candidates' texts, nearest first, then relevant documents that the first stage missed.
+        relevant: positions of the relevant documents.
+        teacher: the teacher's scores of all documents, with zero mean and unit variance.
+        found: number of documents that the first stage found.
     """
 
     query: str
@@ -60,7 +60,7 @@ def read_corpus(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def split(dataset: Dataset, held_out: int, seed: int) -> tuple[list[str], list[str]]:
-    """Query ids to train on and those held out, which share no query text and no relevant document with them."""
+    """Splits the queries into ids to train on and ids held out. The two share no query text and no relevant document."""
     groups: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -84,7 +84,7 @@ def split(dataset: Dataset, held_out: int, seed: int) -> tuple[list[str], list[s
 
 
 def pseudo_queries(corpus: dict[str, tuple[str, str]], count: int, seed: int) -> list[tuple[str, str]]:
-    """(text, id of the document it was taken from): titles of three words or more, and sentences, about one a document."""
+    """Queries made from a corpus, as (text, id of its document): titles of three words or more and sentences, about one for each document."""
     rng, ids = random.Random(seed), list(corpus)
     found: list[tuple[str, str]] = []
     for identifier in rng.sample(ids, min(count, len(ids))):
@@ -104,14 +104,14 @@ def pseudo_queries(corpus: dict[str, tuple[str, str]], count: int, seed: int) ->
 def examples(
     corpus: dict[str, str], queries: Sequence[tuple[str, list[str], str | None]], teacher: Reranker | str, encoder: Reranker, work: Path, progress: Progress
 ) -> list[Example]:
-    """Pools of the nearest documents under the teacher; kept in the work folder, so made once.
+    """Makes a pool of the nearest documents for each query, with the teacher's scores. The work folder keeps them, so they are made only once.
 
     Args:
         corpus: id → text.
-        queries: (text, ids of relevant documents, id of a document to leave out).
+        queries: (text, ids of relevant documents, id of a document to leave out or None).
         teacher: a reranker, or "bm25".
         encoder: gives pooled vectors.
-        work: folder for what is kept.
+        work: the work folder.
         progress: wraps an iterable in a progress bar with a title.
     """
     if not queries:
@@ -148,7 +148,7 @@ def examples(
 
 
 def write_split(folder: Path, source: Path, queries: Sequence[str], dataset: Dataset) -> None:
-    """A BEIR folder whose split `dev` holds these queries alone, for rerank_lab.eval."""
+    """Writes a BEIR folder for rerank_lab.eval whose split `dev` has only these queries."""
     write_atomically(folder / "corpus.jsonl", (source / "corpus.jsonl").read_bytes())
     write_atomically(folder / "queries.jsonl", "".join(json.dumps({"_id": q, "text": dataset.queries[q]}) + "\n" for q in queries))
     lines = "".join(f"{q}\t{d}\t{grade}\n" for q in queries for d, grade in dataset.qrels[q].items())
@@ -156,7 +156,7 @@ def write_split(folder: Path, source: Path, queries: Sequence[str], dataset: Dat
 
 
 def labelled(folder: Path) -> Dataset:
-    """The train split of a collection; judgements of documents that it lacks and queries without text or relevant documents left out."""
+    """The train split of a collection, without judgements of missing documents, and without queries that have no text or no relevant document."""
     dataset = load_dataset(str(folder), "train")
     known = {q: {d: grade for d, grade in judged.items() if d in dataset.corpus} for q, judged in dataset.qrels.items()}
     kept = {q: judged for q, judged in known.items() if dataset.queries.get(q, "").strip() and max(judged.values(), default=0) > 0}

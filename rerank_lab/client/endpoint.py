@@ -1,4 +1,4 @@
-"""A server that speaks the v3 reranker API, asked over HTTP: as one more row of an evaluation, or by replay."""
+"""The client of a server that speaks the v3 reranker API. An evaluation uses it as one more row; replay uses it too."""
 
 from __future__ import annotations
 
@@ -25,48 +25,49 @@ if TYPE_CHECKING:
     import httpx
 
 log = logging.getLogger(__name__)
-ADDRESS = r"(?P<address>https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(?P<port>\d{1,5}))?(?:/[\w.~%+/-]*)?)"
+URL_PATTERN = r"(?P<address>https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(?P<port>\d{1,5}))?(?:/[\w.~%+/-]*)?)"
 PATIENCE, PAUSE = 60.0, 0.5
-DEEPEST = 100  # levels of an answer that is taken for JSON; what compares and prints it calls itself
-AGAIN = "the same command with --resume goes on from here"
+MOST_LEVELS = 100  # an answer with more levels is not taken for JSON: comparing and printing recurse
+RESUME_HINT = "the same command with --resume goes on from here"
 
 
 class NoAnswer(ModelError):
-    """Nothing came back: no connection, or none that lasted, or a time-out."""
+    """No answer came: no connection, a connection that broke, or a time-out."""
 
 
 def check_address(url: str, place: str) -> str:
-    """The address of a server without the slash at its end.
+    """Checks the address of a server. Returns it without a slash at its end.
 
     Args:
-        url: http(s)://host:port, with a path where the server stands behind one.
-        place: where it was given, for the message.
+        url: http(s)://host:port, with a path if the server is behind one.
+        place: the argument or option that gave it, for the message.
 
     Raises:
-        UserError: it is none. What may hold a password is not repeated.
+        UserError: it is not an address. The message does not repeat an address that may hold a password.
     """
-    found = re.fullmatch(ADDRESS, url)
+    found = re.fullmatch(URL_PATTERN, url)
     if found is None or int(found["port"] or 0) > 65535:
         raise UserError(address_wanted(url, place))
     return url.rstrip("/")
 
 
 def address_wanted(url: str, place: str) -> str:
+    """The error message about a wrong address."""
     if is_secret(url):
         return f"{place}: an address is http(s)://host:port[/path], without user, query or fragment; the key comes from {KEY}"
     return f"{place}: {url!r} is no http(s)://host:port[/path]"
 
 
 def is_secret(url: str) -> bool:
-    """Whether a password or a key may stand in it."""
+    """Whether an address may hold a password or a key."""
     return any(character in url for character in "@?#")
 
 
 def key_from(*names: str) -> str | None:
-    """The key in the first of these environment variables that holds one; None: none does.
+    """The key in the first of these environment variables that is set; None: none is set.
 
     Raises:
-        UserError: no header can carry it; the message does not repeat it.
+        UserError: no header can carry the key. The message does not repeat it.
     """
     for name in names:
         if key := os.environ.get(name, "").strip():
@@ -76,17 +77,17 @@ def key_from(*names: str) -> str | None:
     return None
 
 
-class Server:
-    """One server over connections that are kept alive; threads may share it.
+class RemoteServer:
+    """A server that is asked over HTTP. Connections are kept alive, and threads may share it.
 
     Args:
-        url: as check_address gives it.
-        key: sent as `Authorization: Bearer`, taken out of everything that is said; None: none is sent.
-        timeout: seconds to connect in, and without a byte, before it is given up.
-        patience: seconds that one request may spend waiting after 429 and 503.
+        url: as check_address returns it.
+        key: sent as `Authorization: Bearer` and removed from every message; None: no key is sent.
+        timeout: the most seconds for connecting, and between two bytes.
+        patience: the most seconds that one request may wait after 429 and 503.
 
     Raises:
-        UserError: httpx is not installed, or no address that it takes.
+        UserError: httpx is not installed, or it does not accept the address.
     """
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = TIMEOUT, patience: float = PATIENCE):
@@ -103,23 +104,23 @@ class Server:
                 headers={"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"}),
                 timeout=timeout,
                 limits=httpx.Limits(max_connections=None, keepalive_expiry=30),
-                trust_env=not local,  # a proxy does not know this machine's loopback
+                trust_env=not local,  # a proxy cannot reach this machine's loopback
             )
             httpx.URL(url)
         except (httpx.InvalidURL, ValueError) as error:
             raise UserError(f"{url}: {error}") from None
 
     def post(self, path: str, body: Any) -> httpx.Response:
-        """Sends JSON and waits for the answer, whatever its status.
+        """Sends JSON and waits for the answer, of any status.
 
-        A connection that breaks is tried once more, since a server may close one that it keeps alive at any time. 429 and 503
-        are asked again after what Retry-After says (PAUSE at least), else after PAUSE and twice as long each time, and returned
-        where that would take more than `patience` in all.
+        If a connection breaks, the request is sent once more, because a server may close an idle connection at any time.
+        After 429 and 503 the request is repeated: after the time in Retry-After (at least PAUSE), or after PAUSE seconds, twice as long
+        each time. If that would take more than `patience` seconds in all, the answer is returned.
 
         Raises:
-            NoAnswer: the reason is named. UserError: no address can have this path.
+            NoAnswer: no answer came; the message says why. UserError: no address can have this path.
         """
-        content = json.dumps(body).encode()  # ASCII, so that half of a surrogate pair goes over as it was recorded
+        content = json.dumps(body).encode()  # ASCII, so that half of a surrogate pair is sent as it was recorded
         waited, pause, again = 0.0, PAUSE, True
         while True:
             try:
@@ -144,8 +145,8 @@ class Server:
             waited, pause = waited + wait, 2 * pause
 
     def body(self, answer: httpx.Response) -> Any:
-        """The JSON of an answer, or its text where it is none; of an error without the key, should the server repeat it."""
-        text = answer.content.decode("utf-8", "replace")  # JSON is UTF-8, whatever charset a header names
+        """The JSON of an answer, or its text if it is not JSON. The key is removed from errors, in case the server repeats it."""
+        text = answer.content.decode("utf-8", "replace")  # JSON is always UTF-8; a charset in the header may be wrong
         if self._key and answer.status_code != 200:
             text = text.replace(self._key, "(the key)")
         try:
@@ -154,8 +155,8 @@ class Server:
             return text
         return found if _shallow(found) else text
 
-    def said(self, answer: httpx.Response) -> str:
-        """What the body of an error says, as one line of at most 300 characters."""
+    def error_text(self, answer: httpx.Response) -> str:
+        """The message in the body of an error, as one line of at most 300 characters."""
         body = self.body(answer)
         detail = body.get("detail", body) if isinstance(body, dict) else body
         if isinstance(detail, list) and all(isinstance(e, dict) and isinstance(e.get("loc"), list) for e in detail):
@@ -163,20 +164,20 @@ class Server:
         return self.clean(detail if isinstance(detail, str) else json.dumps(detail)) or "nothing"
 
     def clean(self, text: str) -> str:
-        """A server's text as one short line that holds no key and nothing that a terminal would obey."""
+        """Makes a server's text one short line, without the key and without control characters."""
         if self._key:
             text = text.replace(self._key, "(the key)")
         text = " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())
         return text if len(text) <= 300 else f"{text[:299]}…"
 
     def close(self) -> None:
-        """Ends its connections."""
+        """Closes the connections."""
         self.client.close()
 
 
 def _shallow(value: Any) -> bool:
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(MOST_LEVELS):
         level = [child for x in level if isinstance(x, (dict, list)) for child in (x.values() if isinstance(x, dict) else x)]
         if not level:
             return True
@@ -184,7 +185,7 @@ def _shallow(value: Any) -> bool:
 
 
 def retry_after(header: str | None) -> float | None:
-    """Seconds, from a number or a date; None where there is nothing to go by."""
+    """Seconds to wait, from a number or a date; None: the header is missing, wrong or in the past."""
     try:
         seconds = float(header or "")
     except ValueError:
@@ -196,35 +197,36 @@ def retry_after(header: str | None) -> float | None:
 
 
 class Endpoint:
-    """A method as a v3 server runs it, in place of a Reranker in an evaluation.
+    """A method that a v3 server runs, in place of a Reranker in an evaluation.
 
-    What only the server knows (FLOPs, phases, memory, truncated documents, raw scores) is not known here: a Ranking of it has
-    no phases, FLOPs of 0 that stand for nothing, and the shown scores in place of raw ones.
+    The server does not tell FLOPs, phases, memory, truncated documents and raw scores. So a Ranking has no phases, FLOPs of 0 that
+    mean nothing, and relevance scores in place of raw ones.
 
     Args:
-        url: as check_address gives it.
-        method: whose name and stage1_top_k are sent, with the models under the names given here.
-        model: sent as `model`; standard has no use for it, and v3 wants it all the same.
-        model_cross: sent where it is given.
-        key, timeout, patience: see Server.
+        url: as check_address returns it.
+        method: its name and its stage1_top_k are sent.
+        model: sent as `model`. The method standard does not use it, but v3 requires it.
+        model_cross: sent as `model_cross`; None: not sent.
+        max_tokens_per_doc: sent as such.
+        key, timeout, patience: see RemoteServer.
     """
 
-    # The server's models have limits and caches of their own.
+    # Limits and caches of the server's models are unknown here.
     uses_cache, token_limit = False, None
 
     def __init__(
         self, url: str, method: Method, *, model: str, model_cross: str | None = None, max_tokens_per_doc: int = 512,
         key: str | None = None, timeout: float = TIMEOUT, patience: float = PATIENCE,
     ):  # fmt: skip
-        self.method, self.server = method, Server(url, key, timeout=timeout, patience=patience)
+        self.method, self.server = method, RemoteServer(url, key, timeout=timeout, patience=patience)
         self.fixed = {"model": model, "method": method.name} | sent_settings(method, max_tokens_per_doc)
         self.fixed |= {} if model_cross is None else {"model_cross": model_cross}
 
     def check(self) -> None:
-        """Asks once, with next to no work, so that what is wrong is known before anything is encoded.
+        """Sends one tiny request, so that errors show before anything is encoded.
 
         Raises:
-            UserError: nothing answers there; ModelError and UserError as of `score`.
+            UserError: no server answers there. UserError and ModelError: as for `score`.
         """
         try:
             self.score("dot product of two arrays", ["Inner product of two vectors."])
@@ -232,16 +234,16 @@ class Endpoint:
             raise UserError(f"{error}; start the server or correct the address") from None
 
     def score(self, query: str, texts: Sequence[str], *, first_stage: Sequence[float] | None = None) -> Ranking:
-        """The server's ranking, in its order; first_stage is not used.
+        """Asks the server for a ranking and keeps its order; first_stage is not used.
 
         Raises:
-            UserError: 401, 403, 404, 413, 422: key, address, model or request do not fit, with what the server said.
+            UserError: status 401, 403, 404, 413 or 422: key, address, model or request are wrong. The message has the server's own.
             ModelError: no answer, another status, or an answer that is no v3 ranking of these documents.
         """
         try:
             answer = self.server.post(V3, self.fixed | {"query": query, "documents": list(texts)})
         except NoAnswer as error:
-            raise NoAnswer(f"{error}; {AGAIN}") from None
+            raise NoAnswer(f"{error}; {RESUME_HINT}") from None
         if answer.status_code != 200:
             self._refused(answer)
         found = self._read(answer, len(texts))
@@ -249,7 +251,7 @@ class Endpoint:
         return Ranking(list(found), scores.float(), scores, {}, Flops(), 0)
 
     def close(self) -> None:
-        """Ends its connections."""
+        """Closes the connections."""
         self.server.close()
 
     def _refused(self, answer: httpx.Response) -> NoReturn:
@@ -261,16 +263,16 @@ class Endpoint:
             413: "fewer or shorter documents (--top-k), or a server that takes more",
             422: "the server takes other requests than v3's, or fewer documents (--top-k)",
         }
-        said = f"{self.server.url} answers {status} to method {self.method.name}: {self.server.said(answer)}"
+        said = f"{self.server.url} answers {status} to method {self.method.name}: {self.server.error_text(answer)}"
         if status in remedies:
             raise UserError(f"{said}; {remedies[status]}")
         if "location" in answer.headers:
             raise UserError(f"{said}; it sends on to {self.server.clean(answer.headers['location'])}: give the address that answers itself")
         waited = f"; asked again for {self.server.patience:g} s at most" if status in (429, 503) else ""
-        raise ModelError(f"{said}{waited}; {AGAIN}")
+        raise ModelError(f"{said}{waited}; {RESUME_HINT}")
 
     def _read(self, answer: httpx.Response, count: int) -> dict[int, float]:
-        """Index → shown score, in the server's order, which must be one of `count` documents as v3 has it."""
+        """Index → relevance score, in the server's order. Raises ModelError unless it is a v3 ranking of `count` documents."""
         body = self.server.body(answer)
         if isinstance(body, str):
             self._broken(f"no JSON but {self.server.clean(body)[:60]!r}")
@@ -305,5 +307,5 @@ class Endpoint:
 
 
 def sent_settings(method: Method, max_tokens_per_doc: int) -> dict[str, Any]:
-    """The settings that v3 knows: of optimal and best stage1_top_k, and the token limit."""
+    """The settings that a v3 request can carry: the token limit, and stage1_top_k if the method has it."""
     return {k: v for k, v in method.settings().items() if k == "stage1_top_k"} | {"max_tokens_per_doc": max_tokens_per_doc}

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from rerank_lab.client.endpoint import ADDRESS, address_wanted, check_address, is_secret
+from rerank_lab.client.endpoint import URL_PATTERN, address_wanted, check_address, is_secret
 from rerank_lab.errors import UserError
 from rerank_lab.methods import CROSS_SUFFIX, METHODS, Method, labels, make_method
 
@@ -45,7 +45,7 @@ class System:
         if prefix != SERVER:
             name, colon, settings = label.partition(":")
             return cls(label, name, colon + settings, None, top_k)
-        found = None if is_secret(rest) else re.fullmatch(rf"{ADDRESS}(?P<method>:.*)?", rest)
+        found = None if is_secret(rest) else re.fullmatch(rf"{URL_PATTERN}(?P<method>:.*)?", rest)
         if found is None:
             raise UserError(f"{address_wanted(rest, 'method endpoint')}; a row is endpoint:URL[:METHOD], as in endpoint:http://127.0.0.1:8000:best")
         url, name = check_address(found["address"], "method endpoint"), (found["method"] or ":fast")[1:]

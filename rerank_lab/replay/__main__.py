@@ -17,10 +17,10 @@ from rerank_lab.client.v3 import KEY, TIMEOUT, V3
 from rerank_lab.errors import ModelError, UserError
 
 if TYPE_CHECKING:
-    from rerank_lab.replay.recorded import Compared
+    from rerank_lab.replay.recorded import ComparedRequest
 
 log = logging.getLogger("rerank_lab")
-SCHEMA = 1
+REPLAY_SCHEMA = 1
 EPILOG = f"""\
 A line of REQUESTS.jsonl is the body of a request to {V3}:
   {{"model": "all-MiniLM-L6-v2", "query": "…", "documents": ["…", "…"]}}
@@ -54,7 +54,7 @@ exit codes: 0 all the same, 1 differences or a server that does not answer,
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option with its default."""
+    """The command line of replay."""
     p = argparse.ArgumentParser(
         prog="python -m rerank_lab.replay",
         description="Sends recorded requests to two servers and prints where their answers differ.",
@@ -73,16 +73,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns its exit code."""
     options = parser().parse_args(argv)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("rerank_lab: %(message)s"))
     log.addHandler(handler)
-    done: list[Compared] = []
+    done: list[ComparedRequest] = []
     try:
         from tqdm import tqdm
 
-        from rerank_lab.client.endpoint import Server, check_address, key_from
+        from rerank_lab.client.endpoint import RemoteServer, check_address, key_from
         from rerank_lab.files import write_atomically
         from rerank_lab.replay.recorded import differences, read_requests, replay, report, summarize
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--json {options.json} cannot be written: name a file in a folder that is there")
         interrupted = False
         with ExitStack() as connections:
-            a, b = (connections.enter_context(closing(Server(url, key_from(f"{KEY}_{x}", KEY), timeout=options.timeout))) for x, url in zip("AB", urls))
+            a, b = (connections.enter_context(closing(RemoteServer(url, key_from(f"{KEY}_{x}", KEY), timeout=options.timeout))) for x, url in zip("AB", urls))
             try:
                 done.extend(tqdm(replay(requests, a, b, options.tolerance, options.concurrency), total=len(requests), unit="request", disable=None))
             except KeyboardInterrupt:
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done.sort(key=lambda one: one.request.line)
         summary = summarize(done)
         if options.json is not None:
-            about = {"schema": SCHEMA, "a": urls[0], "b": urls[1], "tolerance": options.tolerance, "recorded": len(requests), "interrupted": interrupted}
+            about = {"schema": REPLAY_SCHEMA, "a": urls[0], "b": urls[1], "tolerance": options.tolerance, "recorded": len(requests), "interrupted": interrupted}
             write_atomically(options.json, json.dumps(about | summary | {"differences": differences(done)}, indent=1) + "\n")
         print(report(done, summary, options.requests, urls))
         if interrupted:

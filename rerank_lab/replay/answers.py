@@ -1,4 +1,4 @@
-"""Where two servers' answers to one request differ."""
+"""Compares two servers' answers to one request."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from rerank_lab.datasets.runs import LARGEST_SCORE
 from rerank_lab.measures.stats import agreement
 
-# What may differ, in the order in which it is counted.
-KINDS = ("order", "score", "status", "shape", "set", "value", "no answer")
-SHOWN, LONGEST = 160, 1000  # characters of a value, of a line
-Difference = tuple[str, str]  # one of KINDS, and a line about it
-Ranked = dict[int, tuple[float, dict[str, Any]]]  # index → score and what else an item holds, in an answer's order
+# Kinds of differences, in the order in which they are reported.
+DIFFERENCE_KINDS = ("order", "score", "status", "shape", "set", "value", "no answer")
+VALUE_LENGTH, LINE_LENGTH = 160, 1000  # the most characters of a value and of a line
+Difference = tuple[str, str]  # one of DIFFERENCE_KINDS, and a line about it
+RankedItems = dict[int, tuple[float, dict[str, Any]]]  # index → score, and the other keys of the item; in the answer's order
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server made of a request.
+    """A server's answer to a request.
 
     Attributes:
-        status: of HTTP; None: nothing came back.
-        body: its JSON, or text where it is none; the reason where nothing came back.
-        seconds: until it was there, waiting after 429 and 503 included.
+        status: HTTP status; None: no answer came.
+        body: its JSON, or its text if it is not JSON; the reason if no answer came.
+        seconds: until it came, including the waiting after 429 and 503.
     """
 
     status: int | None
@@ -33,13 +33,17 @@ class Answer:
 
 
 def compare(a: Answer, b: Answer, tolerance: float) -> tuple[list[Difference], dict[str, float | None]]:
-    """What differs between two answers, fit for a terminal, and stats.agreement of their rankings (empty where one has none).
+    """Compares two answers.
 
     Args:
+        a, b: the answers.
         tolerance: absolute difference up to which two scores are the same.
+
+    Returns:
+        the differences, as text that is safe to print, and stats.agreement of the rankings (empty if one has no ranking).
     """
     found, agreed = _compare(a, b, tolerance)
-    return [(kind, _plain(text, LONGEST)) for kind, text in found], agreed
+    return [(kind, _plain(text, LINE_LENGTH)) for kind, text in found], agreed
 
 
 def _compare(a: Answer, b: Answer, tolerance: float) -> tuple[list[Difference], dict[str, float | None]]:
@@ -54,20 +58,20 @@ def _compare(a: Answer, b: Answer, tolerance: float) -> tuple[list[Difference], 
     if isinstance(first, str) or isinstance(second, str):
         return [("shape", ", ".join(f"{name} holds {x if isinstance(x, str) else 'a ranking'}" for name, x in (("A", first), ("B", second))))], {}
     scores, others = ({i: score for i, (score, _) in x.items()} for x in (first, second))
-    # Of the other keys at the top (ids, usage) only whether they are there.
+    # Values of other top-level keys (ids, usage) may differ; only their presence is compared.
     tops = [{k: v if k == "meta" else None for k, v in x.body.items()} if isinstance(x.body, dict) else {} for x in (a, b)]
     return [*_rankings(scores, others, tolerance), *_items(first, second), *_values("", *tops)], agreement(scores, others)
 
 
-def ranking(body: Any) -> Ranked | str:
-    """The ranking in any route's answer; where there is none, what is wrong, as text.
+def ranking(body: Any) -> RankedItems | str:
+    """The ranking in any route's answer, or a text that says why there is none.
 
-    The list is the body itself (text-embeddings-inference), or stands under `results` (v3, Cohere, Jina) or `data` (Voyage).
+    The list is the body itself (text-embeddings-inference), or it is under `results` (v3, Cohere, Jina) or `data` (Voyage).
     """
     items = body if isinstance(body, list) else body.get("results", body.get("data")) if isinstance(body, dict) else None
     if not isinstance(items, list):
         return "no ranking"
-    found: Ranked = {}
+    found: RankedItems = {}
     for place, item in enumerate(items):
         own = dict(item) if isinstance(item, dict) else {}
         index, score = own.pop("index", None), own.pop("relevance_score", None) if "relevance_score" in own else own.pop("score", None)
@@ -82,7 +86,7 @@ def ranking(body: Any) -> Ranked | str:
 
 
 def shape(value: Any) -> Any:
-    """What JSON looks like without its values: types by key; of a list the distinct shapes of its items."""
+    """The shape of JSON without its values: types by key. A list becomes the distinct shapes of its items."""
     if isinstance(value, dict):
         return {k: shape(v) for k, v in sorted(value.items())}
     if isinstance(value, list):
@@ -107,8 +111,8 @@ def _rankings(a: dict[int, float], b: dict[int, float], tolerance: float) -> Ite
         yield "score", f"{len(beyond)} of {len(left)} beyond {tolerance:g}, most at index {worst}: A {a[worst]:.6g}, B {b[worst]:.6g}"
 
 
-def _items(a: Ranked, b: Ranked) -> Iterator[tuple[str, str]]:
-    """What stands beside index and score, such as documents; their text is not repeated."""
+def _items(a: RankedItems, b: RankedItems) -> Iterator[tuple[str, str]]:
+    """Differences in the other keys of items, such as documents; their values are not repeated."""
     keys = [{k for _, own in x.values() for k in own} for x in (a, b)]
     yield from _alone("results[].", *keys)
     for k in sorted(keys[0] & keys[1]):
@@ -117,7 +121,7 @@ def _items(a: Ranked, b: Ranked) -> Iterator[tuple[str, str]]:
 
 
 def _values(place: str, a: Any, b: Any) -> Iterator[tuple[str, str]]:
-    """Keys that one lacks, and values that differ."""
+    """Keys that only one of them has, and values that differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         yield from _alone(place, set(a), set(b))
         for k in sorted(a.keys() & b.keys()):
@@ -137,15 +141,15 @@ def _some(indices: Sequence[int]) -> str:
 
 
 def _detail(answer: Answer) -> str:
-    """What an error says, in short."""
+    """The message of an error, shortened."""
     return "" if answer.status == 200 else f" ({_short(answer.body.get('detail', answer.body) if isinstance(answer.body, dict) else answer.body)})"
 
 
 def _short(value: Any) -> str:
-    return _plain(json.dumps(value, ensure_ascii=False), SHOWN)
+    return _plain(json.dumps(value, ensure_ascii=False), VALUE_LENGTH)
 
 
 def _plain(text: str, most: int) -> str:
-    """Without what a terminal obeys or no encoding has (half of a surrogate pair), and no longer than so many characters."""
+    """Replaces control characters and halves of surrogate pairs by spaces, and cuts to `most` characters."""
     text = "".join(c if c.isprintable() else " " for c in text[: most + 1])
     return text if len(text) <= most else f"{text[: most - 1]}…"

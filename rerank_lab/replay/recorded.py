@@ -1,4 +1,4 @@
-"""Recorded requests: how they are read, sent to two servers, and what is said of the answers."""
+"""Recorded requests: reads them, sends them to two servers, and reports where the answers differ."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from rerank_lab.client.endpoint import NoAnswer, Server
+from rerank_lab.client.endpoint import NoAnswer, RemoteServer
 from rerank_lab.client.v3 import V3
 from rerank_lab.errors import UserError
-from rerank_lab.replay.answers import KINDS, Answer, Difference, compare
+from rerank_lab.replay.answers import DIFFERENCE_KINDS, Answer, Difference, compare
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A request: the line of the file that holds it, where it goes, its JSON."""
+class RecordedRequest:
+    """A request: its line in the file, the path that it goes to, and its JSON."""
 
     line: int
     path: str
@@ -34,21 +34,28 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One request with both answers: what differs, and how far the rankings agree (empty where one has none)."""
+class ComparedRequest:
+    """One request with both answers.
 
-    request: Recorded
+    Attributes:
+        request: the request.
+        a, b: the answers.
+        found: the differences between them.
+        agreed: how far the rankings agree (stats.agreement); empty if an answer has no ranking.
+    """
+
+    request: RecordedRequest
     a: Answer
     b: Answer
     found: list[Difference]
     agreed: dict[str, float | None]
 
 
-def read_requests(path: Path) -> list[Recorded]:
-    """The requests of a file, in order.
+def read_requests(path: Path) -> list[RecordedRequest]:
+    """Reads the requests of a file, in order.
 
     Raises:
-        UserError: no such file, no request in it, or a line that is none, with file and line.
+        UserError: the file does not exist or has no requests, or a line is not a request. The message names file and line.
     """
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -70,27 +77,33 @@ def read_requests(path: Path) -> list[Recorded]:
             raise UserError(f"{where}: path {goes_to!r} is none; write it as in /v1/rerank")
         if "path" in request and "body" not in request:
             raise UserError(f"{where}: a path without a body: put the request's JSON under 'body'")
-        found.append(Recorded(number, goes_to, request.get("body", request)))
+        found.append(RecordedRequest(number, goes_to, request.get("body", request)))
     if not found:
         raise UserError(f"{path}: no requests; one a line, such as " + '{"model": "all-MiniLM-L6-v2", "query": "…", "documents": ["…"]}')
     return found
 
 
-def replay(requests: Sequence[Recorded], a: Server, b: Server, tolerance: float, concurrency: int) -> Iterator[Compared]:
-    """Sends each request to both servers, one after the other, and compares, in the order in which the answers come.
+def replay(requests: Sequence[RecordedRequest], a: RemoteServer, b: RemoteServer, tolerance: float, concurrency: int) -> Iterator[ComparedRequest]:
+    """Sends each request to both servers, one after the other, and compares the answers. Yields in the order in which answers come.
 
-    B is asked first for every second request, so that neither always meets what the other has warmed.
+    Every second request goes to B first, so that no server always profits from caches that the other has warmed.
+
+    Args:
+        requests: in the order in which they are sent.
+        a, b: the servers.
+        tolerance: absolute difference up to which two scores are the same.
+        concurrency: how many requests are under way at a time.
 
     Raises:
-        NoAnswer: nothing came back from a server that has never answered.
+        NoAnswer: no answer came from a server that has never answered before.
     """
-    waiting: queue.SimpleQueue[tuple[int, Recorded]] = queue.SimpleQueue()
-    results: queue.SimpleQueue[Compared | BaseException] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[tuple[int, RecordedRequest]] = queue.SimpleQueue()
+    results: queue.SimpleQueue[ComparedRequest | BaseException] = queue.SimpleQueue()
     for numbered in enumerate(requests):
         waiting.put(numbered)
     answered: set[str] = set()
 
-    def ask(server: Server, name: str, request: Recorded) -> Answer:
+    def ask(server: RemoteServer, name: str, request: RecordedRequest) -> Answer:
         start = time.perf_counter()
         try:
             answer = server.post(request.path, request.body)
@@ -110,12 +123,12 @@ def replay(requests: Sequence[Recorded], a: Server, b: Server, tolerance: float,
                 try:
                     turns = [("A", a), ("B", b)]
                     answers = {name: ask(server, name, request) for name, server in (turns[::-1] if number % 2 else turns)}
-                    results.put(Compared(request, answers["A"], answers["B"], *compare(answers["A"], answers["B"], tolerance)))
+                    results.put(ComparedRequest(request, answers["A"], answers["B"], *compare(answers["A"], answers["B"], tolerance)))
                 except BaseException as error:  # noqa: BLE001 - raised where the results are read, which ends the run
                     results.put(error)
                     return
 
-    # Threads that no one waits for: an interrupted run ends at once, whatever a server is about.
+    # Daemon threads, so that an interrupted run ends at once and waits for no server.
     for _ in range(min(concurrency, len(requests))):
         threading.Thread(target=work, daemon=True).start()
     try:
@@ -130,14 +143,14 @@ def replay(requests: Sequence[Recorded], a: Server, b: Server, tolerance: float,
                 waiting.get_nowait()
 
 
-def summarize(done: Sequence[Compared]) -> dict[str, Any]:
-    """Counts, medians of the agreement, and latency in ms of what was compared."""
+def summarize(done: Sequence[ComparedRequest]) -> dict[str, Any]:
+    """The summary: counts, medians of the agreement, and latencies in ms."""
     kinds = [{kind for kind, _ in one.found} for one in done]
     agreed = {name: [v for one in done if (v := one.agreed.get(name)) is not None] for name in ("kendall_tau", "overlap@10")}
     result: dict[str, Any] = {
         "compared": len(done),
         "same": sum(not found for found in kinds),
-        "differing": {kind: sum(kind in found for found in kinds) for kind in KINDS},
+        "differing": {kind: sum(kind in found for found in kinds) for kind in DIFFERENCE_KINDS},
         "rankings": sum(bool(one.agreed) for one in done),
     }
     result |= {f"{name}_median": statistics.median(values) if values else None for name, values in agreed.items()}
@@ -148,8 +161,8 @@ def summarize(done: Sequence[Compared]) -> dict[str, Any]:
     return result
 
 
-def differences(done: Iterable[Compared]) -> list[dict[str, Any]]:
-    """What differs, one entry a request, for machines."""
+def differences(done: Iterable[ComparedRequest]) -> list[dict[str, Any]]:
+    """The differences as JSON, one entry for each request that has some."""
     return [
         {
             "line": one.request.line,
@@ -164,15 +177,15 @@ def differences(done: Iterable[Compared]) -> list[dict[str, Any]]:
     ]
 
 
-def report(done: Sequence[Compared], summary: dict[str, Any], path: Path, urls: Sequence[str]) -> str:
-    """The differences and the summary, for a terminal."""
+def report(done: Sequence[ComparedRequest], summary: dict[str, Any], path: Path, urls: Sequence[str]) -> str:
+    """The differences and the summary as text for a terminal."""
     lines = []
     for one in done:
         if one.found:
             lines.append(f"{path}:{one.request.line} POST {one.request.path}")
             for kind, text in one.found:
                 lines += textwrap.wrap(f"{kind}: {text}", 80, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
-    differing = ", ".join(f"{kind} {n}" for kind, n in summary["differing"].items() if n or kind in KINDS[:4])
+    differing = ", ".join(f"{kind} {n}" for kind, n in summary["differing"].items() if n or kind in DIFFERENCE_KINDS[:4])
     medians = [summary[f"{name}_median"] for name in ("kendall_tau", "overlap@10")]
     tau, overlap = ("undefined" if m is None else f"{m:.4f}" for m in medians)
     lines += [""] if lines else []

@@ -32,12 +32,12 @@ def html(report: Section) -> str:
     """The report as one self-contained page, with style, figures and the script that sorts tables."""
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
     page.filters["svg"] = lambda plot: "data:image/svg+xml;base64," + base64.b64encode(saved(plot.figure, "svg")).decode()
-    page.tests |= {name: lambda block, kind=kind: isinstance(block, kind) for name, kind in KINDS.items()}
+    page.tests |= {name: lambda block, kind=kind: isinstance(block, kind) for name, kind in BLOCK_KINDS.items()}
     page.filters["anchor"] = anchor
     return page.get_template("page.html").render(report=report)
 
 
-KINDS = {"text": Paragraph, "code": Code, "table": Table, "plots": Plots, "details": Details, "section": Section, "strong": Strong}
+BLOCK_KINDS = {"text": Paragraph, "code": Code, "table": Table, "plots": Plots, "details": Details, "section": Section, "strong": Strong}
 
 
 def latex(table: Table, caption: str, label: str) -> str:

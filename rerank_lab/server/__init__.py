@@ -1,1 +1,1 @@
-"""The v3 reranker API over HTTP: contract (what is said), scheduler (who runs when), service and app (what ties them)."""
+"""The v3 reranker API over HTTP. `contract` defines requests and answers, `scheduler` decides what runs when, `service` and `app` tie them together."""

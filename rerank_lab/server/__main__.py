@@ -32,7 +32,7 @@ log = logging.getLogger("rerank_lab")
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?/?")
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
-PARTING = 2.0  # seconds in which the batch that runs at the end may end too
+LAST_BATCH_SECONDS = 2.0  # the time that the last batch has to finish when the server stops
 EPILOG = """\
 examples:
   python -m rerank_lab.server
@@ -56,7 +56,7 @@ requests unanswered, 2 wrong input, 130 interrupted before it listened
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option with its default."""
+    """The command line of the server."""
     p = argparse.ArgumentParser(
         prog="python -m rerank_lab.server",
         description="Serves POST /api/v3/inference/reranker, and a page at / to try it.",
@@ -102,15 +102,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command and returns its exit code."""
     options = parser().parse_args(argv)
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         print("rerank_lab: error: the server needs its extra: pip install 'rerank_lab[server]'", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every client that speaks no HTTP
-    with contextlib.suppress(ValueError, OSError):  # each connection takes a descriptor
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns about every client that does not speak HTTP
+    with contextlib.suppress(ValueError, OSError):  # each connection needs a descriptor
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     try:
         keys, made = _keys(options)
@@ -128,12 +128,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str | None) -> int:
-    """Runs the server until it is told to stop.
+    """Runs the server until it is told to stop. Returns the exit code.
 
     Args:
         options: as parser() reads them.
-        keys: that requests may carry; None: they need none.
-        made: the one among them that was made just now, if any.
+        keys: keys that requests may carry; None: they need none.
+        made: the key that was made for this run; None: keys were given.
+
+    Raises:
+        UserError: wrong input, such as an unknown model or a port that is taken.
     """
     import uvicorn
 
@@ -141,7 +144,7 @@ def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str |
     from rerank_lab.server.app import create_app
     from rerank_lab.server.fleet import Fleet
     from rerank_lab.server.protocol import guarded
-    from rerank_lab.server.service import Service, Settings, check_aliases
+    from rerank_lab.server.service import ServerSettings, Service, check_aliases
 
     roles = known_roles(options.model, options.model_cross)
     try:
@@ -149,7 +152,7 @@ def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str |
     except ValueError as error:
         raise UserError(str(error)) from None
     models, crosses = ([name for name, own in roles.items() if own == role] for role in ("bi-encoder", "cross-encoder"))
-    settings = Settings(
+    settings = ServerSettings(
         keys, aliases, (options.model or models or crosses)[0], options.max_documents, int(options.max_body * (1 << 20)), options.max_queue_tokens,
         options.batch_tokens, options.timeout, tuple(options.cors_origin), options.root_path,
     )  # fmt: skip
@@ -180,14 +183,14 @@ def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str |
     def models_thread() -> None:
         try:
             service.run(load, opened)
-        except Exception as error:  # noqa: BLE001 - told to the user once the server has closed
+        except Exception as error:  # noqa: BLE001 - the user sees it when the server has closed
             failures.append(error)
             service.drain()
 
     models_at_work = threading.Thread(target=copy_context().run, args=(models_thread,), name="models", daemon=True)
 
     class Server(uvicorn.Server):
-        """Stops in two steps: what is in flight is answered, and new work refused, before the doors close."""
+        """Stops in two steps: first it refuses new work and answers the requests in flight, then it closes."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             self.force_exit = service.state == "draining"
@@ -211,14 +214,14 @@ def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str |
         timeout_graceful_shutdown=5, timeout_keep_alive=30, lifespan="off",
     )  # fmt: skip
     server = Server(config)
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn puts back at its end what stood here, and more may come
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn restores these handlers when it ends, and a second signal may come
         signal.signal(number, server.handle_exit)
     server.run([listening])
-    for number in (signal.SIGINT, signal.SIGTERM):  # it ends already
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server is ending already
         signal.signal(number, signal.SIG_IGN)
     service.close()
     if models_at_work.ident is not None and not server.force_exit:
-        models_at_work.join(PARTING)
+        models_at_work.join(LAST_BATCH_SECONDS)
     if failures:
         raise failures[0]
     if service.cut:
@@ -229,7 +232,7 @@ def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str |
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process while threads work: the interpreter's own end waits for those that tokenise, and aborts in a forward."""
+    """Ends the process at once. The interpreter's own exit would wait for threads that tokenise, and abort in a forward pass."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -237,10 +240,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def known_roles(models: Sequence[str], crosses: Sequence[str]) -> dict[str, str]:
-    """Id → role: the flags' first, then what is known without one, left out where its package is not installed.
+    """Id → role: first the models of the flags, then the default models, unless their package is not installed.
 
     Raises:
-        UserError: one name in two roles.
+        UserError: one name has two roles, or there is no model.
     """
     from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY
 
@@ -261,7 +264,7 @@ def known_roles(models: Sequence[str], crosses: Sequence[str]) -> dict[str, str]
 
 
 def _keys(options: argparse.Namespace) -> tuple[tuple[str, ...] | None, str | None]:
-    """The keys (None: none are asked for) and the one that was made just now, if any."""
+    """The keys (None: requests need no key), and the key if it was made for this run."""
     if options.no_auth:
         loopback = options.host == "localhost"
         with contextlib.suppress(ValueError):
@@ -295,7 +298,7 @@ def _port(value: str) -> int:
 
 
 def _origin(value: str) -> str:
-    """An origin as browsers send it."""
+    """Parses an origin into the form that browsers send."""
     if value in ("*", "null"):
         return value
     found = ORIGIN.fullmatch(value.lower())
@@ -306,7 +309,7 @@ def _origin(value: str) -> str:
 
 
 def _prefix(value: str) -> str:
-    """A prefix of paths, without a slash at its end."""
+    """Parses a prefix of paths; the result has no slash at its end."""
     path = value.rstrip("/")
     if path and (PREFIX.fullmatch(path) is None or any(not part.strip(".") for part in path.split("/")[1:])):
         raise argparse.ArgumentTypeError(f"must be a path such as /ranking, of letters, digits and . _ ~ -, not {value!r}")

@@ -1,4 +1,4 @@
-"""The routes: bytes in, bytes out; what they mean stands in contract.py and clients.py."""
+"""The routes of the server: bytes in, bytes out. contract.py and clients.py know what the bytes mean."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ POLICY = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-LINGER = 5.0  # seconds in which the rest of a body that was refused is read and thrown away
-PIECE = 1 << 16  # bytes of an answer that are handed to the connection at once; more wait here until the client has read
-LEFT = 499  # what logs and metrics say of a client that left; nobody is there to read it
+LINGER = 5.0  # seconds for reading the rest of a body that was refused
+SEND_PIECE = 1 << 16  # bytes of an answer that the connection gets at once; the rest waits here until the client has read them
+CLIENT_LEFT = 499  # status in logs and metrics if the client has left; nobody receives it
 
 Parse = Callable[[Any], Call]
 Render = Callable[[Call, Ranking], bytes]
@@ -51,7 +51,7 @@ def create_app(service: Service) -> ASGIApp:
     """The whole server as an ASGI application."""
     about = {"title": "rerank_lab", "version": version("rerank_lab"), "description": openapi.description()}
     app = FastAPIOffline(None, None, static_url="/docs-assets", redirect_slashes=False, **about)
-    known, prefix = openapi.Known(service), service.settings.prefix
+    known, prefix = openapi.ServerContract(service), service.settings.prefix
 
     def post(path: str, parse: Parse, render: Render, name: str) -> None:
         async def route(request: Request) -> Response:
@@ -90,13 +90,13 @@ def create_app(service: Service) -> ASGIApp:
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         text = page_text()
-        if prefix:  # the address may end before its slash
+        if prefix:  # relative links work even if the page's address lacks its last slash
             text = text.replace("<head>", f'<head>\n<base href="{prefix}/">', 1)
         return HTMLResponse(text, headers={name: value.replace("{base}", "'self'" if prefix else "'none'") for name, value in POLICY.items()})
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
-        here = "../" if request.scope["raw_path"].endswith(b"/") else ""  # found behind any prefix, whether this server knows of it or not
+        here = "../" if request.scope["raw_path"].endswith(b"/") else ""  # relative, so that it works behind any prefix
         assets = f"{here}docs-assets"
         return get_swagger_ui_html(
             openapi_url=f"{here}openapi.json", title=app.title, swagger_js_url=f"{assets}/swagger-ui-bundle.js", swagger_css_url=f"{assets}/swagger-ui.css",
@@ -119,11 +119,11 @@ def create_app(service: Service) -> ASGIApp:
     def around(answering: ASGIApp) -> ASGIApp:
         return wire.Origins(answering, origins) if origins else answering
 
-    return Observed(around(app), service, {route.path for route in app.routes if hasattr(route, "path")}, around)
+    return ObservingMiddleware(around(app), service, {route.path for route in app.routes if hasattr(route, "path")}, around)
 
 
 def page_text() -> str:
-    """The page for people, with what it must know of the methods."""
+    """The page for people, with facts about the methods filled in."""
     methods = [
         {"name": name, "about": kind.about, "roles": kind.roles, "optional_cross": kind.optional_cross, "settings": [*settings_of(kind)]}
         for name, kind in METHODS.items()
@@ -131,7 +131,7 @@ def page_text() -> str:
     known = {
         "{{count}}": openapi.count_in_words(len(methods), "method"),
         "{{first}}": html.escape(next(iter(METHODS))),
-        "{{methods}}": orjson.dumps(methods).decode().replace("<", "\\u003c"),  # nothing in it ends the element that holds it
+        "{{methods}}": orjson.dumps(methods).decode().replace("<", "\\u003c"),  # no "<", which could end the script element
     }
     text = PAGE.read_text(encoding="utf-8")
     for place, value in known.items():
@@ -144,7 +144,7 @@ def _v3(service: Service, data: Any) -> Call:
 
 
 async def _respond(service: Service, request: Request, parse: Parse, render: Render) -> Response:
-    """The order of checks is the contract's: token, size, schema, ids, roles."""
+    """Answers a request. The contract gives the order of checks: token, size, schema, ids, roles."""
     started = time.perf_counter()
     service.authorize(request.headers.get("authorization"))
     service.check_ready()
@@ -156,7 +156,7 @@ async def _respond(service: Service, request: Request, parse: Parse, render: Ren
         raise Refusal(504, f"No answer within {service.settings.timeout:g} s.") from None
     except ClientDisconnect:
         service.metrics.dropped.labels("disconnect").inc()
-        return Response(status_code=LEFT)
+        return Response(status_code=CLIENT_LEFT)
     finally:
         if call is None:
             _hold(service, request, 0)
@@ -184,7 +184,7 @@ async def _work(service: Service, request: Request, parse: Parse) -> tuple[Call,
 
 
 async def _body(service: Service, request: Request) -> bytes:
-    """The body, refused as soon as it is known to be too large."""
+    """Reads the body, and refuses it as soon as it is known to be too large."""
     most = service.settings.max_body
     too_large = Refusal(413, f"The body may hold {most} bytes.")
     announced = request.headers.get("content-length", "")
@@ -209,7 +209,7 @@ async def _body(service: Service, request: Request) -> bytes:
 
 
 def _hold(service: Service, request: Request, size: int) -> None:
-    """Counts what a request holds, its body or its answer, until the answer has been read."""
+    """Counts the bytes that a request holds in memory: first its body, then its answer until the client has read it."""
     held: list[int] = request.scope["held"]
     service.body_bytes += size - held[0]
     held[0] = size
@@ -221,17 +221,17 @@ async def _gone(request: Request) -> None:
 
 
 class Unread(Exception):
-    """The client has not read its answer in time."""
+    """Raised if the client has not read its answer in time."""
 
 
-class Observed:
-    """Around everything: request ids, one log line and the counters of each request, and an answer whatever happens.
+class ObservingMiddleware:
+    """The outermost middleware. It gives requests their ids, writes a log line and counters for each, and makes sure that each is answered.
 
     Args:
         app: the routes.
-        service: whose requests are counted.
-        routes: their paths, under which requests are counted.
-        around: what stands around the routes, for answers that are made here.
+        service: has the counters.
+        routes: paths of the routes; requests are counted by them.
+        around: wraps an answer that is made here in the same middleware as the routes.
     """
 
     def __init__(self, app: ASGIApp, service: Service, routes: set[str], around: Callable[[ASGIApp], ASGIApp]):
@@ -265,7 +265,7 @@ class Observed:
             if not message.get("more_body"):
                 whole = True
                 if unread and scope["method"] == "POST" and service.state != "draining":
-                    # A connection closed on a client that is still sending takes the answer with it.
+                    # If the connection were closed while the client still sends, the answer would be lost.
                     with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                         await asyncio.wait_for(self._discard(reading), LINGER)
                 await send({"type": "http.response.body", "body": b""})
@@ -274,22 +274,22 @@ class Observed:
         scope["held"], prefix, path = [0], service.settings.prefix, scope["path"]
         if path not in self.routes:
             path = wire.route(path, prefix, self.routes)
-        # The connection's own scope still says HEAD, so the body goes no further than there.
-        asked = {**scope, "root_path": prefix, "path": prefix + path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
-        counts = int(service.state != "draining")  # what comes later is refused, and nobody waits for it
+        # Routes see HEAD as GET. The connection's own scope still says HEAD, so it does not send the body.
+        scope_of_route = {**scope, "root_path": prefix, "path": prefix + path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+        counts = int(service.state != "draining")  # later requests are refused, and the shutdown does not wait for them
         service.in_flight += counts
         try:
-            await self.app(asked, reading, observed)
+            await self.app(scope_of_route, reading, observed)
         except Unread:
             service.metrics.dropped.labels("deadline").inc()
             log.warning("request %s: its answer was not read within %g s", request_id.decode(), service.settings.timeout)
             scope["state"]["transport"].abort()
-            await asyncio.sleep(0)  # until uvicorn knows
-        except asyncio.CancelledError:  # told twice to stop
+            await asyncio.sleep(0)  # lets uvicorn notice
+        except asyncio.CancelledError:  # the server was told twice to stop
             service.cut += not whole
             if not status:
                 await self.around(JSONResponse({"detail": "The server stops."}, 503, {"Retry-After": "5"}))(scope, reading, observed)
-        except Exception as error:  # noqa: BLE001 - an answer whatever happens
+        except Exception as error:  # noqa: BLE001 - every request gets an answer
             log.error("request %s failed: %s", request_id.decode(), without_message(error))
             if not status:
                 await self.around(JSONResponse({"detail": "The server failed; its log says why."}, 500))(scope, reading, observed)
@@ -304,10 +304,10 @@ class Observed:
 
     @staticmethod
     async def _pieces(scope: Scope, send: Send, message: Message) -> None:
-        """Sends a part of an answer, all but its end, in pieces, each once the client has read most of those before it; waits until the last has gone out."""
+        """Sends a part of an answer in pieces, each when the client has read most of the earlier ones. Returns when the last one has been sent."""
         body, transport = message.get("body", b""), scope["state"]["transport"]
-        for start in range(0, len(body), PIECE):
-            await send({"type": "http.response.body", "body": body[start : start + PIECE], "more_body": True})
+        for start in range(0, len(body), SEND_PIECE):
+            await send({"type": "http.response.body", "body": body[start : start + SEND_PIECE], "more_body": True})
         while transport.get_write_buffer_size() and not transport.is_closing():
             await asyncio.sleep(0.02)
 

@@ -1,6 +1,6 @@
-"""What the Cohere, Jina, Voyage and TEI clients send, as a call, and a ranking as the answer that they expect.
+"""The forms of other services: requests of Cohere, Jina, Voyage and TEI clients become a Call, and a Ranking becomes the answer that they expect.
 
-The model that they name decides: a bi-encoder runs fast, a cross-encoder standard; none named: the server's first.
+The model in a request decides the method: a bi-encoder runs fast, a cross-encoder runs standard. Without a model, the server's first one runs.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pydantic_core import PydanticCustomError
 
 from rerank_lab.methods import make_method
 from rerank_lab.reranker import Ranking
-from rerank_lab.server.contract import LARGEST, Call, Count, Document, counted, invalid, kind, not_blank, shown, validate
+from rerank_lab.server.contract import MAX_INT64, Call, Count, RequestDocument, answer_items, document_kind, invalid, not_blank, not_too_many, validate
 from rerank_lab.server.service import Service
 
-NOT_A_DOCUMENT = "Input should be a valid string or an object"
-AnyDocument = Annotated[
+NOT_A_FIELDS_DOCUMENT = "Input should be a valid string or an object"
+FieldsDocument = Annotated[
     Annotated[str, Tag("string")] | Annotated[dict[str, Any], Tag("object")],
-    Discriminator(kind, custom_error_type="document_type", custom_error_message=NOT_A_DOCUMENT),
+    Discriminator(document_kind, custom_error_type="document_type", custom_error_message=NOT_A_FIELDS_DOCUMENT),
 ]
 BETWEEN_FIELDS = "\n"
-BI, CROSS = "fast", "standard"  # the methods that a bi-encoder and a cross-encoder run
+BI_METHOD, CROSS_METHOD = "fast", "standard"
 
 
-class Asked(BaseModel):
-    """What all of them share. Keys that are not listed are ignored."""
+class QueryRequest(BaseModel):
+    """The fields that all requests share. Keys that are not listed are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -36,10 +36,10 @@ class Asked(BaseModel):
     _blank = field_validator("query")(not_blank)
 
 
-class Options(Asked):
-    """What Cohere, Jina and Voyage send beside the documents."""
+class ClientOptions(QueryRequest):
+    """The fields that Cohere, Jina and Voyage clients send beside the documents."""
 
-    model: str | None = Field(None, description=f"A bi-encoder runs {BI}, a cross-encoder {CROSS}; none: the server's first model.")
+    model: str | None = Field(None, description=f"A bi-encoder runs {BI_METHOD}, a cross-encoder {CROSS_METHOD}; none: the server's first model.")
     top_n: Count | None = Field(None, description="Results wanted; more than there are: all of them.")
     top_k: Count | None = Field(None, description="The same, as Voyage calls it; top_n wins.")
     return_documents: bool | None = Field(None, description="Echo each document, a string as an object that holds it under `text`.")
@@ -49,24 +49,24 @@ class Options(Asked):
     truncation: bool | None = Field(None, description="False refuses texts that the model cannot read whole.")
 
     @property
-    def whole(self) -> str:
-        """The field that rules out that long texts are cut."""
+    def forbids_cut(self) -> str:
+        """The name of the field that forbids cutting long texts; "": none does."""
         return "truncation" if self.truncation is False else "max_chunks_per_doc" if (self.max_chunks_per_doc or 1) > 1 else ""
 
 
-class ClientRequest(Options):
+class ClientRequest(ClientOptions):
     """Body of POST /v1/rerank (Cohere, Jina, Voyage), /v2/rerank (Cohere) and, with `documents`, /rerank."""
 
-    documents: Annotated[list[Document], Field(min_length=1), BeforeValidator(counted)] = Field(
+    documents: Annotated[list[RequestDocument], Field(min_length=1), BeforeValidator(not_too_many)] = Field(
         description="Texts, or objects whose text stands under `text`. Blank and repeated ones are fine."
     )
     rank_fields: Annotated[list[str], Field(max_length=0)] | None = Field(None, description="None: `text` alone.")
 
 
-class FieldsRequest(Options):
+class FieldsRequest(ClientOptions):
     """The same where the client says which fields of its documents are read."""
 
-    documents: Annotated[list[AnyDocument], Field(min_length=1), BeforeValidator(counted)] = Field(
+    documents: Annotated[list[FieldsDocument], Field(min_length=1), BeforeValidator(not_too_many)] = Field(
         description="Texts, or objects that hold a string under each name in rank_fields."
     )
     rank_fields: Annotated[list[str], Field(min_length=1, json_schema_extra={"uniqueItems": True})] = Field(
@@ -81,10 +81,10 @@ class FieldsRequest(Options):
         return names
 
     def texts(self) -> list[str]:
-        """What is read of each document.
+        """The text of each document that is read: its fields in rank_fields, joined.
 
         Raises:
-            Refusal: 422, one lacks a field; a name that is misspelled would otherwise change scores in silence.
+            Refusal: 422, a document lacks a field. If it were skipped, a misspelled name would silently change scores.
         """
         return [d if isinstance(d, str) else self._text(d, place) for place, d in enumerate(self.documents)]
 
@@ -99,11 +99,11 @@ class FieldsRequest(Options):
         return BETWEEN_FIELDS.join(values)
 
 
-class TEIRequest(Asked):
+class TEIRequest(QueryRequest):
     """Body of POST /rerank, as text-embeddings-inference has it."""
 
     model: Any = Field(None, description="TEI has no such field: what is no known id is ignored. A known one is used as by the other routes.")
-    texts: Annotated[list[str], Field(min_length=1), BeforeValidator(counted)] = Field(description="Blank and repeated ones are fine.")
+    texts: Annotated[list[str], Field(min_length=1), BeforeValidator(not_too_many)] = Field(description="Blank and repeated ones are fine.")
     raw_scores: bool | None = Field(None, description="Scores before they are mapped to what is shown.")
     return_text: bool | None = Field(None, description="Echo each text.")
     truncate: bool | None = Field(None, description="False refuses texts that the model cannot read whole.")
@@ -112,40 +112,48 @@ class TEIRequest(Asked):
     )
 
     @property
-    def whole(self) -> str:
-        """The field that rules out that long texts lose their end."""
+    def forbids_cut(self) -> str:
+        """The name of the field that forbids cutting the end of long texts; "": none does."""
         return "truncate" if self.truncate is False else "truncation_direction" if self.truncation_direction in ("Left", "left") else ""
 
 
 def read_client(service: Service, data: Any) -> Call:
-    """A call from what a Cohere, Jina or Voyage client sends."""
-    asked: ClientRequest | FieldsRequest
+    """Makes a call of the JSON of a Cohere, Jina or Voyage client.
+
+    Raises:
+        Refusal: 422, the JSON breaks the schema.
+    """
+    request: ClientRequest | FieldsRequest
     if isinstance(data, dict) and data.get("rank_fields"):
-        asked = validate(FieldsRequest, data, service.settings.max_documents)
-        texts = asked.texts()
+        request = validate(FieldsRequest, data, service.settings.max_documents)
+        texts = request.texts()
     else:
-        asked = validate(ClientRequest, data, service.settings.max_documents)
-        texts = [d if isinstance(d, str) else d.text for d in asked.documents]
+        request = validate(ClientRequest, data, service.settings.max_documents)
+        texts = [d if isinstance(d, str) else d.text for d in request.documents]
     sent = [{"text": d} if isinstance(d, str) else d for d in data["documents"]]
-    echo = [orjson.dumps(d) for d in sent] if asked.return_documents else None
-    most = asked.max_tokens_per_doc or asked.max_doc_length
-    return _call(service, asked.model, asked.query, texts, echo, asked.whole, asked.top_n or asked.top_k, most)
+    echo = [orjson.dumps(d) for d in sent] if request.return_documents else None
+    most = request.max_tokens_per_doc or request.max_doc_length
+    return _call(service, request.model, request.query, texts, echo, request.forbids_cut, request.top_n or request.top_k, most)
 
 
 def read_any(service: Service, data: Any) -> Call:
-    """A call from what is sent to /rerank: with `texts` by a TEI client, with `documents` by a Jina client."""
+    """Makes a call of the JSON that came to /rerank: `texts` means a TEI client, `documents` a Jina client.
+
+    Raises:
+        Refusal: 422, the JSON breaks the schema.
+    """
     if isinstance(data, dict) and not data.keys() & {"texts", "documents"}:
         raise invalid(["texts"], "Field required, or documents", "missing")
     if not isinstance(data, dict) or "texts" not in data:
         return read_client(service, data)
-    asked = validate(TEIRequest, data, service.settings.max_documents)
-    echo = [orjson.dumps(text) for text in asked.texts] if asked.return_text else None
-    model = asked.model if isinstance(asked.model, str) and asked.model in service.roles else None
-    return _call(service, model, asked.query, asked.texts, echo, asked.whole, form="tei-raw" if asked.raw_scores else "tei")
+    request = validate(TEIRequest, data, service.settings.max_documents)
+    echo = [orjson.dumps(text) for text in request.texts] if request.return_text else None
+    model = request.model if isinstance(request.model, str) and request.model in service.roles else None
+    return _call(service, model, request.query, request.texts, echo, request.forbids_cut, form="tei-raw" if request.raw_scores else "tei")
 
 
 def answer_v1(call: Call, ranking: Ranking) -> bytes:
-    """One body for Cohere's first API, Jina (`results`, documents as objects) and Voyage (`data`, documents as strings)."""
+    """The answer of /v1/rerank. One body serves Cohere's first API and Jina (`results`, documents as objects) and Voyage (`data`, documents as strings)."""
     results = _results(call, ranking)
     data = results if call.documents is None else [result | {"document": call.texts[result["index"]]} for result in results]
     usage = {"total_tokens": ranking.tokens, "prompt_tokens": ranking.tokens}
@@ -153,26 +161,26 @@ def answer_v1(call: Call, ranking: Ranking) -> bytes:
 
 
 def answer_v2(call: Call, ranking: Ranking) -> bytes:
-    """The body of Cohere's second API."""
+    """The answer of /v2/rerank: the body of Cohere's second API."""
     return orjson.dumps({"id": str(uuid.uuid4()), "results": _results(call, ranking), "meta": _meta("2") | {"tokens": {"input_tokens": ranking.tokens}}})
 
 
 def answer_any(call: Call, ranking: Ranking) -> bytes:
-    """As TEI answers where TEI asked, else as Jina does."""
+    """The answer of /rerank: TEI's form for a TEI client, otherwise Jina's."""
     if not call.form.startswith("tei"):
         return answer_v1(call, ranking)
-    found = shown(ranking, None)
+    found = answer_items(ranking, None)
     scores = dict(zip(ranking.order, ranking.scores.tolist())) if call.form == "tei-raw" else {one.index: one.relevance_score for one in found}
     results: list[dict[str, Any]] = [{"index": one.index, "score": scores[one.index]} for one in found]
     return orjson.dumps(results if call.documents is None else [result | {"text": call.texts[result["index"]]} for result in results])
 
 
 def _results(call: Call, ranking: Ranking) -> list[dict[str, Any]]:
-    """Documents in their order, each as an object where they are echoed."""
+    """Index and score of each result in order, with the document as an object if documents are echoed."""
     echo = call.documents
     return [
         {"index": one.index, "relevance_score": one.relevance_score} | ({} if echo is None else {"document": orjson.Fragment(echo[one.index])})
-        for one in shown(ranking, call.top_n)
+        for one in answer_items(ranking, call.top_n)
     ]
 
 
@@ -186,13 +194,13 @@ def _call(
     query: str,
     texts: list[str],
     echo: list[bytes] | None,
-    whole: str,
+    forbids_cut: str,
     top_n: int | None = None,
     max_tokens: int | None = None,
     form: str = "",
 ) -> Call:
     model = service.settings.default_model if named is None else named
     crossing = service.roles.get(model) == "cross-encoder"
-    method = make_method(CROSS if crossing else BI)
-    most = max_tokens or (LARGEST if whole else 512)
-    return Call(model, query, texts, method, echo, model if crossing else None, top_n, most, form=form, whole=whole)
+    method = make_method(CROSS_METHOD if crossing else BI_METHOD)
+    most = max_tokens or (MAX_INT64 if forbids_cut else 512)
+    return Call(model, query, texts, method, echo, model if crossing else None, top_n, most, form=form, forbids_cut=forbids_cut)

@@ -1,4 +1,4 @@
-"""The v3 contract: what a request may hold, what an answer holds, and what is said of one that breaks it."""
+"""The v3 contract: the form of a request, the form of an answer, and the errors of a request that breaks the contract."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rerank_lab.methods import METHODS, Method, make_method, settings_of
 from rerank_lab.reranker import Ranking
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-LARGEST = 2**63 - 1
-DEFAULT = "fast"  # the method where none is named
+MAX_INT64 = 2**63 - 1
+DEFAULT = "fast"  # the method of a request that names none
 STAGE1 = "stage1_top_k"  # the one setting of methods that v3 knows
 MOST_PARTS = 1 << 20  # a body of 11 million empty lists takes seconds and a gigabyte
-DEEPEST = 254  # what orjson writes
+MOST_NESTED = 254  # orjson writes no deeper nesting
 NOT_A_DOCUMENT = "Input should be a valid string or an object with a string under 'text'"
 
 
 class Refusal(Exception):
-    """An answer that is no ranking.
+    """A request is refused; the exception becomes the answer.
 
     Attributes:
-        status: of HTTP.
-        detail: what the body says.
+        status: HTTP status.
+        detail: content of the body's `detail`.
         headers: of the answer.
     """
 
@@ -38,23 +38,25 @@ class Refusal(Exception):
 
 
 def invalid(place: Sequence[str | int], message: str, kind: str) -> Refusal:
-    """A 422 with one error, at this place of the body."""
+    """A Refusal with status 422 and one error at this place of the body."""
     return Refusal(422, [{"loc": ["body", *place], "msg": message, "type": kind}])
 
 
 @dataclass(frozen=True)
 class Call:
-    """One reranking, whichever route asked for it.
+    """A request to rerank, in one form for all routes.
 
     Attributes:
-        model, model_cross: as the client named them.
-        texts: of the documents.
-        documents: as they were sent, in JSON, where they are to be echoed.
+        model, model_cross: names as the client gave them.
+        query: its text.
+        texts: the documents' texts.
         method: with its settings.
-        top_n: None: all.
-        batch_size: texts of this call in one batch at most; None: as many as fit.
-        form: of the answer, where a route has several.
-        whole: the request's field that rules out what is done to long texts here, which is to cut off their end; empty: none does.
+        documents: the documents' JSON as it was sent, if it is to be echoed; otherwise None.
+        top_n: number of results wanted; None: all.
+        max_tokens_per_doc: the most tokens of a document that are read.
+        batch_size: the most texts of this call in one batch; None: as many as fit.
+        form: form of the answer, if a route has several.
+        forbids_cut: name of the request's field that forbids cutting the end of long texts; "": none does.
     """
 
     model: str
@@ -67,26 +69,26 @@ class Call:
     max_tokens_per_doc: int = 512
     batch_size: int | None = None
     form: str = ""
-    whole: str = ""
+    forbids_cut: str = ""
 
     @property
     def cross(self) -> str | None:
-        """The cross-encoder that will be used."""
+        """The cross-encoder that will be used; None: none."""
         return self.model_cross if self.method.uses_cross else None
 
 
 @dataclass(frozen=True)
-class Shown:
+class AnswerItem:
     """One document of an answer."""
 
     index: int
     relevance_score: float
 
 
-def shown(ranking: Ranking, top_n: int | None) -> list[Shown]:
-    """Scores as they are sent, descending; scores that are equal as sent stand in ascending index."""
+def answer_items(ranking: Ranking, top_n: int | None) -> list[AnswerItem]:
+    """The results to send: highest score first. Scores that are equal when sent are in the order of their index."""
     pairs = sorted(zip(ranking.order, ranking.relevance.tolist()), key=lambda pair: (-pair[1], pair[0]))
-    return [Shown(index, score) for index, score in pairs[:top_n]]
+    return [AnswerItem(index, score) for index, score in pairs[:top_n]]
 
 
 class DocumentObject(BaseModel):
@@ -96,13 +98,13 @@ class DocumentObject(BaseModel):
     text: str
 
 
-def kind(value: Any) -> str | None:
-    """What a document is, by name."""
+def document_kind(value: Any) -> str | None:
+    """The kind of a document: "string" or "object"; None: the value is no document."""
     return "string" if isinstance(value, str) else "object" if isinstance(value, (dict, DocumentObject)) else None
 
 
-def counted(value: Any, info: ValidationInfo) -> Any:
-    """Refuses a list that is too long before anything in it is looked at."""
+def not_too_many(value: Any, info: ValidationInfo) -> Any:
+    """Refuses a list that is too long before its items are validated."""
     most = (info.context or {}).get("max_documents", 1000)
     if isinstance(value, list) and len(value) > most:
         raise PydanticKnownError("too_long", {"field_type": "List", "max_length": most, "actual_length": len(value)})
@@ -110,80 +112,80 @@ def counted(value: Any, info: ValidationInfo) -> Any:
 
 
 def not_blank(value: str) -> str:
-    """Refuses a query without anything to look for."""
+    """Refuses a blank query."""
     if not value.strip():
         raise PydanticCustomError("blank", "String should hold at least one character that is not blank")
     return value
 
 
 def known_method(value: Any) -> Any:
-    """Refuses what names no method of the registry as it is now."""
+    """Refuses a value that names no method in the registry. The registry is read at each call."""
     if not isinstance(value, str) or value not in METHODS:
         raise PydanticKnownError("literal_error", {"expected": in_words(map(repr, METHODS), "or")})
     return value
 
 
 def in_words(items: Iterable[str], last: str = "and") -> str:
-    """Several things in a sentence: "a, b and c"."""
+    """Joins items for a sentence: "a, b and c"."""
     *rest, end = items
     return f"{', '.join(rest)} {last} {end}" if rest else end
 
 
-def described(words: Callable[[], str]) -> Callable[[dict[str, Any]], None]:
-    """json_schema_extra of a field whose use depends on the method: a description, made of the methods that there are when the schema is."""
+def with_description(words: Callable[[], str]) -> Callable[[dict[str, Any]], None]:
+    """For json_schema_extra: adds a description that is made from the registered methods when the schema is made."""
     return lambda schema: schema.update(description=words())
 
 
-def those(wanted: Callable[[type[Method]], bool]) -> str:
-    """The methods that are so, in words; empty where none is."""
+def methods_where(wanted: Callable[[type[Method]], bool]) -> str:
+    """Names of the methods that satisfy `wanted`, joined for a sentence; "" if there are none."""
     names = [name for name, kind in METHODS.items() if wanted(kind)]
     return in_words(names) if names else ""
 
 
 def about_model() -> str:
     """Description of `model`."""
-    unread = those(lambda kind: "bi-encoder" not in kind.roles)
+    unread = methods_where(lambda kind: "bi-encoder" not in kind.roles)
     return f"Bi-encoder; for method {unread} it is only looked up." if unread else "Bi-encoder."
 
 
 def about_cross() -> str:
     """Description of `model_cross`."""
     parts = {
-        "required for {}": those(lambda kind: "cross-encoder" in kind.roles),
-        "joins {} where given": those(lambda kind: kind.optional_cross),
-        "ignored for {}": those(lambda kind: not kind.uses_cross),
+        "required for {}": methods_where(lambda kind: "cross-encoder" in kind.roles),
+        "joins {} where given": methods_where(lambda kind: kind.optional_cross),
+        "ignored for {}": methods_where(lambda kind: not kind.uses_cross),
     }
     return f"Cross-encoder: {', '.join(words.format(names) for words, names in parts.items() if names)}."
 
 
 def about_stage1() -> str:
     """Description of `stage1_top_k`."""
-    return f"Documents that stage 1 of {those(lambda kind: STAGE1 in settings_of(kind))} keeps."
+    return f"Documents that stage 1 of {methods_where(lambda kind: STAGE1 in settings_of(kind))} keeps."
 
 
-Document = Annotated[
+RequestDocument = Annotated[
     Annotated[str, Tag("string")] | Annotated[DocumentObject, Tag("object")],
-    Discriminator(kind, custom_error_type="document_type", custom_error_message=NOT_A_DOCUMENT),
+    Discriminator(document_kind, custom_error_type="document_type", custom_error_message=NOT_A_DOCUMENT),
 ]
-Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT64)]
 
 
 class RerankRequest(BaseModel):
     """Body of POST /api/v3/inference/reranker. Keys that are not listed are ignored."""
 
-    # Which methods there are is asked of the registry with each request.
+    # Methods are looked up in the registry with each request, so their names are no Literal here.
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    model: str = Field(json_schema_extra=described(about_model))
+    model: str = Field(json_schema_extra=with_description(about_model))
     query: str = Field(description="Holds at least one character that is not blank.")
-    documents: Annotated[list[Document], Field(min_length=1), BeforeValidator(counted)] = Field(
+    documents: Annotated[list[RequestDocument], Field(min_length=1), BeforeValidator(not_too_many)] = Field(
         description="Texts, or objects whose text stands under `text`. Blank and repeated ones are fine."
     )
     method: Annotated[str, BeforeValidator(known_method)] = Field(DEFAULT, description="What scores the documents.")
-    model_cross: str | None = Field(None, json_schema_extra=described(about_cross))
+    model_cross: str | None = Field(None, json_schema_extra=with_description(about_cross))
     top_n: Count | None = Field(None, description="Results wanted; more than there are: all of them.")
-    stage1_top_k: Count = Field(100, json_schema_extra=described(about_stage1))
+    stage1_top_k: Count = Field(100, json_schema_extra=with_description(about_stage1))
     max_tokens_per_doc: Count = Field(512, description="A document's own tokens; longer ones are cut, also to the model's own limit.")
     batch_size: Count | None = Field(None, description="Texts of this request in one batch at most; null: batches are planned by tokens.")
     return_documents: bool = Field(False, description="Echo each document as it was sent.")
@@ -198,7 +200,7 @@ class RerankRequest(BaseModel):
         return self
 
     def call(self, data: Any) -> Call:
-        """What is to be done, from the request and the JSON that it was made of."""
+        """Makes a Call of this request and of the JSON that it was made from."""
         texts = [d if isinstance(d, str) else d.text for d in self.documents]
         documents = [orjson.dumps(d) for d in data["documents"]] if self.return_documents else None
         method = make_method(self.method, **{STAGE1: self.stage1_top_k})
@@ -206,10 +208,11 @@ class RerankRequest(BaseModel):
 
 
 def read(body: bytes) -> Any:
-    """The JSON of a body.
+    """Parses the JSON of a body.
 
     Raises:
-        Refusal: 422, it is none, nested too deep to be written again, or more lists, objects and fields than a server can make in no time.
+        Refusal: 422, the body is not JSON, is nested too deep to be written again, or has too many lists, objects and fields
+            for a server to parse quickly.
     """
     brackets = body.count(b"[") + body.count(b"{")
     if brackets + body.count(b":") > MOST_PARTS and parts(body) > MOST_PARTS:
@@ -218,26 +221,26 @@ def read(body: bytes) -> Any:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise invalid([], f"Input should be valid JSON: {error.msg} at line {error.lineno} column {error.colno}", "json_invalid") from None
-    if brackets > DEEPEST:
+    if brackets > MOST_NESTED:
         try:
             orjson.dumps(data)
         except orjson.JSONEncodeError:
-            raise invalid([], f"Input should be nested at most {DEEPEST} deep", "recursion_loop") from None
+            raise invalid([], f"Input should be nested at most {MOST_NESTED} deep", "recursion_loop") from None
     return data
 
 
 def parts(body: bytes) -> int:
-    """How many lists, objects and fields of objects a JSON text holds; what stands in its strings does not count."""
+    """Counts the lists, objects and fields of objects in a JSON text. Brackets and colons inside strings do not count."""
     plain = np.frombuffer(body.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
     outside = np.bitwise_xor.accumulate(plain == ord('"')) == 0
     return int(((plain == ord("[")) | (plain == ord("{")) | (plain == ord(":")))[outside].sum())
 
 
 def validate(schema: type[AnyModel], data: Any, max_documents: int) -> AnyModel:
-    """The data as a request.
+    """Validates JSON against a request's schema.
 
     Raises:
-        Refusal: 422, with the place of every error and never the input.
+        Refusal: 422, with the place of every error. It never repeats the input.
     """
     try:
         return schema.model_validate(data, context={"max_documents": max_documents})
@@ -257,7 +260,7 @@ def _refuse(error: ValidationError) -> NoReturn:
 def answer(call: Call, ranking: Ranking) -> bytes:
     """The body of a v3 answer."""
     results = []
-    for one in shown(ranking, call.top_n):
+    for one in answer_items(ranking, call.top_n):
         result: dict[str, Any] = {"index": one.index, "relevance_score": one.relevance_score}
         if call.documents is not None:
             result["document"] = orjson.Fragment(call.documents[one.index])

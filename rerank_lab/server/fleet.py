@@ -1,4 +1,4 @@
-"""Several models, each loaded once, and a Reranker for any two of them."""
+"""The server's models, each loaded once, and a Reranker for any pair of them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
 from rerank_lab.reranker import Reranker
 
-TEXTS = ["Merge two tables on a key.", "Sort by the values along either axis. " * 40, ""]
+WARM_UP_TEXTS = ["Merge two tables on a key.", "Sort by the values along either axis. " * 40, ""]
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Models by the names that they were asked for by, and one cache in memory for each that makes vectors.
+    """Loaded models, with a cache in memory for each encoder.
 
     Attributes:
-        encoders, crosses: by name.
-        caches: by id() of the encoder.
-        engines: of any two of them, by their names, as far as they were asked for.
+        encoders, crosses: name → model, under the names that were given.
+        caches: id() of an encoder → its cache.
+        engines: (name of an encoder, name of a cross-encoder) → their engine, filled on demand.
     """
 
     encoders: dict[str, Encoder]
@@ -46,15 +46,16 @@ class Fleet:
         precision: str = "fp32",
         cache_bytes: int = MEMORY_BYTES,
     ) -> Fleet:
-        """Loads bi-encoders and cross-encoders by registry id, folder or hub name; a one-way cross-encoder shares its bi-encoder's weights.
+        """Loads models. A one-way cross-encoder shares the weights of its bi-encoder.
 
         Args:
-            subspace: of the first bi-encoder.
-            device, runtime, precision: as Reranker takes them.
+            models, crosses: bi-encoders and cross-encoders, by registry id, folder or hub name.
+            subspace: file of the first bi-encoder's projection; None: the shipped one, or none.
+            device, runtime, precision: as for Reranker.
             cache_bytes: bound on all caches together.
 
         Raises:
-            UserError: a model that is not to be found, or has another role.
+            UserError: a model cannot be found, or has another role.
         """
         place = {"device": device, "runtime": runtime, "precision": precision}
         loaded = {name: load_bi_encoder(name, subspace=subspace if n == 0 else None, **place) for n, name in enumerate(models)}
@@ -64,7 +65,7 @@ class Fleet:
         return cls(dict(loaded), readers, {key: VectorCache(one.key(), memory_bytes=bound) for key, one in making.items()})
 
     def reranker(self, method: str | Method, model: str | None, cross: str | None, *, max_tokens_per_doc: int = 512) -> Reranker:
-        """Two of the models under a method; a name that the method has no use for may be None."""
+        """A Reranker of two of the models under a method. The name of a model that the method does not use may be None."""
         engine = self.engines.get((model, cross))
         if engine is None:
             encoder, reader = None if model is None else self.encoders[model], None if cross is None else self.crosses[cross]
@@ -78,12 +79,12 @@ class Fleet:
         return next(iter([*self.encoders.values(), *self.crosses.values()])).device
 
     def warm(self) -> None:
-        """Runs every model once through every method that it serves, so that no request pays for what happens once."""
+        """Runs every method once with every model, so that no request pays for one-time work."""
         for method, kind in METHODS.items():
             models: Sequence[str | None] = list(self.encoders) if "bi-encoder" in kind.roles else [None]
             for model in models:
                 for cross in list(self.crosses) if "cross-encoder" in kind.roles else [None]:
-                    self.reranker(method, model, cross).without_cache().score("dot product", TEXTS)
+                    self.reranker(method, model, cross).without_cache().score("dot product", WARM_UP_TEXTS)
 
 
 __all__ = ["DEFAULT_CROSS", "DEFAULT_MODEL", "Fleet", "UserError"]

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's metrics, for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 16384, 65536)
 
 
 class Metrics:
-    """The counters of one server, in a registry of its own."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -32,12 +32,12 @@ class Metrics:
             self.documents.labels(where)
 
     def batch(self, tokens: int, padded: int, seconds: float) -> None:
-        """Counts one batch."""
+        """Counts one batch: its tokens, its tokens with padding, and the seconds that it ran."""
         self.model_seconds.inc(seconds)
         self.batch_tokens.observe(tokens)
         self._tokens, self._padded = self._tokens + tokens, self._padded + padded
         self.padding_share.set(1 - self._tokens / max(1, self._padded))
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""The contract for machines: every field, every status that can occur, which ids stand in which role, examples that run."""
+"""The contract for machines, as an OpenAPI document: every field, every status that can occur, the ids for each role, and examples that run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rerank_lab.server.service import Service
 
 QUERY = "How are two tables joined on a key?"
 DOCUMENTS = ["Merge DataFrame objects with a database-style join.", {"text": "Sort by the values along either axis.", "id": 7}]
-# Whatever str.strip leaves, spelled out: dialects of regular expressions differ in what \s is.
+# A character that str.strip keeps. It is spelled out because dialects of regular expressions differ in \s.
 NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 TEXT = {"type": "string"}
 COUNT = {"type": "integer", "minimum": 0}
 SCORE = {"type": "number"}
-ERRORS = {
+ERROR_STATUSES = {
     400: "No HTTP.",
     401: "No token, another scheme, or an unknown token.",
     404: "No such model; the known ids stand in the message.",
@@ -38,28 +38,28 @@ HEADERS = {401: "WWW-Authenticate", 415: "Accept-Encoding", 429: "Retry-After", 
 
 
 def obj(required: dict[str, Any], optional: dict[str, Any] | None = None, *, closed: bool = True) -> dict[str, Any]:
-    """A schema of an object."""
+    """The schema of an object; closed: it has no other keys."""
     return {"type": "object", "required": list(required), "properties": required | (optional or {}), "additionalProperties": not closed}
 
 
 def array(items: dict[str, Any]) -> dict[str, Any]:
-    """A schema of a list."""
+    """The schema of a list."""
     return {"type": "array", "items": items}
 
 
 def header(name: str, description: str) -> dict[str, Any]:
-    """A header that a client may send."""
+    """The parameter for a header that a client may send."""
     return {"name": name, "in": "header", "required": False, "description": description, "schema": TEXT}
 
 
 def count_in_words(count: int, thing: str) -> str:
-    """How many there are: "four methods"."""
+    """A number in words: "four methods"."""
     words = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     return f"{words[count] if count < len(words) else count} {thing}{'' if count == 1 else 's'}"
 
 
 def description() -> str:
-    """What the API does."""
+    """The description of the API."""
     methods = count_in_words(len(METHODS), "method")
     return f"Reranks documents for a query by one of {methods}. The routes beside it speak to the clients of Cohere, Jina, Voyage and TEI."
 
@@ -67,22 +67,22 @@ def description() -> str:
 ERROR = obj({"detail": TEXT})
 INVALID = obj({"detail": array(obj({"loc": array({"anyOf": [TEXT, {"type": "integer"}]}), "msg": TEXT, "type": TEXT}))})
 META = obj({"api_version": obj({"version": TEXT}), "billed_units": obj({"search_units": COUNT})}, {"tokens": obj({"input_tokens": COUNT})})
-PLAIN: dict[str, Any] = {"index": COUNT, "relevance_score": SCORE}
+RESULT_FIELDS: dict[str, Any] = {"index": COUNT, "relevance_score": SCORE}
 AS_OBJECT = {"document": obj({"text": TEXT}, closed=False)}
 V1 = obj(
     {
-        "id": TEXT, "object": TEXT, "model": TEXT, "results": array(obj(PLAIN, AS_OBJECT)), "data": array(obj(PLAIN, {"document": TEXT})),
+        "id": TEXT, "object": TEXT, "model": TEXT, "results": array(obj(RESULT_FIELDS, AS_OBJECT)), "data": array(obj(RESULT_FIELDS, {"document": TEXT})),
         "usage": obj({"total_tokens": COUNT, "prompt_tokens": COUNT}), "meta": META,
     }
 )  # fmt: skip
 ANSWERS: dict[str, dict[str, Any]] = {
     "rerank_v3": obj(
         {
-            "results": array(obj(PLAIN, {"document": {"anyOf": [TEXT, {"type": "object"}]}})),
+            "results": array(obj(RESULT_FIELDS, {"document": {"anyOf": [TEXT, {"type": "object"}]}})),
             "meta": obj({"method": TEXT, "deployed_model_id": TEXT}, {"model_cross": TEXT, "stage1_top_k": COUNT}),
         }
     ),
-    "rerank_v2": obj({"id": TEXT, "results": array(obj(PLAIN, AS_OBJECT)), "meta": META}),
+    "rerank_v2": obj({"id": TEXT, "results": array(obj(RESULT_FIELDS, AS_OBJECT)), "meta": META}),
     "rerank_v1": V1,
     "rerank": {"anyOf": [array(obj({"index": COUNT, "score": SCORE}, {"text": TEXT})), V1]},
     "health": obj({"status": TEXT}),
@@ -97,11 +97,11 @@ ANSWERS: dict[str, dict[str, Any]] = {
 }
 
 
-class Known:
+class ServerContract:
     """The contract of one server.
 
     Args:
-        service: whose ids, limits and keys it tells.
+        service: has the ids, limits and keys.
     """
 
     def __init__(self, service: Service):
@@ -109,14 +109,14 @@ class Known:
         self.models, self.crosses = service.ids("bi-encoder"), service.ids("cross-encoder")
 
     def responses(self, name: str) -> dict[int | str, dict[str, Any]]:
-        """Every status of a route, by its name."""
+        """Status → response, for the route of this name."""
         content = {"text/plain": {"schema": TEXT}} if name == "metrics" else {"application/json": {"schema": ANSWERS[name]}}
         found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": content}}
-        for status in ERRORS if name.startswith("rerank") else [503] if name in ("ready", "models") else []:
+        for status in ERROR_STATUSES if name.startswith("rerank") else [503] if name in ("ready", "models") else []:
             if status == 401 and self.service.settings.keys is None:
                 continue
             schema = INVALID if status == 422 else ERROR
-            found[status] = {"description": ERRORS[status], "content": {"application/json": {"schema": schema}}}
+            found[status] = {"description": ERROR_STATUSES[status], "content": {"application/json": {"schema": schema}}}
             if status in HEADERS:
                 found[status]["headers"] = {HEADERS[status]: {"schema": TEXT, "required": True}}
         for response in found.values():
@@ -124,7 +124,7 @@ class Known:
         return found
 
     def operation(self, name: str) -> dict[str, Any]:
-        """What FastAPI cannot know of a route: its body, its headers and who may call it."""
+        """The parts of a route's operation that FastAPI cannot know: body, headers and security."""
         bodies = {"rerank_v3": self._v3, "rerank_v1": self._client, "rerank_v2": self._client, "rerank": self._any}
         schema, examples = bodies[name]()
         named = {key: {"value": value} for key, value in examples.items()}
@@ -135,12 +135,12 @@ class Known:
         return {"requestBody": body, "parameters": sent} | ({} if self.service.settings.keys is None else {"security": [{"key": []}]})
 
     def document(self, app: FastAPI) -> Callable[[], dict[str, Any]]:
-        """What app.openapi is to be."""
+        """A function to use as app.openapi: it returns the document, made at the first call."""
 
         def made() -> dict[str, Any]:
             if app.openapi_schema is None:
                 app.openapi_schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-                for route in app.routes:  # FastAPI drops defaults of null, and may make floats of limits, which moves 2**63 - 1 up by one
+                for route in app.routes:  # FastAPI drops defaults of null, and may turn limits into floats, which changes 2**63 - 1
                     if isinstance(route, APIRoute) and route.openapi_extra:
                         app.openapi_schema["paths"][route.path]["post"] |= route.openapi_extra
                 if self.service.settings.keys is not None:
@@ -151,7 +151,7 @@ class Known:
         return made
 
     def _schema(self, kind: type[BaseModel]) -> dict[str, Any]:
-        """A request's own schema, with the limits that the command line sets."""
+        """The schema of a request, with the limits that the command line sets."""
         plain = kind.model_json_schema()
         schema: dict[str, Any] = _inlined(plain, plain.pop("$defs", {}))
         schema["properties"]["query"]["pattern"] = NOT_BLANK
@@ -204,7 +204,7 @@ class Known:
 
 
 def _inlined(value: Any, defs: dict[str, Any]) -> Any:
-    """A schema whose references are replaced by what they stand for."""
+    """A schema with its references replaced by their definitions, without titles and discriminators."""
     if isinstance(value, dict):
         if "$ref" in value:
             return _inlined(defs[value["$ref"].rpartition("/")[2]], defs)

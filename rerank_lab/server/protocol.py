@@ -1,4 +1,4 @@
-"""What a connection may do before a request has begun, and behind one: be silent, send what is no HTTP, leave."""
+"""What a connection may do before, between and after requests: it may be silent, send something that is not HTTP, or leave."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def guarded(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol on h11, which bounds the bytes of a head; here its time is bounded too, and the 400 is the contract's.
+    """uvicorn's h11 protocol with two changes: the time for a request's head is bounded, and a 400 has the contract's form.
 
-    Requests find their connection in their state, under `transport`.
+    A request finds its connection in its state, under `transport`.
 
     Args:
-        seconds: from the connection's start, or the first byte of a further request, to the end of the head.
+        seconds: the most time from the start of the connection, or from the first byte of a later request, to the end of the head.
     """
 
     class Guarded(H11Protocol):
@@ -39,7 +39,7 @@ def guarded(seconds: float) -> type[asyncio.Protocol]:
             if self.conn.their_state is not h11.IDLE:
                 self._in_time()
                 if self.conn.their_state is h11.DONE and behind < HIGH_WATER_LIMIT:
-                    self.flow.resume_reading()  # uvicorn reads no more behind a request, and would not see its client leave
+                    self.flow.resume_reading()  # uvicorn stops reading after a request, and would not notice that its client leaves
             elif self._late is None and (behind or self.timeout_keep_alive_task is None) and not self.transport.is_closing():
                 self._late = self.loop.call_later(seconds, self.transport.abort)
 

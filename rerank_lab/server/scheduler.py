@@ -1,8 +1,9 @@
-"""The queue before the one thread that runs the models.
+"""The queue in front of the one thread that runs the models.
 
-A batch is filled from all rankings that wait, up to a budget in padded tokens. Three quarters of it go by when each is due: a
-ranking that fits into one batch at its arrival, a larger one later by four times what the rest of it takes. So ordinary requests
-are answered in turn, and none waits for a huge one longer than a batch. The last quarter is the oldest's, which so always gets on.
+A batch is filled from all waiting rankings, up to a budget in padded tokens. Three quarters of it are filled in the order in which
+rankings are due. A ranking that fits into one batch is due at its arrival. A larger one is due later: four times the time that the
+rest of it takes. So ordinary requests are answered in turn, and none waits longer than one batch for a huge one. The last quarter
+belongs to the oldest ranking, which therefore always makes progress.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from rerank_lab.server.contract import Refusal
 from rerank_lab.server.metrics import Metrics
 from rerank_lab.server.steps import Steps, Unit
 
-SHARE = 4  # the oldest ranking's part of a batch is one of so many
-LONG = 1 << 16  # characters; longer requests are tokenised on threads of their own, so that they keep nobody waiting
+OLDEST_SHARE = 4  # one of so many parts of a batch belongs to the oldest ranking
+LONG_CHARACTERS = 1 << 16  # requests with more characters are tokenised on threads of their own, so that others need not wait
 
 
 @dataclass(eq=False)
@@ -30,12 +31,16 @@ class Job:
     """A ranking that waits or runs.
 
     Attributes:
-        todo: units that have not run, the next one last.
-        size: tokens of those, kept in the queue's sum.
-        batch_size: units in one batch at most.
-        alone: whether it found the queue empty; then it is taken whatever its size.
-        due: when it should have ended, on perf_counter's clock.
-        waiting, model, scoring: seconds, from arrival to the first batch, in batches, and in scoring.
+        future: receives the ranking, or an error.
+        batch_size: the most units in one batch; None: as many as fit.
+        size: tokens of the units that have not run; the queue's sum includes them.
+        arrived: time of arrival (perf_counter).
+        steps: the ranking's steps; None: not tokenised yet, or ended.
+        todo: units that have not run; the next one is last.
+        gone: whether it has ended or its client has left.
+        alone: whether it found the queue empty. Then it is accepted in any size.
+        due: the time at which it should end (perf_counter).
+        waiting, model, scoring: seconds from arrival to the first batch, in batches, and in scoring.
     """
 
     future: asyncio.Future[Ranking]
@@ -53,7 +58,13 @@ class Job:
 
 
 class Batch:
-    """Units in the making, by group, and the tokens that they take with their padding."""
+    """A batch that is being filled.
+
+    Attributes:
+        units: group → units with their jobs.
+        taken: job → number of its units in the batch.
+        padded: tokens of the batch, with padding.
+    """
 
     def __init__(self) -> None:
         self.units: dict[Hashable, list[tuple[Job, Unit]]] = defaultdict(list)
@@ -62,7 +73,13 @@ class Batch:
         self._longest: dict[Hashable, int] = defaultdict(int)
 
     def take(self, job: Job, room: int, *, at_least: int = 0) -> None:
-        """Moves a job's units into the batch while it stays within `room` padded tokens; so many go in any case."""
+        """Moves a job's units into the batch.
+
+        Args:
+            job: the job.
+            room: the most padded tokens of the batch.
+            at_least: this many units go in even if there is no room.
+        """
         while job.todo and (job.batch_size is None or self.taken[job] < job.batch_size):
             unit = job.todo[-1]
             group = unit.group
@@ -79,31 +96,35 @@ class Scheduler:
     """Shares the models among rankings.
 
     Args:
-        budget: padded tokens of a batch.
-        max_queue_tokens: tokens that may wait; a ranking that finds the queue empty is taken whatever its size.
-        metrics: where it counts.
+        budget: the most padded tokens of a batch.
+        max_queue_tokens: the most tokens that may wait. A ranking that finds the queue empty is accepted in any size.
+        metrics: counts batches, tokens and rankings.
     """
 
     def __init__(self, budget: int, max_queue_tokens: int, metrics: Metrics):
         self.budget, self.max_queue_tokens, self.metrics = budget, max_queue_tokens, metrics
         self._jobs: list[Job] = []
         self._tokens, self._closed = 0, False
-        self._late = [1000.0, 0.1]  # tokens that ran and the seconds that they took, those of long ago worth less
+        self._recent = [1000.0, 0.1]  # tokens that ran and the seconds that they took; older batches weigh less
         self._condition = threading.Condition()
         self._short = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         self._long = ThreadPoolExecutor(2, thread_name_prefix="tokenise-long")
 
     async def run(self, make: Callable[[], Steps], characters: int, *, tokens: int | None = None, batch_size: int | None = None) -> tuple[Ranking, Job]:
-        """Ranks, and says what it took.
+        """Ranks one request.
 
         Args:
-            make: tokenises; run on a thread.
-            characters: of query and documents.
-            tokens: what it will take, roughly, until that is known; None: a quarter of the characters.
-            batch_size: of its units in one batch.
+            make: tokenises the request; it runs on a thread.
+            characters: number of characters in query and documents.
+            tokens: an estimate of its tokens until they are known; None: a quarter of the characters.
+            batch_size: the most of its units in one batch; None: as many as fit.
+
+        Returns:
+            the ranking, and its job with the times that it took.
 
         Raises:
-            Refusal: 429, the queue is full. asyncio.CancelledError: what waits is dropped. Whatever a model raises.
+            Refusal: 429, the queue is full. asyncio.CancelledError: the caller gave up; waiting units are dropped.
+            Errors of a model are raised as they are.
         """
         loop = asyncio.get_running_loop()
         job = Job(loop.create_future(), batch_size, 0)
@@ -112,7 +133,7 @@ class Scheduler:
             self._admit(job, 1 + characters // 4 if tokens is None else tokens)
         self.metrics.requests_waiting.inc()
         try:
-            steps = await loop.run_in_executor(self._long if characters > LONG else self._short, make)
+            steps = await loop.run_in_executor(self._long if characters > LONG_CHARACTERS else self._short, make)
             self._enqueue(job, steps)
             return await job.future, job
         finally:
@@ -120,9 +141,9 @@ class Scheduler:
             self._forget(job)
 
     def work(self) -> None:
-        """Runs batches until `close`, on the thread that loaded and warmed the models and on no other.
+        """Runs batches until `close`. Call it on the thread that loaded and warmed the models, and on no other.
 
-        OpenMP gives each thread that computes a team of its own, and more teams than cores make all of them sleep between loops.
+        OpenMP gives each thread that computes its own team of threads. With more threads than cores, all of them sleep between loops.
         """
         while True:
             with self._condition:
@@ -137,7 +158,7 @@ class Scheduler:
                     self._advance(job)
 
     def close(self) -> None:
-        """Ends `work`, after the batch that runs."""
+        """Ends `work` after the batch that is running."""
         with self._condition:
             self._closed = True
             self._condition.notify()
@@ -153,12 +174,12 @@ class Scheduler:
                     self._admit(job, sum(unit.size for unit in steps.units))
                 job.steps = steps
                 self._wants(job, steps.units)
-                job.due = job.arrived + SHARE * self._seconds(max(0, job.size - self.budget))
+                job.due = job.arrived + OLDEST_SHARE * self._seconds(max(0, job.size - self.budget))
                 self._jobs.append(job)
                 self._condition.notify()
 
     def _forget(self, job: Job) -> None:
-        """Takes back what a job still holds; does nothing where it has ended by itself."""
+        """Removes a job from the queue and its tokens from the sum. Does nothing if the job has ended already."""
         with self._condition:
             job.gone = True
             self._count(-job.size)
@@ -173,10 +194,10 @@ class Scheduler:
         job.size = size
 
     def _admit(self, job: Job, size: int) -> None:
-        """Counts a job at this size, unless the queue holds too much beside it.
+        """Sets a job's size and counts it in the queue.
 
         Raises:
-            Refusal: 429.
+            Refusal: 429, the queue holds too much beside it.
         """
         others = self._tokens - job.size
         if others and others + size > self.max_queue_tokens:
@@ -191,14 +212,14 @@ class Scheduler:
         self.metrics.queue_tokens.set(self._tokens)
 
     def _seconds(self, tokens: int) -> float:
-        """What so many tokens take, going by the latest batches."""
-        return tokens * self._late[1] / self._late[0]
+        """An estimate of the time that so many tokens take, from the latest batches."""
+        return tokens * self._recent[1] / self._recent[0]
 
     def _plan(self) -> Batch:
-        """Most of a batch by when each is due, the rest for the oldest, and what is free then for all again."""
+        """Fills a batch: most of it in the order in which jobs are due, the rest for the oldest job, and room that is left for all again."""
         batch, in_turn = Batch(), sorted(self._jobs, key=lambda job: job.due)
         for job in in_turn:
-            batch.take(job, self.budget - self.budget // SHARE, at_least=0 if batch.units else 1)
+            batch.take(job, self.budget - self.budget // OLDEST_SHARE, at_least=0 if batch.units else 1)
         batch.take(self._jobs[0], self.budget, at_least=1)
         for job in in_turn:
             batch.take(job, self.budget)
@@ -213,7 +234,7 @@ class Scheduler:
             self._run_group(members)
             tokens += sum(unit.size for _, unit in members)
         seconds = time.perf_counter() - start
-        self._late = [0.95 * self._late[0] + tokens, 0.95 * self._late[1] + seconds]
+        self._recent = [0.95 * self._recent[0] + tokens, 0.95 * self._recent[1] + seconds]
         self.metrics.batch(tokens, batch.padded, seconds)
         with self._condition:
             for job in batch.taken:
@@ -227,19 +248,19 @@ class Scheduler:
         units = [unit for _, unit in members]
         try:
             units[0].run(units)
-        except Exception as error:  # noqa: BLE001 - whatever a model raises is an answer to whom it concerns, and the thread lives on
+        except Exception as error:  # noqa: BLE001 - a model's error answers the requests of this batch, and the thread goes on
             self.metrics.failed_batches.inc()
             jobs = list(dict.fromkeys(job for job, _ in members))
             if len(jobs) == 1:
                 self._end(jobs[0], error)
                 return
-            for job in jobs:  # each alone, so that the one that cannot be done fails by itself
+            for job in jobs:  # each job alone, so that only the faulty one fails
                 self._run_group([member for member in members if member[0] is job])
 
     def _advance(self, job: Job) -> None:
         start = time.perf_counter()
         steps = job.steps
-        if steps is None:  # its client has just left
+        if steps is None:  # the client has just left
             return
         try:
             ranking = steps.advance()
@@ -255,7 +276,7 @@ class Scheduler:
                 self._wants(job, steps.units)
 
     def _end(self, job: Job, outcome: Ranking | Exception) -> None:
-        """Hands the outcome to whoever waits for it."""
+        """Gives the outcome to the caller of `run`."""
 
         def hand_over() -> None:
             if not job.future.done():

@@ -1,4 +1,4 @@
-"""What stands behind the routes: models by their ids, who may ask, what state the server is in, and one way to rank."""
+"""The service behind the routes: models by their ids, keys, the state of the server, and ranking."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ SCALES = {"bi-encoder": "cosine, -1 to 1", "cross-encoder": "sigmoid of the logi
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a server is set up.
+class ServerSettings:
+    """The settings of a server.
 
     Attributes:
-        keys: that open it; None: no key is asked for.
-        aliases: another name → the id that it stands for.
-        default_model: what the routes for other clients run where none is named.
-        max_documents: of a request.
-        max_body: bytes of one body; bodies that are in memory at once may take four times as much.
-        max_queue_tokens: that may wait.
-        batch_tokens: padded tokens of a batch; None: what suits the device.
-        timeout: seconds from a request's first byte to its answer.
-        origins: of web pages that may ask.
-        prefix: of paths, as a proxy in front has it; without a slash at its end.
+        keys: keys that requests may carry; None: requests need no key.
+        aliases: another name for a model → its id.
+        default_model: the model of a request without one, on the routes for other clients.
+        max_documents: the most documents of a request.
+        max_body: the most bytes of one body. All bodies in memory together may have four times as many.
+        max_queue_tokens: the most tokens that may wait.
+        batch_tokens: the most padded tokens of a batch; None: what suits the device.
+        timeout: the most seconds from a request's first byte to its answer.
+        origins: web pages of these origins may send requests.
+        prefix: the path under which a proxy shows the server, without a slash at its end; "": none.
     """
 
     keys: tuple[str, ...] | None
@@ -57,29 +57,35 @@ class Settings:
 
 
 class Service:
-    """One server's models and limits.
+    """One server: its models, its limits and its state.
 
     Args:
-        settings: its set-up.
-        roles: id → role of every model that will be loaded, aliases left out.
+        settings: of the server.
+        roles: id → role, for every model that will be loaded; without aliases.
+
+    Attributes:
+        state: "loading", "ready" or "draining".
+        in_flight: number of requests whose clients do not have their answers yet.
+        body_bytes: bytes that these requests hold.
+        cut: number of requests that a forced stop left without an answer.
+        fleet, scheduler: None until the models are loaded.
     """
 
-    def __init__(self, settings: Settings, roles: Mapping[str, str]):
+    def __init__(self, settings: ServerSettings, roles: Mapping[str, str]):
         self.settings, self.metrics = settings, Metrics()
         self.roles = dict(roles) | {alias: roles[target] for alias, target in settings.aliases.items()}
         self.state = "loading"
-        # Requests whose answers are not with their clients yet, what they hold in bytes, and how many a forced stop has cut.
         self.in_flight = self.body_bytes = self.cut = 0
         self.fleet: Fleet | None = None
         self.scheduler: Scheduler | None = None
         self._digests = None if settings.keys is None else [_digest(key) for key in settings.keys]
 
     def run(self, load: Callable[[], Fleet], opened: Callable[[], None]) -> None:
-        """Loads the models, warms them, opens the doors and serves until `close`, all on the calling thread (Scheduler.work says why).
+        """Loads and warms the models, then serves until `close`. All of it runs on the calling thread; see Scheduler.work for the reason.
 
         Args:
-            load: makes the models.
-            opened: called once when requests are taken.
+            load: loads the models.
+            opened: called once, when the server takes requests.
         """
         fleet = load()
         fleet.warm()
@@ -91,7 +97,7 @@ class Service:
         self.scheduler.work()
 
     def drain(self) -> None:
-        """Takes no more work; what is in flight is finished."""
+        """Refuses new work. Requests in flight are finished."""
         self.state = "draining"
 
     def close(self) -> None:
@@ -103,7 +109,7 @@ class Service:
         """Checks an Authorization header in constant time.
 
         Raises:
-            Refusal: 401.
+            Refusal: 401, the key is missing or unknown.
         """
         if self._digests is None:
             return
@@ -115,10 +121,10 @@ class Service:
             raise Refusal(401, "A known key is needed: Authorization: Bearer KEY.", {"WWW-Authenticate": "Bearer"})
 
     def check_ready(self) -> None:
-        """Refuses work while there are no models, or no more.
+        """Checks that the server takes work.
 
         Raises:
-            Refusal: 503.
+            Refusal: 503, it is loading or draining.
         """
         if self.state != "ready":
             raise Refusal(503, f"The server is {self.state}; try again later.", {"Retry-After": "2" if self.state == "loading" else "5"})
@@ -140,15 +146,15 @@ class Service:
         return found
 
     def ids(self, role: str) -> list[str]:
-        """Ids with this role, the default model's first."""
+        """The ids of this role, the default model first."""
         found = [name for name, own in self.roles.items() if own == role]
         return sorted(found, key=lambda name: name != self.settings.default_model)
 
     def reranker(self, call: Call) -> Reranker:
-        """The models that a call names, under its method.
+        """A Reranker with the models and the method of a call.
 
         Raises:
-            Refusal: 404, an unknown id; 422, one of another role.
+            Refusal: 404, an id is unknown; 422, a model has another role.
         """
         assert self.fleet is not None
         named = {"model": call.model, "model_cross": call.cross}
@@ -164,16 +170,16 @@ class Service:
         return self.fleet.reranker(call.method, model if needs_model else None, cross, max_tokens_per_doc=call.max_tokens_per_doc)
 
     async def rank(self, call: Call) -> tuple[Ranking, Job]:
-        """Ranks what a call holds.
+        """Ranks the documents of a call. Returns the ranking, and its job with the times that it took.
 
         Raises:
-            Refusal: 404, 422, 429, 503; 500 where a model fails, named.
+            Refusal: 404, 422, 429 or 503; 500 if a model fails, with the model's name.
         """
         self.check_ready()
         assert self.scheduler is not None
         reranker = self.reranker(call)
         characters = len(call.query) + sum(map(len, call.texts))
-        # Four characters a token, and no more tokens than the model reads, so that a long document does not fill the queue.
+        # An estimate: four characters for a token, and no more tokens than the model reads. So a long document does not fill the queue.
         most = 4 * reranker.token_limit
         pairs = len(call.texts) if reranker.scorer is not None and reranker.scorer.needs is None else 1
         tokens = 1 + (min(len(call.query), most) * pairs + sum(min(len(text), most) for text in call.texts)) // 4
@@ -187,19 +193,19 @@ class Service:
             names = " and ".join(name for name in (call.model if reranker.encoder else None, call.cross) if name is not None)
             log.error("request %s: method %s failed with model %s: %s", REQUEST.get(), call.method.name, names, without_message(error))
             raise Refusal(500, f"method {call.method.name} failed with model {names}: {type(error).__name__}") from error
-        if call.whole and (ranking.truncated or _query_cut(reranker, call.query)):
+        if call.forbids_cut and (ranking.truncated or _query_cut(reranker, call.query)):
             message = f"Input holds a text longer than what is read of it here, {reranker.token_limit} tokens: shorten it, or allow that its end is cut off"
-            raise invalid([call.whole], message, "too_long_to_read_whole")
+            raise invalid([call.forbids_cut], message, "too_long_to_read_whole")
         return ranking, job
 
 
 def without_message(error: BaseException) -> str:
-    """Where an error came from and its type, for a log; its message may hold what a client sent."""
+    """An error's type and traceback for a log, without its message, which may repeat what a client sent."""
     return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
 
 
 def _query_cut(reranker: Reranker, query: str) -> bool:
-    """Whether an encoder reads only a part of the query; of pairs, rankings tell it themselves."""
+    """Whether an encoder reads only a part of the query. If a cross-encoder reads pairs, the ranking itself tells."""
     needs = None if reranker.scorer is None else reranker.scorer.needs
     encoder = reranker.encoder if needs is None else needs.encoder
     return encoder is not None and encoder.tokenize([query], "query", encoder.limit)[0].full_length > encoder.limit
@@ -210,10 +216,10 @@ def _digest(key: str) -> bytes:
 
 
 def check_aliases(pairs: Iterable[str], roles: Mapping[str, str]) -> dict[str, str]:
-    """Aliases as they stand on the command line, NAME=ID.
+    """Parses the aliases of the command line, NAME=ID.
 
     Raises:
-        ValueError: one that is malformed, stands twice, hides an id or stands for none.
+        ValueError: an alias is malformed, is given twice, has the name of an id, or names an unknown id.
     """
     aliases: dict[str, str] = {}
     for pair in pairs:

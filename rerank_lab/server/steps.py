@@ -1,8 +1,8 @@
-"""A ranking in steps: the same work as Reranker.score, cut where forwards can be shared with other rankings.
+"""A ranking in steps: the same work as Reranker.score, cut so that rankings can share forward passes.
 
-A method is a function of its pool. Here the pool never runs a model: where it lacks something it raises Missing, and the
-method is run again once the units of work that make it have been. Scoring again costs a fraction of any forward, and no
-method knows of it.
+A method is a function of its pool. The pool here never runs a model. If it lacks a vector or a logit, it raises Missing with the
+units of work that make it. When these units have run, the method is run again from the start. Scoring again costs much less than
+a forward pass, and methods do not notice.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rerank_lab.reranker import Ranking, Reranker
 
 
 class Missing(Exception):
-    """What a pool lacks.
+    """A pool lacks vectors or logits.
 
     Attributes:
-        units: the work that makes it, longest first.
+        units: the work that makes them, longest first.
     """
 
     def __init__(self, units: Sequence[Unit]):
@@ -33,14 +33,14 @@ class Missing(Exception):
 
 
 class Steps:
-    """One ranking: run `units`, in any batches and any company, then `advance`, until that gives a ranking.
+    """One ranking. Run `units`, in any batches and together with other rankings' units; then `advance`; repeat until it returns a ranking.
 
     Args:
-        reranker: models, method and settings; a cache in memory.
-        query, texts: as for Reranker.score. They are tokenised here, which any thread may do.
+        reranker: models, method and settings, with caches in memory.
+        query, texts: as for Reranker.score. They are tokenised here; any thread may do that.
 
     Attributes:
-        units: to be run before the next `advance`.
+        units: the work to do before the next `advance`.
 
     Raises:
         UserError: as Reranker.score.
@@ -51,10 +51,10 @@ class Steps:
         self.units: Sequence[Unit] = self.pool.first(reranker.method.roles)
 
     def advance(self) -> Ranking | None:
-        """The ranking, or None where it takes more units.
+        """Runs the method. Returns the ranking, or None if more units must run first.
 
         Raises:
-            ModelError: a NaN score.
+            ModelError: a score is NaN.
         """
         try:
             return self.reranker.finish(self.pool)
@@ -64,18 +64,18 @@ class Steps:
 
 
 class StepPool(Pool):
-    """A pool that says what it lacks."""
+    """A pool that raises Missing instead of running a model."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.shared = self.caches
-        # What is borrowed from the shared caches stays for as long as this ranking needs it.
+        # Vectors that are borrowed from the shared caches stay for as long as this ranking needs them.
         self.caches = {key: VectorCache("") for key in self.shared}
-        self.seen = self.new = 0  # distinct documents whose vectors were wanted at first, by where they were
+        self.seen = self.new = 0  # distinct documents whose vectors were needed first: in the cache, and not in it
         self.done: dict[int, tuple[float, WorkItem]] = {}  # position → logit, and the work that made it
 
     def first(self, roles: Sequence[str]) -> Sequence[Unit]:
-        """Everything that is known to be needed, so that it can share a batch."""
+        """All units that are known to be needed from the start, so that they can share a batch."""
         encoder = self.encoder if "bi-encoder" in roles else None if self.needs is None else self.needs.encoder
         if encoder is None:
             assert self.cross is not None
@@ -108,11 +108,11 @@ class StepPool(Pool):
         work = self.work(cross, positions)
         self.flops.seen += cross.flops(work)
         places = positions.tolist()
-        return sorted((Score(self, part.size, cross, part, [places[n] for n in part.positions]) for part in work), key=lambda unit: -unit.size)
+        return sorted((ScoreUnit(self, part.size, cross, part, [places[n] for n in part.positions]) for part in work), key=lambda unit: -unit.size)
 
     def _query(self, encoder: Encoder, detail: Detail) -> Unit:
         (tokens,) = encoder.tokenize([self.query], "query", encoder.limit)
-        return Query(self, len(tokens), encoder, tokens, detail)
+        return QueryUnit(self, len(tokens), encoder, tokens, detail)
 
     def _texts(self, encoder: Encoder, texts: Sequence[str], detail: Detail) -> tuple[list[bytes], list[Unit]]:
         keys = [text_key(text, min(self.max_tokens, encoder.limit)) for text in texts]
@@ -120,17 +120,17 @@ class StepPool(Pool):
         new = dict.fromkeys(own.borrow(shared, keys, detail))
         lacking = {key: text for key, text in zip(keys, texts) if key in new} if new else {}
         tokens = encoder.tokenize(list(lacking.values()), "document", self.max_tokens)
-        units = [Text(self, len(t), encoder, shared, own, key, t, detail) for key, t in zip(lacking, tokens)]
+        units = [TextUnit(self, len(t), encoder, shared, own, key, t, detail) for key, t in zip(lacking, tokens)]
         return keys, sorted(units, key=lambda unit: -unit.size)
 
 
 @dataclass(eq=False)
 class Unit:
-    """Work that is not divided.
+    """A piece of work that is not divided further.
 
     Attributes:
-        pool: whose it is.
-        size: tokens, for budgets.
+        pool: the pool that needs it.
+        size: its tokens, for budgets.
     """
 
     pool: StepPool
@@ -138,17 +138,17 @@ class Unit:
 
     @property
     def group(self) -> Hashable:
-        """Units of one group can run together."""
+        """A key; units with the same key can run together."""
         return id(self)
 
     def run(self, units: Sequence[Any]) -> None:
-        """Runs units of this one's group, itself among them, and leaves the results where their pools look."""
+        """Runs units of this unit's group, including itself, and puts the results where their pools find them."""
         raise NotImplementedError
 
 
 @dataclass(eq=False)
-class Query(Unit):
-    """A query for an encoder."""
+class QueryUnit(Unit):
+    """A query that an encoder reads."""
 
     encoder: Encoder
     tokens: Tokens
@@ -158,14 +158,14 @@ class Query(Unit):
     def group(self) -> Hashable:
         return "query", id(self.encoder), self.detail
 
-    def run(self, units: Sequence[Query]) -> None:
+    def run(self, units: Sequence[QueryUnit]) -> None:
         for unit, query in zip(units, self.encoder.encode_queries([u.tokens for u in units], detail=self.detail)):
             unit.pool.keep_query(self.encoder, query, self.detail)
 
 
 @dataclass(eq=False)
-class Text(Unit):
-    """A document for an encoder, whose vectors go to the shared cache and to the ranking's own."""
+class TextUnit(Unit):
+    """A document that an encoder reads. Its vectors go to the shared cache and to the ranking's own cache."""
 
     encoder: Encoder
     shared: VectorCache
@@ -178,9 +178,9 @@ class Text(Unit):
     def group(self) -> Hashable:
         return "text", id(self.shared), self.detail
 
-    def run(self, units: Sequence[Text]) -> None:
+    def run(self, units: Sequence[TextUnit]) -> None:
         new = {unit.key: unit.tokens for unit in units if unit.own.borrow(self.shared, [unit.key], self.detail)}
-        if new:  # another ranking may have asked for the same text
+        if new:  # another ranking may have encoded the same text already
             self.shared.add(list(new), self.encoder.encode_tokens(list(new.values()), detail=self.detail), self.detail)
             for unit in units:
                 unit.own.borrow(self.shared, [unit.key], self.detail)
@@ -188,8 +188,8 @@ class Text(Unit):
 
 
 @dataclass(eq=False)
-class Score(Unit):
-    """A part of a scorer's work, for the documents at these positions of the pool."""
+class ScoreUnit(Unit):
+    """A part of a scorer's work: the documents at these positions of the pool."""
 
     cross: Scorer
     work: WorkItem
@@ -199,7 +199,7 @@ class Score(Unit):
     def group(self) -> Hashable:
         return ("score", id(self.cross)) if self.cross.shares else id(self)
 
-    def run(self, units: Sequence[Score]) -> None:
+    def run(self, units: Sequence[ScoreUnit]) -> None:
         logits = iter(self.cross.logits([unit.work for unit in units]).tolist())
         for unit in units:
             for position in unit.positions:

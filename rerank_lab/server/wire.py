@@ -1,4 +1,4 @@
-"""How a request may be written: its target, the encoding of its body, the web page that it comes from."""
+"""Forms in which a request may arrive: its target, the encoding of its body, the origin of its web page."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from starlette.types import ASGIApp
 
 from rerank_lab.server.contract import Refusal, invalid
 
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^/]*", re.IGNORECASE)
-PIECE = 1 << 16  # bytes that come out of a compressed body at once
-FREE, FOLDS = 1 << 20, 100  # bytes of a compressed body whatever they came from, and how many times what came it may hold beyond; texts are a tenth of that
-MEMBERS = 1000  # gzip files that one body may consist of; each costs time, however little it holds
+ABSOLUTE_FORM = re.compile(r"[a-z][a-z0-9+.-]*://[^/]*", re.IGNORECASE)
+GUNZIP_PIECE = 1 << 16  # bytes of a body that are decompressed at once
+FREE, FOLDS = 1 << 20, 100  # a body may decompress to FREE bytes, plus FOLDS times its compressed size; texts need a tenth of that
+MEMBERS = 1000  # the most gzip members of one body; each costs time, even if it is empty
 GZIP_WITH_HEADER = 16 + zlib.MAX_WBITS
 
 
 def route(path: str, prefix: str, routes: Collection[str]) -> str:
-    """A path as the routes have it.
+    """Finds the path of a route.
 
     Args:
-        path: as it came: with a proxy's prefix, behind the server's own address, with slashes too many, or plain.
-        prefix: what a proxy may leave in front.
-        routes: a path that stands here is taken as it is, even where it begins like the prefix.
+        path: as it came: plain, with a proxy's prefix, with the server's own address in front, or with too many slashes.
+        prefix: a proxy may leave it in front of the path.
+        routes: paths of routes; such a path is returned as it is, even if it begins with the prefix.
     """
     if not path.startswith("/"):
-        address = ADDRESS.match(path)
+        address = ABSOLUTE_FORM.match(path)
         if address is None:
             return path
         path = path[address.end() :]
@@ -41,10 +41,10 @@ def route(path: str, prefix: str, routes: Collection[str]) -> str:
 
 
 def encoding(headers: Headers) -> str:
-    """How a body is encoded: "gzip", or "" for not at all.
+    """The encoding of a body: "gzip", or "" for none.
 
     Raises:
-        Refusal: 415, another encoding, or several.
+        Refusal: 415, it has another encoding, or several.
     """
     named = ", ".join(headers.getlist("content-encoding")).strip().lower()
     if named in ("", "identity"):
@@ -55,16 +55,16 @@ def encoding(headers: Headers) -> str:
 
 
 class Gunzip:
-    """Decodes a gzip body in small pieces, so that whoever takes them can stop long before a small body has become a huge one."""
+    """Decompresses a gzip body in small pieces, so that the caller can stop before a small body becomes a huge one."""
 
     def __init__(self) -> None:
         self._member, self._members = zlib.decompressobj(GZIP_WITH_HEADER), 1
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """What this part of the body holds.
+        """Decompresses a part of the body.
 
         Raises:
-            Refusal: 422, it is no gzip.
+            Refusal: 422, it is not gzip, or has too many members.
         """
         while data:
             if self._member.eof:
@@ -72,7 +72,7 @@ class Gunzip:
                 if self._members > MEMBERS:
                     raise invalid([], f"Input should be at most {MEMBERS} gzip members", "gzip_invalid")
             try:
-                piece = self._member.decompress(data, PIECE)
+                piece = self._member.decompress(data, GUNZIP_PIECE)
             except zlib.error:
                 raise invalid([], "Input should be valid gzip, as its Content-Encoding says", "gzip_invalid") from None
             data = self._member.unconsumed_tail or self._member.unused_data
@@ -80,20 +80,20 @@ class Gunzip:
                 yield piece
 
     def end(self) -> None:
-        """Refuses a body that stopped halfway.
+        """Checks that the body is complete.
 
         Raises:
-            Refusal: 422.
+            Refusal: 422, it ends too early.
         """
         if not self._member.eof:
             raise invalid([], "Input should be whole gzip, and ends too early", "gzip_invalid")
 
 
 class Origins(CORSMiddleware):
-    """Lets web pages of these origins ask, with a key in a header and never with cookies.
+    """Middleware that lets web pages of these origins send requests, with a key in a header and never with cookies.
 
     Args:
-        app: what answers.
+        app: answers requests.
         origins: as browsers send them; * for all.
     """
 
@@ -101,10 +101,10 @@ class Origins(CORSMiddleware):
         exposed = ("X-Request-ID", "Server-Timing", "Retry-After", "WWW-Authenticate")
         methods = ("GET", "HEAD", "POST")
         super().__init__(app, origins, methods, ("*",), expose_headers=exposed)
-        self.allow_private_network = True  # a public page may ask a server at home, where its origin is named
+        self.allow_private_network = True  # a public page may ask a server in a private network if its origin is allowed
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """The answer to a browser that asks before it sends; a refusal in the contract's shape."""
+        """The answer to a browser's preflight request. A refusal has the contract's form."""
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response

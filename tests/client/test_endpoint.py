@@ -1,4 +1,4 @@
-"""A v3 server as a row of an evaluation: what is sent, what is made of the answer, and what is said of a bad one."""
+"""A v3 server as a row of an evaluation: the requests, how answers are read, and the messages about bad answers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_what_is_sent_and_what_a_row_holds(stand_in: StandIn, arguments: list[st
     said = capsys.readouterr()
     assert said.err == "rerank_lab: small: only the first 3 of 4 judged queries (--limit-queries)\n"
 
-    # A first look, two to warm up, three that count; nothing else, and nothing twice.
+    # One request to check the server, two to warm up, three that count. No other request, and none twice.
     assert len(stand_in.asked) == len(remote) * (1 + 2 + 3) and {path for path, _, _ in stand_in.asked} == {V3}
     assert not any("authorization" in headers for _, headers, _ in stand_in.asked)
     fixed: dict[str, Any] = {"model": "all-MiniLM-L6-v2", "max_tokens_per_doc": 9}
@@ -146,7 +146,7 @@ def test_what_is_sent_and_what_a_row_holds(stand_in: StandIn, arguments: list[st
 
 
 def test_how_far_a_server_that_ranks_otherwise_agrees(stand_in: StandIn, arguments: list[str], tmp_path: Path) -> None:
-    """It turns the order around and takes .25 from each score."""
+    """The server reverses the order and subtracts .25 from each score."""
 
     def turned(answer: dict[str, Any]) -> dict[str, Any]:
         items = answer["results"]
@@ -282,7 +282,7 @@ def test_waiting_is_bounded(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_connection_serves_all_and_one_that_breaks_is_tried_once_more(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # which knows nothing of this machine's loopback
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # a proxy that cannot reach this machine's loopback
     asking = endpoint(stand_in)
     for _ in range(3):
         asking.score(QUERY, TEXTS)
@@ -343,7 +343,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
 
 def test_resume_asks_only_for_what_is_missing(stand_in: StandIn, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = [*arguments, f"fast,endpoint:{stand_in.url}/v/1"]
-    healthy = [ok({"results": items(*((i, 1 - i / 8) for i in range(n)))}) for n in (1, 4, 4, 4)]  # the first look, two to warm up, one that counts
+    healthy = [ok({"results": items(*((i, 1 - i / 8) for i in range(n)))}) for n in (1, 4, 4, 4)]  # one to check, two to warm up, one that counts
     stand_in.replies = [*healthy, error(500, "out of memory")]
     assert main(run) == 1
     assert "out of memory" in (said := capsys.readouterr().err) and "--resume" in said and "Traceback" not in said

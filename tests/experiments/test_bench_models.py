@@ -1,4 +1,4 @@
-"""The benchmark times every contender on the same work, checks that they find the same, and weighs each in a process of its own."""
+"""The benchmark of models: every contender does the same work and finds the same, and a process of its own measures its memory."""
 
 from __future__ import annotations
 

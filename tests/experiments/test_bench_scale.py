@@ -1,4 +1,4 @@
-"""The benchmark at scale finds what brute force finds, in blocks, and refuses what does not fit on the disk."""
+"""The benchmark at scale: in blocks it finds the same as brute force, and it refuses what does not fit on the disk."""
 
 from __future__ import annotations
 

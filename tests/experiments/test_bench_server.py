@@ -1,4 +1,4 @@
-"""The server's benchmark: real servers under every load, and a peer that is none."""
+"""The server's benchmark: real servers under every load, and a peer that is not infinity."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rerank_lab.client.v3 import V3
 from tests.conftest import DOCUMENTS, ROOT
 from tests.serving import Server
 
@@ -38,8 +39,8 @@ def test_every_load_is_answered_and_printed_in_80_columns(
 
 
 def test_an_answer_that_is_no_200_is_a_failure_with_its_words(server: Server) -> None:
-    case = script.Case(server.port, script.V3, {"model": "all-MiniLM-L6-v2"}, None)  # type: ignore[arg-type]
-    with pytest.raises(script.Failed, match=r"401.*known key"):
+    case = script.RequestKind(server.port, V3, {"model": "all-MiniLM-L6-v2"}, None)  # type: ignore[arg-type]
+    with pytest.raises(script.ServerFailed, match=r"401.*known key"):
         asyncio.run(case.send(("q", ["a"])))
 
 

@@ -1,4 +1,4 @@
-"""The sweep over stored scores gives what ranking under the same weights gives."""
+"""The sweep over stored scores gives the same as ranking under the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundled collection `numpydoc`: whole, without leaks, and just what its script makes."""
+"""The bundled collection `numpydoc`: it is complete, has no leaks, and is exactly what its script makes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def check(*args: object, **environment: str) -> subprocess.CompletedProcess[str]
 @pinned
 def test_the_script_makes_these_very_files(tmp_path: Path) -> None:
     copy = shutil.copytree(DATA, tmp_path / "numpydoc")
-    # another hash seed, another folder: neither must show
+    # another hash seed and another folder must make no difference
     done = check("--check", "--out", copy, PYTHONHASHSEED="4321")
     assert (done.returncode, done.stderr) == (0, "")
     with (copy / "qrels" / "test.tsv").open("a", encoding="utf-8") as file:

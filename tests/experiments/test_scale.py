@@ -1,4 +1,4 @@
-"""The cost model computes what its formulas say, never less of anything than nothing, and its report says of every number what it is."""
+"""The cost model computes what its formulas say and nothing negative, and its report says for every number how it was found."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
 import scale as script
 import scale_measure
 import scale_model as model
-from scale_model import Case
+from scale_model import ScaleCase
 
 KINDS = re.compile(r"measured|extrapolated|assumed|\(settings?\)|\(a setting\)")
 
 
 def encoding(seconds: float) -> dict[str, Any]:
-    """1 ms and `seconds` a token (tokens: 2 ms, states: 10 ms more); bytes as they are."""
+    """Encoding a document: 1 ms (tokens: 2 ms, states: 11 ms) plus `seconds` for each token, and its bytes."""
     lines = {"POOLED": (0.001, 2000, 0), "TOKENS": (0.002, 2000, 256), "STATES": (0.011, 2000, 4864)}
     return {name: [[n, fixed + seconds * n, size + each * n] for n in (100, 150, 250)] for name, (fixed, size, each) in lines.items()}
 
 
 def index(files: int, each: int, mapped: int) -> dict[str, Any]:
-    """100 µs and 1,000 bytes a file, 1 µs and 200 bytes a key, 10 µs to list."""
+    """Opening an index: 100 µs and 1,000 bytes for each file, 1 µs and 200 bytes for each key; 10 µs for listing a file."""
     keys = files * each
     opening = {"seconds": 1e-4 * files + 1e-6 * keys, "bytes": 1000 * files + 200 * keys, "list_seconds": 1e-5 * files}
     return {"files": files, "documents": keys, **opening, "mapped": mapped, "map_bytes": 5000 * mapped, "limit": 65_530, "maps_before": 530}
@@ -60,7 +60,7 @@ FOUND: dict[str, Any] = {
     "ray 2": {"documents": 1000, "tokens": 100.0, "wall": 50.0, "encoders": [14.0, 15.5]},
 }  # fmt: skip
 F = model.figures(FOUND)
-CASE = Case(documents=1024, queries=32, workers=2, method="best", precision="fp32", workers_a_node=8, gbits=8.0, node_gb=10.0)
+CASE = ScaleCase(documents=1024, queries=32, workers=2, method="best", precision="fp32", workers_a_node=8, gbits=8.0, node_gb=10.0)
 ALL = [replace(CASE, method=m, precision=p, documents=d, queries=q) for m in model.METHODS for p in ("fp32", "bf16") for d in (100, 10**8) for q in (1, 10**6)]
 
 
@@ -68,13 +68,13 @@ def test_the_figures_are_what_was_measured() -> None:
     assert F.encode["fp32"][Detail.STATES] == pytest.approx((0.011, 1e-4)) and F.encode["bf16"][Detail.TOKENS] == pytest.approx((0.002, 5e-5))
     assert F.vectors[Detail.TOKENS] == pytest.approx((2000, 256)) and F.rank["fp32"]["best"] == pytest.approx((0.010, 0.0001 * 2))
     assert (F.text_open, F.text_seconds, F.text_bytes) == pytest.approx((1e-4, 5e-6, 1000))
-    assert (*F.open_seconds, *F.open_bytes) == pytest.approx((1e-4, 1e-6, 1000, 200), rel=0.02)  # a key's figure has the few files' share in it
+    assert (*F.open_seconds, *F.open_bytes) == pytest.approx((1e-4, 1e-6, 1000, 200), rel=0.02)  # a key's figure includes a share of the few files
     assert (F.list_seconds, F.check_seconds, F.map_bytes, F.maps) == pytest.approx((1e-5, 1e-9, 5000, 65_000))
     assert model.fitted([[25, 0.011], [100, 0.009]]) == pytest.approx((0.010, 0.0)), "noise makes no work cheaper than less of it"
 
 
 def test_times_are_those_of_the_formulas() -> None:
-    """1,024 documents in 2 shards of 26.6 kB a document … by hand."""
+    """1,024 documents in 2 shards, with 26.6 kB for a document, computed by hand."""
     taken = model.times(F, CASE)
     shard = 512 * (2000 + 200 * 256)
     new = 2 * (1 - 0.5**1600)
@@ -111,7 +111,7 @@ def test_random_draws_meet_each_shard_once() -> None:
 
 
 def test_more_workers_are_never_slower() -> None:
-    """What workers compute; whole times where nodes are added, since a node's workers share its network."""
+    """Compares the parts that workers compute. The network counts too if nodes are added, since the workers of a node share its network."""
     for case in ALL:
         for workers in (1, 2, 8, 64):
             few, many = (model.times(F, replace(case, workers=w)) for w in (workers, 2 * workers))
@@ -122,7 +122,7 @@ def test_more_workers_are_never_slower() -> None:
 
 
 def test_nothing_is_negative_and_more_documents_never_take_less() -> None:
-    def amounts(case: Case) -> list[float]:
+    def amounts(case: ScaleCase) -> list[float]:
         return [
             model.worker_bytes(F, case),
             model.driver_bytes(F, case),
@@ -150,7 +150,7 @@ def page(found: dict[str, Any] = FOUND) -> str:
 
 
 def unmarked(text: str) -> list[str]:
-    """Sentences and rows with a number that neither they, their heading nor their columns call measured, extrapolated or assumed."""
+    """Sentences and rows with a number that nothing calls measured, extrapolated or assumed: not they, not their heading, not their columns."""
     odd, heading, columns = [], "", ""
     for line in text.partition("\n## ")[2].splitlines():
         if line.startswith("#") or not heading:
@@ -172,7 +172,7 @@ def test_every_number_of_the_report_is_called_what_it_is() -> None:
     sections = re.findall(r"^## (.*)", text, re.MULTILINE)
     for name in sections:
         bare = name.partition(" (")[0]
-        if bare != name and bare != "Assumptions":  # whose sentences say it too
+        if bare != name and bare != "Assumptions":  # its sentences say it too
             assert unmarked(text.replace(f"## {name}", f"## {bare}")), f"{name} says what its numbers are, and nothing else does"
     assert unmarked(text.replace("predicted (extrapolated)", "predicted")) and unmarked(text.replace("(extrapolated)", ""))
     assert len(sections) == len(set(sections)) == 8
@@ -201,7 +201,7 @@ def test_amounts_are_in_units_that_people_use() -> None:
 
 @pytest.fixture
 def run(beir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[str]]]:
-    """The command with its sections at hand: its exit code, and what it measured."""
+    """Runs the command with prepared results of its sections. Returns its exit code, and the sections that it measured."""
     asked: list[str] = []
     monkeypatch.setattr(script, "sections", lambda s: list(FOUND))
     given = ["--work", str(tmp_path / "work"), "--dataset", str(beir()), "--out", str(tmp_path / "scale.md"), "--largest", "10000"]
@@ -238,7 +238,7 @@ def test_a_disk_that_is_too_small_is_refused(
 
 
 def test_sections_measure(tmp_path: Path) -> None:
-    s = model.Settings(str(tmp_path), "numpydoc", 10_000, True)
+    s = model.ScaleSettings(str(tmp_path), "numpydoc", 10_000, True)
     scale_measure.tiny(s, "3", "4")
     found = scale_measure.index(s, "3", "4")
     assert (found["files"], found["documents"], found["mapped"]) == (3, 12, 3) and min(found["seconds"], found["list_seconds"], found["limit"]) > 0
@@ -247,5 +247,5 @@ def test_sections_measure(tmp_path: Path) -> None:
     scale_measure.beir(tmp_path / "two", {"d1": "one", "d2": "two"}, {"q1": "what", "q2": "which", "q3": "who"})
     assert load_dataset(str(tmp_path / "two")).qrels == {"q1": {"d1": 1}, "q2": {"d2": 1}, "q3": {"d1": 1}}
     names = script.sections(s)
-    assert {name.split(" ")[0] for name in names} <= set(scale_measure.WORK) and len(names) == len(set(names))
+    assert {name.split(" ")[0] for name in names} <= set(scale_measure.SECTIONS) and len(names) == len(set(names))
     assert json.loads(json.dumps(FOUND)) == FOUND

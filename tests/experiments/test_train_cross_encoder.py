@@ -1,4 +1,4 @@
-"""The training script end to end on a handful of documents: what it writes loads, a stopped run goes on to the same result."""
+"""The training script from end to end on a few documents: its adapter loads, and a stopped run ends with the same result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training_lists import labelled, pseudo_queries, read_corpus, split
 
 @pytest.fixture
 def train(beir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the script on the small collection; the first argument is the work folder, beside which the adapter goes."""
+    """Runs the script on the small collection. The first argument is the work folder; the adapter is written beside it."""
     folder, watched = beir(split="train"), beir("watched", split="train")
     threads = torch.get_num_threads()
 

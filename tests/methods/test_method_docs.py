@@ -45,7 +45,7 @@ def test_the_page_of_methods() -> None:
     [
         ("method", ""),
         ("model_cross", contract.about_cross().replace("Cross-encoder", "a cross-encoder's id").rstrip(".")),
-        ("stage1_top_k", f"documents that {contract.those(lambda kind: 'stage1_top_k' in settings_of(kind))} keep by cosine"),
+        ("stage1_top_k", f"documents that {contract.methods_where(lambda kind: 'stage1_top_k' in settings_of(kind))} keep by cosine"),
     ],
 )
 def test_fields_of_the_contract(field: str, rule: str) -> None:

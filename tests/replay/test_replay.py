@@ -1,4 +1,4 @@
-"""Recorded requests to two servers, and what is said of their answers."""
+"""Recorded requests to two servers, and the report about their answers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def requests(tmp_path: Path) -> Path:
 
 
 def said(capsys: pytest.CaptureFixture[str], code: int, *arguments: str | Path) -> str:
-    """What a run prints that must end in this exit code; on stderr where the code is 2."""
+    """Runs the command, which must end with this exit code. Returns what it prints: stderr for code 2, stdout otherwise."""
     try:
         ended = main([str(argument) for argument in arguments])
     except SystemExit as stop:  # argparse's own

@@ -1,4 +1,4 @@
-"""Who runs when: shared batches, fairness, failures and leavers, on the real model."""
+"""The scheduler on the real model: shared batches, fairness, failures, and clients that leave."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUDGET = 512
 
 
 class Bench:
-    """A scheduler over the real model, and what its batches held: the numbers of texts by request's mark."""
+    """A scheduler over the real model, and a record of the texts in each of its batches."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, max_queue_tokens: int = 1 << 20):
         self.fleet = Fleet.load(["all-MiniLM-L6-v2"], [], device="cpu", cache_bytes=1 << 20)
@@ -95,7 +95,7 @@ def test_a_small_request_waits_for_one_batch_of_a_huge_one_at_most(bench: Bench)
         return before, after
 
     before, after = go(race())
-    # One batch was running, the next held the small one's texts and its query, each a call; the huge one's part of it is a third.
+    # One batch was running. The next one held the small request's texts and its query, in a call each; the huge one's part of it is a third call.
     assert after - before <= 4
 
 

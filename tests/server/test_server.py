@@ -1,4 +1,4 @@
-"""The v3 contract, case by case, on a real process."""
+"""The v3 contract, case by case, on a real server process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.serving import Server
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
 BASE: dict[str, Any] = {"model": "all-MiniLM-L6-v2", "query": "zeros of a polynomial", "documents": TEXTS}
 CROSS = {"model_cross": "minilm-cross"}
-# As the upstream page has them.
+# The examples of the upstream page.
 FAST = {
     "model": "bge-reranker-v2-m3",
     "query": "What is machine learning?",

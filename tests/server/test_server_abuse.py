@@ -1,4 +1,4 @@
-"""What no client should do and some will: raw sockets, broken models, more load than there is room for."""
+"""Abuse: raw sockets, broken models, and more load than there is room for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from tests.serving import KEY, Server, eventually, serving
 
 PATH = "/api/v3/inference/reranker"
-# A word that makes the model raise, and one that makes it give NaN.
+# One word makes the model raise, another makes it return NaN.
 BREAKS = """
 from rerank_lab.server.fleet import Fleet
 load = Fleet.load
@@ -44,7 +44,7 @@ def head(length: int | None, *lines: str, path: str = PATH, key: str = KEY) -> b
 
 
 def raw(server: Server, *parts: bytes, half_close: bool = False) -> bytes:
-    """Sends these bytes as they are, and gives all that comes back until the answer ends or the server closes."""
+    """Sends these bytes as they are. Returns everything that comes back until the answer ends or the server closes."""
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
         for part in parts:
             connection.sendall(part)
@@ -73,7 +73,7 @@ def fragile() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def brisk() -> Iterator[Server]:
-    """A server that waits for nobody."""
+    """A server with short time limits."""
     with serving("--timeout", "2") as running:
         yield running
 
@@ -126,7 +126,7 @@ def test_33_mib_are_refused_to_a_client_that_sends_it_all_first(server: Server) 
 
 
 def test_no_key_is_told_before_the_body_is_there(server: Server) -> None:
-    found = raw(server, head(1 << 20, key="wrong"))  # and not a byte of the body
+    found = raw(server, head(1 << 20, key="wrong"))  # without a byte of the body
     assert found.startswith(b"HTTP/1.1 401") and b"www-authenticate: Bearer" in found
 
 
@@ -215,7 +215,7 @@ def test_2000_at_once_are_all_answered_each_with_its_own(fragile: Server) -> Non
         return await asyncio.wait_for(asyncio.gather(*(ask(n) for n in range(2000))), 100)
 
     memory = []
-    for _ in range(2):  # what the first takes for 2,000 connections, the second must find again
+    for _ in range(2):  # the second round must not need more memory than the first took for 2,000 connections
         outcomes = asyncio.run(burst())
         statuses = [status for status, _ in outcomes]
         assert set(statuses) == {200, 429} and statuses.count(200) >= 20 and all(mine for _, mine in outcomes)

@@ -41,14 +41,14 @@ VOYAGE: dict[int, Any] = {
     401: voyage_error.AuthenticationError, 404: voyage_error.APIError, 413: voyage_error.APIError, 422: voyage_error.MalformedRequestError,
     429: voyage_error.RateLimitError, 500: voyage_error.ServerError, 503: voyage_error.ServiceUnavailableError, 504: voyage_error.ServiceUnavailableError,
 }  # fmt: skip
-# How the rerankers package is pointed at the server: its name of the provider, and the route that this provider has.
+# How the rerankers package reaches the server: its name for the provider, and the provider's route.
 MODES = [("cohere", "/v1/rerank"), ("jina", "/v1/rerank"), ("jina", "/rerank"), ("voyage", "/v1/rerank"), ("text-embeddings-inference", "/rerank")]
 Local = Callable[[str], Ranking]
 
 
 @pytest.fixture(scope="module")
 def local() -> Local:
-    """The ranking of TEXTS that an id stands for, made without a server."""
+    """Id of a model → its ranking of TEXTS, made without a server."""
     made = {
         "all-MiniLM-L6-v2": Reranker("all-MiniLM-L6-v2", "fast", device="cpu").score(QUERY, TEXTS),
         "minilm-cross": Reranker(None, "standard", "minilm-cross", device="cpu").score(QUERY, TEXTS),
@@ -57,7 +57,7 @@ def local() -> Local:
 
 
 def ask(client: str, url: str, key: str = KEY, **more: Any) -> Any:
-    """What the client's own method gives for TEXTS; nothing is tried twice."""
+    """The result of the client's own method for TEXTS, without retries."""
     given = {"model": "all-MiniLM-L6-v2", "query": QUERY, "documents": TEXTS} | more
     if client == "voyageai.Client":
         return voyageai.Client(api_key=key, base_url=f"{url}/v1", max_retries=0).rerank(**given)
@@ -66,7 +66,7 @@ def ask(client: str, url: str, key: str = KEY, **more: Any) -> Any:
 
 
 def failure(client: str, url: str, key: str = KEY, **more: Any) -> tuple[type[Exception], int, Any, dict[str, str]]:
-    """What the client raises: the type, status, detail and headers that it carries."""
+    """The client's exception: its type, status, detail and headers."""
     with pytest.raises((ApiError, voyage_error.VoyageError)) as caught:
         ask(client, url, key, **more)
     error: Any = caught.value
@@ -76,7 +76,7 @@ def failure(client: str, url: str, key: str = KEY, **more: Any) -> tuple[type[Ex
 
 
 def check(results: Sequence[Any], wanted: Ranking, top: int | None = None) -> None:
-    """Order and scores are those of Reranker."""
+    """Asserts that order and scores are the same as Reranker's."""
     assert [r.index for r in results] == wanted.order[:top]
     assert [r.relevance_score for r in results] == pytest.approx(wanted.relevance.tolist()[:top], abs=1e-4)
 
@@ -91,7 +91,7 @@ def test_clients_get_the_ranking_of_reranker(server: Server, local: Local, clien
 
 @pytest.mark.parametrize("model", ["all-MiniLM-L6-v2", "minilm-cross"])
 def test_usage_is_the_tokens_that_were_read(server: Server, local: Local, model: str) -> None:
-    for _ in range(2):  # cached or not
+    for _ in range(2):  # first new, then cached
         assert ask("voyageai.Client", server.url, model=model).total_tokens == local(model).tokens > 100
         meta = ask("cohere.ClientV2", server.url, model=model).meta
         assert meta.tokens.input_tokens == local(model).tokens and meta.billed_units.search_units == 1 and meta.api_version.version == "2"
@@ -152,7 +152,7 @@ def test_errors_are_the_clients_own(server: Server, client: str, status: int, mo
 
 @pytest.fixture(scope="module")
 def stuck() -> Iterator[Server]:
-    """A server that takes one request, never answers it, and gives up soon."""
+    """A server that has room for one request, never answers it, and times out soon."""
     with serving("--max-queue-tokens", "1", "--timeout", "2.5", code=STUCK) as running:
         yield running
 
@@ -161,7 +161,7 @@ def test_errors_of_a_server_in_trouble_are_the_clients_own(stuck: Server) -> Non
     outcomes: dict[int, tuple[type[Exception], int, Any, dict[str, str]]] = {}
 
     def wait(client: str) -> threading.Thread:
-        """Asks what is never answered, and returns once the queue is full of it."""
+        """Sends a request that is never answered, and returns when it fills the queue."""
         thread = threading.Thread(target=lambda: outcomes.update({504: failure(client, stuck.url)}))
         thread.start()
         eventually(lambda: stuck.metric("rerank_lab_queue_tokens") > 0)
@@ -217,8 +217,8 @@ def test_rerankers_finds_scores_and_documents_where_it_looks(server: Server, loc
 @pytest.mark.parametrize(("mode", "path"), MODES)
 @pytest.mark.parametrize("more", [{"key": "wrong"}, {"model": "nobody"}, {"query": " "}], ids=["key", "model", "query"])
 def test_rerankers_never_takes_an_error_for_a_ranking(server: Server, local: Local, mode: str, path: str, more: dict[str, str]) -> None:
-    """It looks at no status: it stumbles over what an error's body lacks."""
-    if mode == "text-embeddings-inference" and "model" in more:  # TEI knows of no models, so this is no error
+    """rerankers does not check the status; it fails because the body of an error has no results."""
+    if mode == "text-embeddings-inference" and "model" in more:  # TEI has no field for a model, so this is no error
         assert [r.score for r in ranker(mode, server.url + path, "nobody").rank(QUERY, TEXTS)] == pytest.approx(
             local("all-MiniLM-L6-v2").relevance.tolist(), abs=1e-4
         )

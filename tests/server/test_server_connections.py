@@ -1,4 +1,4 @@
-"""What connections do that no client should: endless heads, answers that nobody reads, an end in the middle of all that."""
+"""Misbehaving connections: endless heads, answers that nobody reads, and a server that stops in the middle of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.serving import Server, eventually, serving
 
 @pytest.fixture(scope="module")
 def brisk() -> Iterator[Server]:
-    """A server that waits for nobody."""
+    """A server with short time limits."""
     with serving("--timeout", "2") as running:
         yield running
 
@@ -30,7 +30,7 @@ def test_a_head_without_end_is_refused(server: Server, lines: list[str], trailin
     begin = head(None, key="wrong") + b"0\r\n" if trailing else b"GET /health HTTP/1.1\r\n"
     before = memory_mb(server)
     found = b""
-    with suppress(ConnectionError):  # it may close while this still sends
+    with suppress(ConnectionError):  # the server may close while the test still sends
         found = raw(server, begin, endless)
     assert not found or found.startswith((b"HTTP/1.1 400", b"HTTP/1.1 401"))
     assert memory_mb(server) < before + 20 and server.get("/health")[0] == 200
@@ -77,7 +77,7 @@ def test_a_connection_without_a_request_is_closed(brisk: Server, begun: bytes, a
             answer = b""
             while not answer.endswith(b"}"):
                 answer += connection.recv(65536)
-            begun = begun or b"P"  # a silent one is kept for another request
+            begun = begun or b"P"  # a silent connection is kept for another request
         connection.sendall(begun)
         connection.settimeout(0.2)
         started, found = time.monotonic(), b"more"
@@ -93,7 +93,7 @@ def test_a_connection_without_a_request_is_closed(brisk: Server, begun: bytes, a
 
 
 def narrow(server: Server) -> socket.socket:
-    """A connection whose kernel keeps little of what the client has not read."""
+    """A connection with a small receive buffer, so that the kernel holds little that the client has not read."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     connection.settimeout(30)
@@ -102,7 +102,7 @@ def narrow(server: Server) -> socket.socket:
 
 
 def echoed(mark: str, megabytes: int) -> bytes:
-    """A body whose answer is as large as it."""
+    """A request body whose answer is as large as the body."""
     return body(mark, [{"text": mark, "ballast": "x" * (megabytes << 20)}])
 
 
@@ -143,7 +143,7 @@ def test_what_was_refused_is_not_held_while_the_rest_of_it_comes() -> None:
     with serving("--max-body", "1") as server:
         connections = [socket.create_connection(("127.0.0.1", server.port), 30) for _ in range(5)]
         for connection in connections:
-            connection.sendall(head(None) + b"110000\r\n" + b"x" * 0x110000 + b"\r\n")  # and no end
+            connection.sendall(head(None) + b"110000\r\n" + b"x" * 0x110000 + b"\r\n")  # the body has no end
             assert connection.recv(12) == b"HTTP/1.1 413"
         assert server.post(body("meanwhile"))[0] == 200
         for connection in connections:
@@ -152,7 +152,7 @@ def test_what_was_refused_is_not_held_while_the_rest_of_it_comes() -> None:
 
 @pytest.mark.parametrize("size", [18 << 20, (4 << 20) + 50_000])
 def test_a_slow_reader_gets_its_whole_answer_though_the_server_drains(size: int) -> None:
-    """Also what is less than the kernel and the connection take at once."""
+    """Also an answer that is smaller than what the kernel and the connection take at once."""
     whole = body("slow reader", [{"text": "slow reader", "ballast": "x" * size}])
     with serving() as server, narrow(server) as connection:
         connection.sendall(head(len(whole), "Connection: close") + whole)
@@ -204,7 +204,7 @@ def test_told_twice_to_stop_it_stops_at_once(signals: int) -> None:
             started = time.monotonic()
             for _ in range(signals):
                 server.process.send_signal(signal.SIGTERM)
-                time.sleep(min(0.2, 2 / signals))  # at every moment of its end, where there are many
+                time.sleep(min(0.2, 2 / signals))  # many signals are spread over the shutdown
             assert server.process.wait(10) == 1, "some were not answered"
             assert time.monotonic() - started < 4
             assert half.recv(12) == b"HTTP/1.1 503"
@@ -214,7 +214,7 @@ def test_told_twice_to_stop_it_stops_at_once(signals: int) -> None:
 
 
 def test_from_loading_to_draining() -> None:
-    """503 until the models are warm; on SIGTERM what is in flight is answered, the rest refused, and the exit code is 0."""
+    """503 until the models are warm. After SIGTERM, requests in flight are answered, new ones are refused, and the exit code is 0."""
     slow = "import time\nfrom rerank_lab.server.fleet import Fleet\nwarm = Fleet.warm\nFleet.warm = lambda self: (time.sleep(1), warm(self))"
     outcomes: dict[str, tuple[int, Any, dict[str, str]]] = {}
     with serving(code=slow, wait=False) as server:

@@ -32,7 +32,7 @@ HOSTILE = [
 
 @pytest.fixture
 def page(browser: Browser, server: Server) -> Iterator[Page]:
-    """A tab with the page open and the key in its field; whatever a test leaves behind goes with it."""
+    """A new tab with the page open and the key in its field. Each test has its own."""
     with browser.new_context(viewport={"width": 1280, "height": 900}, permissions=["clipboard-read", "clipboard-write"]) as context:
         tab = context.new_page()
         tab.set_default_timeout(10_000)
@@ -51,7 +51,7 @@ def fill(page: Page, documents: list[str] = DOCUMENTS, query: str = QUERY) -> No
 
 
 def shows(page: Page, selector: str, pattern: str) -> str:
-    """The text of what is selected, once it holds the pattern."""
+    """Waits until the selected element's text matches the pattern. Returns the text."""
     found = page.locator(selector).filter(has_text=re.compile(pattern, re.DOTALL))
     found.wait_for()
     return found.inner_text()
@@ -63,13 +63,13 @@ def run(page: Page, ends: str = "^Done") -> None:
 
 
 def body(method: str, documents: list[str] = DOCUMENTS, **more: Any) -> dict[str, Any]:
-    """The request that the page should make, written here without its help."""
+    """The request that the page should make, written without the page's code."""
     cross = {"model_cross": "minilm-cross"} if method in ("standard", "optimal") else {}
     return {"model": "all-MiniLM-L6-v2", "query": QUERY, "documents": documents, "method": method, **cross, **more}
 
 
 def column(page: Page, method: str) -> list[dict[str, Any]]:
-    """What stands in a column, row by row."""
+    """The content of a column, row by row."""
     rows: list[dict[str, Any]] = page.locator(f"#{method} li").evaluate_all(
         """rows => rows.map((row) => {
           const [track, bar, zero] = [".track", ".bar", ".track .zero"].map((name) => row.querySelector(name).getBoundingClientRect());
@@ -90,7 +90,7 @@ def test_page_opens_and_runs_without_errors_and_asks_nobody_else(browser: Browse
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         opened(page, server)
-        run(page)  # with the sample that stands there
+        run(page)  # with the sample that the page shows at first
         assert page.locator("#best li").count() == page.locator("#fast li").count() >= 8
         markup = page.content()
     assert said == []

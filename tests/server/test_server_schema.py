@@ -1,4 +1,4 @@
-"""The OpenAPI document against the server that it describes."""
+"""The OpenAPI document, compared with the server that it describes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from rerank_lab.server.openapi import NOT_BLANK, Known
-from rerank_lab.server.service import Service, Settings
+from rerank_lab.server.openapi import NOT_BLANK, ServerContract
+from rerank_lab.server.service import ServerSettings, Service
 from tests.serving import ALIASES, KEY, STUCK, Server, eventually, serving
 
 V3 = "/api/v3/inference/reranker"
 CLIENTS = ["/v1/rerank", "/v2/rerank", "/rerank"]
-# What the contract names, route by route.
+# Route → the errors that the contract names.
 ERRORS = {path: {"400", "401", "404", "413", "415", "422", "429", "500", "503", "504"} for path in (V3, *CLIENTS)}
 ERRORS |= {"/health": set(), "/ready": {"503"}, "/metrics": set(), "/api/v3/models": {"503"}}
 BI, CROSS = ["all-MiniLM-L6-v2", "bge-reranker-v2-m3"], ["minilm-cross", "bge-reranker-cross-encoder"]
@@ -37,7 +37,7 @@ fail-on = true
 expected-statuses = [200] # the ids stand in the schema: nothing that it allows is a 404
 [checks.negative_data_rejection]
 expected-statuses = [404, 422]
-# What a phase draws depends on the seed alone, not on what the server said before.
+# What a phase draws depends only on the seed, not on earlier answers.
 [phases.fuzzing.error-feedback]
 enabled = false
 [phases.fuzzing.extra-data-sources]
@@ -45,8 +45,8 @@ responses = false
 [phases.coverage.extra-data-sources]
 responses = false
 """
-# What is not asked: for JSON Schema 1.0 is an integer, for the contract it is none, and no keyword says so;
-# nor does one say that objects hold strings under the names that another field gives.
+# Requests that are not sent, because JSON Schema cannot describe them: it takes 1.0 for an integer, and the contract does not;
+# and no keyword says that objects hold strings under the names that another field gives.
 HOOKS = """
 import schemathesis
 
@@ -68,7 +68,7 @@ def before_call(context, case, kwargs):
 
 @pytest.fixture(scope="module")
 def limited() -> Iterator[Server]:
-    """A server whose ids do not depend on where it runs, so that what is drawn from its schema does not either."""
+    """A server with the same ids on every machine, so that the same requests are drawn from its schema."""
     names = [flag for alias, target in ALIASES.items() for flag in ("--alias", f"{alias}={target}")]
     with serving("--max-documents", "30", *names) as running:
         yield running
@@ -84,7 +84,7 @@ def request_schema(document: Any, path: str) -> Any:
 
 
 def conforms(document: Any, path: str, outcome: tuple[int, Any, dict[str, str]], method: str = "post") -> int:
-    """The status of an answer, once its body and headers are found to be those that the document declares for it."""
+    """Asserts that an answer's body and headers are as the document declares for its status. Returns the status."""
     status, body, headers = outcome
     declared = document["paths"][path][method]["responses"][str(status)]
     for kind, content in declared["content"].items():
@@ -95,7 +95,7 @@ def conforms(document: Any, path: str, outcome: tuple[int, Any, dict[str, str]],
 
 
 def test_schemathesis_finds_nothing(limited: Server, tmp_path: Path) -> None:
-    """Every check and every phase but the stateful one: no answer links to another operation."""
+    """Every check and every phase except the stateful one, since no answer links to another operation."""
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     (tmp_path / "hooks.py").write_text(HOOKS)
     command = [
@@ -161,7 +161,7 @@ def test_routes_that_are_read_answer_as_declared(limited: Server, document: Any)
 
 @pytest.fixture(scope="module")
 def trouble() -> Iterator[Server]:
-    """A server that asks for no key, takes one request, never answers it, and gives up soon."""
+    """A server that needs no key, has room for one request, never answers it, and times out soon."""
     with serving("--no-auth", "--max-queue-tokens", "1", "--timeout", "2.5", code=STUCK) as running:
         yield running
 
@@ -180,7 +180,7 @@ def test_answers_in_trouble_are_the_declared_ones(trouble: Server) -> None:
     document, outcomes = trouble.get("/openapi.json")[1], {}
 
     def wait(path: str) -> threading.Thread:
-        """Asks what is never answered, and returns once the queue is full of it."""
+        """Sends a request that is never answered, and returns when it fills the queue."""
         thread = threading.Thread(target=lambda: outcomes.update({path: trouble.post(BASE, path, key=None)}))
         thread.start()
         eventually(lambda: trouble.metric("rerank_lab_queue_tokens") > 0)
@@ -294,7 +294,7 @@ def test_blank_is_the_same_in_every_dialect() -> None:
     ],
 )
 def test_methods_without_their_models_are_not_offered(roles: dict[str, str], methods: list[str]) -> None:
-    known = Known(Service(Settings(None, default_model=next(iter(roles))), roles))
+    known = ServerContract(Service(ServerSettings(None, default_model=next(iter(roles))), roles))
     for name in ("rerank_v3", "rerank_v1", "rerank"):
         content = known.operation(name)["requestBody"]["content"]["application/json"]
         assert jsonschema_rs.meta.is_valid(content["schema"]) and '"enum": []' not in json.dumps(content["schema"])

@@ -1,4 +1,4 @@
-"""How requests may be written: methods, targets, encodings, pages of other origins, a proxy in front."""
+"""Forms in which requests arrive: methods, targets, encodings, pages of other origins, a proxy in front."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PAGE, EVIL = "https://app.example:3000", "https://evil.example"
 
 @pytest.fixture(scope="module")
 def special() -> Iterator[Server]:
-    """A server that takes bodies of one MiB and pages of every origin, and knows of a prefix, which looks like one of its routes."""
+    """A server that takes bodies of one MiB and pages of every origin. Its prefix looks like one of its routes."""
     with serving("--max-body", "1", "--cors-origin", "*", "--root-path", "/v1/") as running:
         yield running
 
@@ -69,7 +69,7 @@ def test_head_leaves_the_connection_as_it_was(server: Server) -> None:
 
 
 def compressed(text: bytes, members: int = 1) -> bytes:
-    """Gzip, in several files behind one another where that is wanted."""
+    """Compresses data by gzip, into one or several members that follow each other."""
     size = -(-len(text) // members)
     return b"".join(gzip.compress(text[i : i + size]) for i in range(0, len(text), size))
 
@@ -120,7 +120,7 @@ def test_what_is_in_it_is_read_as_ever(server: Server) -> None:
 @pytest.mark.parametrize("framing", ["announced", "chunked"])
 def test_a_bomb_never_goes_off(special: Server, framing: str) -> None:
     pack = zlib.compressobj(9, zlib.DEFLATED, 31)
-    bomb = b"".join([*(pack.compress(b" " * (1 << 24)) for _ in range(6)), pack.flush()])  # 96 MiB, in less than what a body may hold
+    bomb = b"".join([*(pack.compress(b" " * (1 << 24)) for _ in range(6)), pack.flush()])  # 96 MiB, compressed to less than a body may have
     assert len(bomb) < 1 << 20
     before = memory_mb(special)
     sent = head(len(bomb), "Content-Encoding: gzip") + bomb
@@ -134,7 +134,7 @@ def test_a_bomb_never_goes_off(special: Server, framing: str) -> None:
 def test_a_small_body_never_becomes_a_thousand_times_itself(server: Server) -> None:
     sent = compressed(body("x") + b" " * (3 << 20))
     assert len(sent) < 10_000 and server.post(sent, **{"Content-Encoding": "gzip"})[0] == 413
-    text = " ".join(f"{n:x}" for n in range(300_000))  # 2 MB of what is not repeated
+    text = " ".join(f"{n:x}" for n in range(300_000))  # 2 MB without repetitions
     assert server.post(compressed(body(text)), **{"Content-Encoding": "gzip"})[0] == 200
 
 
@@ -145,7 +145,7 @@ def test_the_bound_is_what_is_read(special: Server) -> None:
 
     assert special.post(padded(1 << 20), **{"Content-Encoding": "gzip"})[0] == 200
     assert special.post(padded((1 << 20) + 1), **{"Content-Encoding": "gzip"})[0] == 413
-    endless = b"\x1f\x8b\x08\x08" + b"\0" * 6 + b"n" * (2 << 20)  # a name in the head that holds nothing, and goes on
+    endless = b"\x1f\x8b\x08\x08" + b"\0" * 6 + b"n" * (2 << 20)  # a gzip header whose file name never ends
     assert special.post(endless, **{"Content-Encoding": "gzip"})[0] == 413
     assert raw(special, head(None, "Content-Encoding: gzip") + b"%x\r\n%b\r\n" % (len(endless), endless)).startswith(b"HTTP/1.1 413")
 
@@ -196,7 +196,7 @@ def test_they_are_counted_as_what_they_are(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def crossing() -> Iterator[Server]:
-    """A server that two origins may ask, of which one query breaks and one request fills the queue."""
+    """A server that pages of two origins may ask. One query breaks its model, and one request fills its queue."""
     flags = ("--cors-origin", PAGE, "--cors-origin", "HTTP://LocalHost:80/", "--max-queue-tokens", "1", "--timeout", "1.5")
     with serving(*flags, code=STUCK) as running:
         yield running
@@ -293,7 +293,7 @@ def test_a_prefix_that_is_a_route_is_refused(capsys: pytest.CaptureFixture[str])
 
 @contextmanager
 def proxy(server: Server, prefix: str, *, strips: bool) -> Iterator[str]:
-    """The address under which a real reverse proxy shows a server; it serves nothing beside the prefix."""
+    """The address of a server behind a real reverse proxy, which serves nothing but the prefix."""
 
     class Handler(BaseHTTPRequestHandler):
         def handle_any(self) -> None:
@@ -319,7 +319,7 @@ def proxy(server: Server, prefix: str, *, strips: bool) -> Iterator[str]:
         do_GET = do_HEAD = do_POST = handle_any
 
         def log_message(self, *_: Any) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=running.serve_forever)
@@ -333,12 +333,12 @@ def proxy(server: Server, prefix: str, *, strips: bool) -> Iterator[str]:
 
 
 def shown(url: str) -> Server:
-    """What is at an address, to be asked as a server is; it is no process of its own."""
+    """A Server object for an address that has no process of its own."""
     return Server(url, None, Path())  # type: ignore[arg-type]
 
 
 def linked(url: str) -> dict[str, tuple[int, Any]]:
-    """Every address that a page names, resolved as a browser does, with what is there."""
+    """Every address that a page names, resolved as a browser does → the answer at that address."""
     status, text, _ = shown(url).get("")
     assert status == 200
     base = re.search(r'<base href="([^"]*)"', text)

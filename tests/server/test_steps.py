@@ -1,4 +1,4 @@
-"""A ranking in steps is the ranking; what steps share is run once."""
+"""A ranking in steps equals the ranking by Reranker, and work that rankings share is done once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rerank_lab.errors import UserError
 from rerank_lab.models.base import Detail, Tokens, Vectors
 from rerank_lab.reranker import Ranking, Reranker
 from rerank_lab.server.fleet import Fleet
-from rerank_lab.server.steps import Steps, Text
+from rerank_lab.server.steps import Steps, TextUnit
 from tests.conftest import DOCUMENTS, QUERIES, load_bi
 
 TEXTS = [f"{title} {text}".strip() for title, text in DOCUMENTS.values()] + ["", "Dot product of two arrays."]
@@ -28,7 +28,7 @@ def fleet(small_cross: Path) -> Fleet:
 
 
 def run(all_steps: Sequence[Steps]) -> list[Ranking]:
-    """All of them to their ends, every unit in the company of all others of its group."""
+    """Runs several rankings to their ends. Every unit runs together with all others of its group."""
     rankings: list[Ranking | None] = [None] * len(all_steps)
     while None in rankings:
         groups: dict[object, list[object]] = {}
@@ -70,7 +70,7 @@ def test_a_text_that_several_ask_for_is_encoded_once(fleet: Fleet, monkeypatch: 
     run([Steps(reranker, "who asks", texts) for _ in range(3)])
     assert len(encoded) == 2 + 3, "two texts, three queries"
     again = Steps(reranker, "who else asks", texts)
-    assert not [unit for unit in again.units if isinstance(unit, Text)] and (again.pool.seen, again.pool.new) == (2, 0)
+    assert not [unit for unit in again.units if isinstance(unit, TextUnit)] and (again.pool.seen, again.pool.new) == (2, 0)
 
 
 def test_what_a_ranking_has_borrowed_outlives_the_cache(fleet: Fleet) -> None:
