@@ -31,7 +31,7 @@ from rerank_lab.eval.system import System, names
 from rerank_lab.eval.table import interval
 from rerank_lab.files import Json, write_atomically
 from rerank_lab.models.base import Detail
-from rerank_lab.models.one_way import backbone_of
+from rerank_lab.models.kinds import needs_of
 
 log = logging.getLogger("rerank_lab")
 GRID, GRID_SCHEMA = "grid.json", 1
@@ -149,11 +149,12 @@ def details(cells: Sequence[GridCell]) -> Iterator[Detail]:
 def _detail(options: EvalSettings) -> Detail:
     """The richest detail that a cell's methods read of a document."""
     cross = options.model_cross != "none"
-    one_way = cross and backbone_of(options.model_cross) == options.model
+    needs = needs_of(options.model_cross) if cross else None
+    needed = needs[1] if needs is not None and needs[0] == options.model else Detail.POOLED
     found = Detail.POOLED
     for system in map(System.parse, options.methods or names(cross)):
         if not system.remote:
-            found = max(found, Detail.STATES if system.crossed and one_way else Detail.TOKENS if system.method.tokens else Detail.POOLED)
+            found = max(found, needed if system.crossed else Detail.POOLED, Detail.TOKENS if system.method.tokens else Detail.POOLED)
     return found
 
 

@@ -108,7 +108,8 @@ class Pool:
         limit, lengths = min(self.max_tokens, encoder.limit), vectors.lengths.cpu()
         self._cut[first[lengths > limit]] = True
         new = torch.zeros(len(self), dtype=torch.int64, device="cpu")
-        new[first] = self._tokens[first] = lengths.clamp(max=limit)
+        new[first] = lengths.clamp(max=limit)
+        self._tokens[first] = torch.maximum(self._tokens[first], new[first])  # several encoders may read a document, in any order
         encoded = self._encoded.setdefault(id(encoder), torch.zeros(len(self), dtype=torch.bool, device="cpu"))
         fresh = torch.zeros_like(encoded)
         fresh[first] = True
@@ -140,9 +141,11 @@ class Pool:
         self.flops.seen += encoder.flops(query.vectors.lengths.cpu(), self.query_detail(encoder, detail))
 
     def query_detail(self, encoder: Encoder, detail: Detail) -> Detail:
-        """The detail in which to encode the query if the method asks for `detail`: with states if and only if the scorer needs them."""
-        own = min(detail, Detail.TOKENS)
-        return max(own, self.needs.detail) if self.needs is not None and self.needs.encoder is encoder else own
+        """The detail in which to encode the query if the method asks for `detail` first: enough for all that will be asked of this encoder.
+
+        So a query is encoded alike whichever part of the method asks first. States are made only if the scorer needs them.
+        """
+        return max(min(detail, Detail.TOKENS), self.full_detail(encoder))
 
     def encode_query(self, encoder: Encoder, detail: Detail) -> EncodedQuery:
         """Runs an encoder on the query."""
@@ -211,7 +214,7 @@ class Pool:
         if cross.needs is None:
             with self.clock.phase("tokenise"):
                 return cross.work(Inputs(self.query, texts, self.max_tokens))
-        query = self.encoded_query(cross.needs.encoder, Detail.TOKENS)
+        query = self.encoded_query(cross.needs.encoder, cross.needs.detail)
         vectors, states = self._vectors(cross.needs.encoder, positions, cross.needs.detail)
         with self.clock.phase("score"):
             return cross.work(Inputs(self.query, texts, self.max_tokens, query, vectors, states))

@@ -146,7 +146,7 @@ class Encoder(Model, Protocol):
         """A hash of everything that a document's vectors depend on, apart from its text and the token limit. Caches use it."""
 
     def about(self) -> Mapping[str, str]:
-        """A description of the vectors with this `key`, for people."""
+        """A description of the vectors with this `key`, for people: at least model, arithmetic and token_dimensions."""
 
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
         """Tokenises texts of a kind ("query" or "document") with its prompt, and cuts each to max_tokens tokens, special ones not counted."""

@@ -11,13 +11,13 @@ import torch
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
 from rerank_lab.models import bi_encoder, cross_encoder, one_way
-from rerank_lab.models.base import Encoder, Scorer
+from rerank_lab.models.base import Detail, Encoder, Scorer
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Placement, locate, pick_device
 
 __all__ = [
     "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Placement", "ScorerKind", "backbone_of",
-    "load_bi_encoder", "load_cross_encoder", "locate", "pick_device",
+    "load_bi_encoder", "load_cross_encoder", "locate", "needs_of", "pick_device",
 ]  # fmt: skip
 
 
@@ -41,17 +41,19 @@ class ScorerKind:
     Attributes:
         takes: whether a name (an id, a folder, a file, a hub name) is of this kind.
         load: name, placement, and the loaded encoders by name → the model. It uses a loaded encoder if it needs that one.
+        needs: name → the name of the encoder whose vectors it will need, and their detail; None: none. Known before anything is loaded.
     """
 
     takes: Callable[[str], bool]
     load: Callable[[str, Placement, Mapping[str, Encoder]], Scorer]
+    needs: Callable[[str], tuple[str, Detail] | None] = lambda name: None
 
 
 # The last kind that takes a name loads it. The first kind takes every name.
 ENCODERS = {"bi-encoder": EncoderKind(lambda name: True, bi_encoder.load)}
 SCORERS = {
     "cross-encoder": ScorerKind(lambda name: True, cross_encoder.load),
-    "one-way": ScorerKind(lambda name: backbone_of(name) is not None, one_way.load),
+    "one-way": ScorerKind(lambda name: backbone_of(name) is not None, one_way.load, one_way.needs),
 }
 
 
@@ -96,5 +98,14 @@ def load_cross_encoder(
     """
     name = expanded(str(name))
     loaded = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {encoder.name: encoder}
-    kind = next(kind for kind in reversed(SCORERS.values()) if kind.takes(name))
-    return kind.load(name, Placement(device, runtime, precision), loaded)
+    return _scorer_kind(name).load(name, Placement(device, runtime, precision), loaded)
+
+
+def needs_of(name: str) -> tuple[str, Detail] | None:
+    """What a cross-encoder of this name will need: the name of an encoder, and the detail of its vectors; None: nothing. Loads no model."""
+    name = expanded(name)
+    return _scorer_kind(name).needs(name)
+
+
+def _scorer_kind(name: str) -> ScorerKind:
+    return next(kind for kind in reversed(SCORERS.values()) if kind.takes(name))

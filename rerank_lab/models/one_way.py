@@ -386,6 +386,12 @@ def load(name: str, place: Placement, loaded: Mapping[str, Encoder]) -> OneWayCr
     return OneWayCrossEncoder(encoder or load_encoder(backbone, place), ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name), name)
 
 
+def needs(name: str) -> tuple[str, Detail] | None:
+    """The bi-encoder that a one-way cross-encoder of this name needs, and the detail of its vectors."""
+    backbone = backbone_of(name)
+    return None if backbone is None else (backbone, Detail.STATES)
+
+
 def backbone_of(name: str) -> str | None:
     """The id of the bi-encoder that a one-way adapter belongs to; None if the name is not that of a one-way adapter."""
     info = REGISTRY.get(name)
