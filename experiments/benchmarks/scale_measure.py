@@ -346,10 +346,7 @@ def encoded(s: ScaleSettings, documents: str, precision: str, detail: str) -> Js
 
 
 def ray(s: ScaleSettings, workers: str) -> JsonObject:
-    """The whole command over new documents: its wall time, and the CPU seconds of each worker that encodes.
-
-    It encodes states, because their chunks are small enough to be divided among workers.
-    """
+    """The whole command over new documents: its wall time, and the CPU seconds of each worker that encodes states (their chunks are small)."""
     size, folder, data, spends = s.size(1000, 100), s.folder(f"ray-{workers}", new=True), load_dataset(s.dataset), dict[int, float]()
     beir(folder / "data", dict(islice(data.corpus.items(), size)), dict(islice(data.queries.items(), QUERIES)))
     command = [sys.executable, "-m", "rerank_lab.eval", "--dataset", str(folder / "data"), "--methods", "standard", "--max-tokens-per-doc", str(RAY_TOKENS)]
