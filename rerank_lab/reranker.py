@@ -140,7 +140,6 @@ class Reranker:
     def _set(self, engine: Engine, method: Method, max_tokens: int, fuse_first_stage: float, cross: bool) -> None:
         self.engine, self.method, self.max_tokens, self.fuse_first_stage = engine, method, max_tokens, fuse_first_stage
         self.encoder, self.cross = engine.encoder, engine.cross if cross else None
-        self.scorer = self.cross if method.uses_cross else None  # the cross-encoder, if the method uses it
 
     def rank(self, query: str, documents: Iterable[Document], top_n: int | None = None, *, first_stage: Iterable[float] | None = None) -> list[Result]:
         """Ranks documents for a query, best first. Equal scores stay in input order.
@@ -241,6 +240,14 @@ class Reranker:
         """Pickles without models; unpickling loads the engine again (Engine.__reduce__)."""
         return _unpickle, (self.engine, self.method, self.max_tokens, self.fuse_first_stage, self.cross is not None)
 
+    def __copy__(self) -> Reranker:
+        return self._copy_with()
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The cross-encoder, if the method uses it."""
+        return self.cross if self.method.uses_cross else None
+
     @property
     def cache(self) -> VectorCache | None:
         """The cache of the bi-encoder's vectors; None without a bi-encoder."""
@@ -325,10 +332,6 @@ class Reranker:
             yield self.pooled(texts[start : start + size], progress=progress)
             if self.cache is not None:
                 self.cache.trim()
-
-    def refresh(self) -> None:
-        """Picks up vectors that other processes have added to the caches' folders."""
-        self.engine.refresh()
 
     def _names(self) -> str:
         return " and ".join(model.name for model in (self.encoder, self.cross) if model is not None)

@@ -256,7 +256,7 @@ def load_data(trainer: Trainer, options: argparse.Namespace) -> dict[str, str]:
                 detail=Detail.STATES,
                 progress=lambda n, _: bar.update(n),
             )
-        encoder.refresh()
+        encoder.engine.refresh()
 
         def pools(queries: list[tuple[str, list[str], str | None]], texts: dict[str, str] = texts) -> list[Example]:
             return examples(texts, queries, teacher, encoder, options.work, lambda items, title: tqdm(items, desc=title, disable=None))

@@ -93,7 +93,7 @@ class Worker:
             return "failed", str(error) or type(error).__name__
         self.warm, self.ranked = packed_ranker == self.ranked, packed_ranker if work == "rank" else self.ranked
         if cache_version != self.cache_version:
-            reranker_of(ranker).refresh()
+            reranker_of(ranker).engine.refresh()
             self.cache_version = cache_version
         known = [self.texts.setdefault(a, a) if isinstance(a, TextFiles) else a for a in arguments]
         return "done", WORK[work](self, ranker, *known)
