@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,20 @@ def test_rerank_reads_a_folder_again_that_was_saved_again(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path / "other")
     with pytest.raises(UserError, match="model 'm' is no known id"):
         scores()
+
+
+def test_documents_seen_before_cost_few_calls(reranker: Reranker) -> None:
+    fast, texts, calls = reranker.using("fast"), [f"text number {n} about joining tables" for n in range(20)], 0
+    fast.score(QUERY, texts)
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        fast.score(QUERY, texts)
+    finally:
+        sys.setprofile(before)
+    assert 100 < calls < 1050, "Python functions that one ranking calls, the forward of the query among them"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rerank_lab.datasets.dataset import Dataset
 from rerank_lab.datasets.runs import Ranked, Run, order
+from rerank_lab.errors import ModelError
 from rerank_lab.files import Json
 from rerank_lab.first_stage import Context, find
 from rerank_lab.first_stage.base import ProgressBar, TopK
+
+# Names that results use for the candidates of any first stage.
+TAKEN = {"source", "top_k", "hash", "documents_per_query", "measures", "notes", "drop_identical_ids", "queries_without", "ceiling", "details"}
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,16 @@ def make_candidates(
 
     Raises:
         UserError: the first stage is unknown or refuses its argument.
+        ModelError: what it returns is not what FirstStage asks for.
     """
     declared, argument = find(source)
     stage = declared.make(Context(dataset, search, progress), argument)
     queries = {q: text for q, text in dataset.queries.items() if text.strip()}
-    run = stage.search(queries, top_k + 1 if drop_identical else top_k)
+    most = top_k + 1 if drop_identical else top_k
+    run = stage.search(queries, most)
     details, notes = stage.about(), list(stage.notes)
+    for problem in _broken(run, details, queries, dataset, most):
+        raise ModelError(f"first stage {declared.name}: {problem}")
     if drop_identical:
         run = {q: _without(r, q, top_k) for q, r in run.items()}
     run = {q: r for q, r in run.items() if r.documents}
@@ -88,6 +97,28 @@ def make_candidates(
     if without:
         notes.append(f"{without} of {len(dataset.qrels)} judged queries have no candidates: they score 0 and count")
     return Candidates.of(run, declared.name, top_k, details | {"drop_identical_ids": drop_identical, "queries_without": without}, notes)
+
+
+def _broken(run: Run, details: dict[str, Json], queries: Mapping[str, str], dataset: Dataset, most: int) -> Iterator[str]:
+    """What a first stage has returned that would make wrong figures."""
+    for query, ranked in run.items():
+        documents, scores = ranked.documents, np.asarray(ranked.scores)
+        if query not in queries:
+            yield f"it was not asked for the query {query!r}"
+        if len(documents) > most or len(documents) != len(scores):
+            yield f"query {query}: {len(documents)} documents with {len(scores)} scores, where {most} documents at most were asked for"
+        if len(set(documents)) < len(documents):
+            yield f"query {query}: a document stands there twice"
+        if unknown := [document for document in documents if document not in dataset.corpus]:
+            yield f"query {query}: the corpus has no document {unknown[0]!r}"
+        if not np.isfinite(scores).all() or (np.diff(scores) > 0).any():
+            yield f"query {query}: scores must be finite and never rise"
+    if taken := [key for key in details if key in TAKEN or key.startswith(("recall@", "oracle_"))]:
+        yield f"its `about` uses the name {taken[0]}, which results have already"
+    try:
+        json.dumps(details, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        yield f"its `about` is not JSON ({error})"
 
 
 def oracle(run: Run, dataset: Dataset) -> Run:

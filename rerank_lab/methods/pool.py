@@ -226,7 +226,8 @@ class Pool:
             positions: k positions of documents.
             work: the work item of each of them.
         """
-        self._tokens[positions] = torch.tensor([part.size for part in work], dtype=torch.int64, device="cpu")
+        sizes = [0 if n and work[n - 1] is part else part.size for n, part in enumerate(work)]  # an item that scores several documents counts once
+        self._tokens[positions] = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         self._cut[positions[torch.tensor([part.cut for part in work], dtype=torch.bool, device="cpu")]] = True
 
     def lexical(self, positions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from rerank_lab.report.blocks import Block, Cell, Code, Details, Paragraph, Plot
 from rerank_lab.report.compare import environment
 from rerank_lab.report.content import against, mean, number, p50
 from rerank_lab.report.grid import CellRow, CollectionCells, FinishedCell, Grid, JoinedRows
-from rerank_lab.report.verdict import frontier, randomized, ratio, sentence, verdict
+from rerank_lab.report.verdict import frontier, ratio, sentence, verdict
 
 
 def page(grid: Grid, made_by: str) -> Section:
@@ -107,7 +107,7 @@ def _axis(grid: Grid, axis: str) -> list[Block]:
     p_values = list[float]()
     for one in grid.collections:
         if own := [change for whole, *_, change in pairs if whole is one.whole]:
-            p_values += randomized(own, len(pairs), one.whole.seed)
+            p_values += stats.randomized_family(own, len(pairs), one.whole.seed)
     two_stages = not all(_same_candidates(whole.cell_rows[a], whole.cell_rows[b]) for whole, a, b, _ in pairs)
     rows, counted = list[list[Cell]](), dict[str, list[tuple[float, float, float | None]]]()
     for (whole, a, b, change), p in zip(pairs, stats.holm(p_values)):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-
-import numpy as np
 
 from rerank_lab.eval.results import Interval
 from rerank_lab.eval.table import ALPHA, interval, p_text
 from rerank_lab.measures import stats
 from rerank_lab.report.blocks import Strong
 from rerank_lab.report.load import ComparableRows
-
-SWAPS = 500  # for each test of a family; they give a corrected p near .05 to about .01
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ def verdict(one: ComparableRows) -> Verdict:
     highest = max(labels, key=lambda label: (round(one.rows[label].measures[one.primary], 12), -cost[label]))
     values = {label: one.measure(label).to_numpy() for label in labels}
     pairs = [*combinations(labels, 2)]
-    corrected = dict(zip(map(frozenset, pairs), stats.holm(randomized([values[a] - values[b] for a, b in pairs], len(pairs), one.seed))))
+    corrected = dict(zip(map(frozenset, pairs), stats.holm(stats.randomized_family([values[a] - values[b] for a, b in pairs], len(pairs), one.seed))))
     change = {label: values[label] - values[highest] for label in labels if label != highest}
     below = {
         label: Deficit(float(less.mean()), stats.bootstrap_interval(less, one.seed), corrected[frozenset((label, highest))]) for label, less in change.items()
@@ -69,25 +64,6 @@ def compared(one: ComparableRows) -> list[str]:
     """Labels of the rows that are compared: those that were timed, without servers if methods ran here."""
     labels = [label for label, row in one.rows.items() if row.latency_ms] or list(one.rows)
     return [label for label in labels if not one.rows[label].system.remote] or labels
-
-
-def randomized(changes: Sequence[np.ndarray], family: int, seed: int) -> list[float]:
-    """p-values of paired randomisation tests, with enough swaps for Holm's correction over a family of tests.
-
-    Args:
-        changes: for each test, one difference for each query. All tests have the same queries.
-        family: how many tests are corrected together.
-        seed: of the swaps. If more than stats.RESAMPLES swaps are needed, all tests use the same ones.
-    """
-    swaps = SWAPS * family
-    if swaps <= stats.RESAMPLES:
-        return [stats.paired_randomization(change, np.zeros(len(change)), seed) for change in changes]
-    rng, columns = np.random.default_rng(seed), np.stack(changes, axis=1)
-    reached, counts = np.abs(columns.sum(0)) - 1e-9, np.ones(len(changes))
-    for start in range(0, swaps, 1000):
-        signs = 2.0 * rng.integers(0, 2, (min(1000, swaps - start), len(columns))) - 1
-        counts += (np.abs(signs @ columns) >= reached).sum(0)
-    return [float(p) for p in counts / (swaps + 1)]
 
 
 def frontier(one: ComparableRows) -> list[str]:

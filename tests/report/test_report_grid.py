@@ -24,7 +24,7 @@ from rerank_lab.report import figures
 from rerank_lab.report.__main__ import main
 from rerank_lab.report.grid import CellRow, FinishedCell, JoinedRows, read
 from rerank_lab.report.load import newest
-from rerank_lab.report.verdict import frontier, randomized, ratio, verdict
+from rerank_lab.report.verdict import frontier, ratio, verdict
 from tests.conftest import DOCUMENTS, QUERIES, write_beir
 from tests.report.test_report import failing, made_up
 
@@ -359,7 +359,7 @@ def test_a_server_is_not_weighed_against_what_ran_here_under_any_values() -> Non
 def test_swaps_are_enough_for_the_tests_that_are_corrected_together() -> None:
     rng = np.random.default_rng(0)
     changes = [rng.normal(shift, 0.2, 60) for shift in (0.0, 0.03, 0.05, 0.2)]
-    few, many = (randomized(changes, family, 0) for family in (4, 600))
+    few, many = (stats.randomized_family(changes, family, 0) for family in (4, 600))
     assert few == [stats.paired_randomization(change, np.zeros(60), 0) for change in changes]
     assert many == pytest.approx(few, abs=0.01) and few[3] * 600 > 0.05 > many[3] * 600
-    assert randomized([np.zeros(60)], 600, 0) == [1.0]
+    assert stats.randomized_family([np.zeros(60)], 600, 0) == [1.0]

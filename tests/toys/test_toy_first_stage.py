@@ -7,14 +7,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from rerank_lab.errors import UserError
+from rerank_lab.datasets import load_dataset
+from rerank_lab.datasets.runs import Ranked
+from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval.__main__ import main
 from rerank_lab.first_stage import FIRST_STAGES, Context, FirstStage, file_of, find
+from rerank_lab.first_stage.candidates import make_candidates
 from tests.conftest import DOCUMENTS, QUERIES, report_of
 from tests.eval.test_eval import failing, load
-from tests.toys.first_stage import KIND
+from tests.toys.first_stage import KIND, Longest
 
 
 @pytest.fixture
@@ -59,3 +63,26 @@ def test_each_is_what_it_declares(beir: Callable[..., Path], tmp_path: Path, mon
         stage, argument = find("run:~/x.trec" if declared.argument else name)
         made: FirstStage = stage.make(Context(None, lambda ids, queries, k: [], lambda items, title: items), argument)  # type: ignore[arg-type]
         assert stage is declared and made.notes == [] and json.dumps(made.about())
+
+
+@pytest.mark.parametrize(
+    ("ranked", "message"),
+    [
+        (Ranked(["d1", "d2", "d3"], np.array([3, 2, 1])), "3 documents with 3 scores, where 2 documents at most were asked for"),
+        (Ranked(["d1", "d2"], np.array([1, 2])), "scores must be finite and never rise"),
+        (Ranked(["d1", "d9"], np.array([2, 1])), "the corpus has no document 'd9'"),
+        (Ranked(["d1", "d1"], np.array([2, 1])), "a document stands there twice"),
+    ],
+    ids=["too many", "rising", "unknown", "twice"],
+)
+def test_what_would_make_wrong_figures_is_refused(
+    registered: None, beir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, ranked: Ranked, message: str
+) -> None:
+    monkeypatch.setattr(Longest, "search", lambda self, queries, k: dict.fromkeys(queries, ranked))
+    dataset = load_dataset(str(beir()))
+    with pytest.raises(ModelError, match=f"first stage longest: query q1: {message}"):
+        make_candidates("longest:a", dataset, 2, search=lambda ids, queries, k: [], drop_identical=False, progress=lambda items, title: items)
+    monkeypatch.setattr(Longest, "about", lambda self: {"recall@10": 1.0})
+    monkeypatch.setattr(Longest, "search", lambda self, queries, k: {})
+    with pytest.raises(ModelError, match="its `about` uses the name recall@10"):
+        make_candidates("longest:a", dataset, 2, search=lambda ids, queries, k: [], drop_identical=False, progress=lambda items, title: items)

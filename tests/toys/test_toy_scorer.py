@@ -10,21 +10,26 @@ import numpy as np
 import pytest
 import torch
 
+from rerank_kernels import reference
 from rerank_lab import Reranker
 from rerank_lab.eval.__main__ import main
-from rerank_lab.models.base import Scorer
-from rerank_lab.models.kinds import SCORERS
+from rerank_lab.models.base import Detail, Scorer
+from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.kinds import SCORERS, needs_of
 from rerank_lab.server.fleet import Fleet
+from rerank_lab.server.steps import Steps
 from tests.conftest import ROOT, report_of
 from tests.methods.test_methods import QUERY, TEXTS, raw_scores, z
 from tests.serving import Server, serving
+from tests.toys.late import KIND as LATE
 from tests.toys.scorer import KIND, Overlap
 
 V3 = "/api/v3/inference/reranker"
 REGISTERED = f"""
 import sys
 sys.path.append({str(ROOT)!r})
-from rerank_lab.models.kinds import SCORERS
+from rerank_lab.models.bi_encoder import BiEncoder
+from rerank_lab.models.kinds import SCORERS, needs_of
 from tests.toys.scorer import KIND
 SCORERS["overlap"] = KIND
 """
@@ -88,3 +93,25 @@ def test_a_fleet_holds_it_beside_others() -> None:
     assert len(fleet.caches) == 1 and fleet.reranker("standard", None, "overlap").rank(QUERY, TEXTS)[0].relevance_score == pytest.approx(
         max(torch.tensor(LOGITS).sigmoid().tolist())
     )
+
+
+def test_a_scorer_that_needs_token_vectors_gets_them_wherever_it_runs(monkeypatch: pytest.MonkeyPatch, encoder: BiEncoder) -> None:
+    monkeypatch.setitem(SCORERS, "late", LATE)
+    assert needs_of("late") == ("all-MiniLM-L6-v2", Detail.TOKENS)
+    query, documents = encoder.encode([QUERY], kind="query"), encoder.encode(TEXTS)
+    pairs = torch.tensor([[0, n] for n in range(len(TEXTS))])
+    wanted = reference.subspace_attention(query.tokens.float(), query.offsets, documents.tokens.float(), documents.offsets, pairs, 0.0)
+    expected = wanted.view(len(TEXTS), -1).mean(1).double().numpy()
+    alone = Reranker(None, "standard", "late", device="cpu")
+    assert raw_scores(alone) == pytest.approx(expected, abs=1e-3)
+    fleet = Fleet.load(["all-MiniLM-L6-v2"], ["late"], device="cpu")
+    assert len(fleet.caches) == 1
+    for method, model in (("standard", None), ("optimal", "all-MiniLM-L6-v2"), ("best", "all-MiniLM-L6-v2")):
+        reranker = fleet.reranker(method, model, "late")
+        steps = Steps(reranker, QUERY, TEXTS)
+        while (ranking := steps.advance()) is None:
+            for unit in list(steps.units):
+                unit.run([unit])
+        direct = reranker.without_cache().score(QUERY, TEXTS)
+        assert ranking.order == direct.order and ranking.tokens == direct.tokens
+        torch.testing.assert_close(ranking.scores, direct.scores, atol=1e-4, rtol=0)
