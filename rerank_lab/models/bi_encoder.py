@@ -287,7 +287,7 @@ def _dense(folder: Path, name: str) -> nn.Sequential:
     return nn.Sequential(linear, getattr(nn, activation)()).eval()
 
 
-def load(name: str, place: Placement, subspace: str | None = None) -> BiEncoder:
+def load(name: str, placement: Placement, subspace: str | None = None) -> BiEncoder:
     """Loads a bi-encoder by name.
 
     Args:
@@ -299,7 +299,7 @@ def load(name: str, place: Placement, subspace: str | None = None) -> BiEncoder:
         UserError: the model is not found, has another role, or the file holds no projection that fits.
     """
     folder, V = locate(name, "bi-encoder"), _read_subspace(subspace)
-    return BiEncoder(folder, name, subspace=V, device=pick_device(place.device), runtime=place.runtime, precision=place.precision)
+    return BiEncoder(folder, name, subspace=V, device=pick_device(placement.device), runtime=placement.runtime, precision=placement.precision)
 
 
 def _read_subspace(path: str | None) -> Tensor | None:

@@ -141,10 +141,10 @@ def _tokens(work: WorkItem) -> Tokens:
     return work.tokens
 
 
-def load(name: str, place: Placement, loaded: Mapping[str, Encoder]) -> CrossEncoder:
+def load(name: str, placement: Placement, loaded: Mapping[str, Encoder]) -> CrossEncoder:
     """Loads a cross-encoder by registry id, folder or hub name. It shares no encoder, so that `loaded` is not used.
 
     Raises:
         UserError: the model is not found or has another role.
     """
-    return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(place.device), runtime=place.runtime, precision=place.precision)
+    return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(placement.device), runtime=placement.runtime, precision=placement.precision)

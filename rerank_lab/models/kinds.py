@@ -53,7 +53,7 @@ class ScorerKind:
 ENCODERS = {"bi-encoder": EncoderKind(lambda name: True, bi_encoder.load)}
 SCORERS = {
     "cross-encoder": ScorerKind(lambda name: True, cross_encoder.load),
-    "one-way": ScorerKind(lambda name: backbone_of(name) is not None, one_way.load, one_way.needs),
+    "one-way": ScorerKind(lambda name: backbone_of(name) is not None, one_way.load, lambda name: (backbone_of(name) or "", Detail.STATES)),
 }
 
 

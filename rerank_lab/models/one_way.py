@@ -369,7 +369,7 @@ def merge(net: OneWay, tensors: dict[str, Tensor]) -> None:
     net.load_state_dict(weights | plain)
 
 
-def load(name: str, place: Placement, loaded: Mapping[str, Encoder]) -> OneWayCrossEncoder:
+def load(name: str, placement: Placement, loaded: Mapping[str, Encoder]) -> OneWayCrossEncoder:
     """Loads a one-way cross-encoder by registry id or by its adapter's file.
 
     Args:
@@ -383,13 +383,7 @@ def load(name: str, place: Placement, loaded: Mapping[str, Encoder]) -> OneWayCr
     backbone = backbone_of(name)
     assert backbone is not None
     encoder = next((one for one in loaded.values() if isinstance(one, BiEncoder) and one.name == backbone and _has_shipped_subspace(one)), None)
-    return OneWayCrossEncoder(encoder or load_encoder(backbone, place), ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name), name)
-
-
-def needs(name: str) -> tuple[str, Detail] | None:
-    """The bi-encoder that a one-way cross-encoder of this name needs, and the detail of its vectors."""
-    backbone = backbone_of(name)
-    return None if backbone is None else (backbone, Detail.STATES)
+    return OneWayCrossEncoder(encoder or load_encoder(backbone, placement), ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name), name)
 
 
 def backbone_of(name: str) -> str | None:
