@@ -123,6 +123,28 @@ def encode(value: Any) -> Any:
     return [encode(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
+def read_versioned(path: Path, schema: int, remedy: str) -> Any:
+    """Reads a JSON object that names its schema.
+
+    Args:
+        path: the file.
+        schema: the one that this version reads.
+        remedy: what to do if the file is damaged or older; ends the message.
+
+    Raises:
+        UserError: the file is damaged, or of another schema.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not read back ({error}); {remedy}") from None
+    found = value.get("schema") if isinstance(value, dict) else None
+    if found != schema or type(found) is not int:
+        newer = isinstance(found, int) and found > schema
+        raise UserError(f"{path}: schema {found!r}, and this version reads schema {schema}; {'a newer rerank_lab made it: upgrade' if newer else remedy}")
+    return value
+
+
 def decode(kind: type[T], value: Any, place: str = "") -> T:
     """Makes a dataclass from parsed JSON.
 

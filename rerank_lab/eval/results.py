@@ -16,7 +16,7 @@ from typing import Any
 from rerank_lab.environment import Environment
 from rerank_lab.errors import UserError
 from rerank_lab.eval.system import System
-from rerank_lab.files import DecodeError, Json, decode, encode, json_name
+from rerank_lab.files import DecodeError, Json, decode, encode, json_name, read_versioned
 from rerank_lab.timing import PHASES
 
 RESULTS_SCHEMA = 2
@@ -270,16 +270,7 @@ def read(path: Path) -> Results:
     """
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}: no results folder, or an evaluation that never ended; python -m rerank_lab.eval makes one")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not read back ({error}); {RUN_AGAIN}") from None
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != RESULTS_SCHEMA or type(schema) is not int:
-        newer = isinstance(schema, int) and schema > RESULTS_SCHEMA
-        raise UserError(
-            f"{path}: schema {schema!r}, and this version reads schema {RESULTS_SCHEMA}; {'a newer rerank_lab made it: upgrade' if newer else RUN_AGAIN}"
-        )
+    value = read_versioned(path, RESULTS_SCHEMA, RUN_AGAIN)
     try:
         return parse(value)
     except DecodeError as problem:

@@ -14,7 +14,7 @@ import pandas as pd
 from rerank_lab.errors import UserError
 from rerank_lab.eval.grid import GRID, GRID_SCHEMA
 from rerank_lab.eval.results import Row, Versus
-from rerank_lab.files import DecodeError, Json, decode, expanded
+from rerank_lab.files import DecodeError, Json, decode, expanded, read_versioned
 from rerank_lab.measures import stats
 from rerank_lab.report.compare import timed_on
 from rerank_lab.report.load import ResultsFolder, anchor, load
@@ -168,14 +168,7 @@ def read(folder: Path) -> Grid:
 
 
 def _described(path: Path) -> GridFile:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not read back ({error}); {REMEDY}") from None
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != GRID_SCHEMA or type(schema) is not int:
-        newer = isinstance(schema, int) and schema > GRID_SCHEMA
-        raise UserError(f"{path}: schema {schema!r}, and this version reads schema {GRID_SCHEMA}; {'a newer rerank_lab made it: upgrade' if newer else REMEDY}")
+    value = read_versioned(path, GRID_SCHEMA, REMEDY)
     try:
         about = decode(GridFile, value)
         for problem in _inconsistent(about):
