@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rerank_lab.cache.vectors import DISK_BYTES, ProgressCallback, VectorCache, ensure, text_key
-from rerank_lab.models.base import Detail, Encoder, Scorer
+from rerank_lab.models.base import Detail, Encoder, Overrides, Scorer
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.registry import DEFAULT_MODEL
 
@@ -29,6 +29,8 @@ class EngineSpec:
         subspace: safetensors file with the projection of the bi-encoder's token vectors; None: the shipped one, or none.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         runtime, precision: of the transformers, as models.exported.choose takes them.
+        query_prompt, document_prompt, truncate_dim: of the bi-encoder, in place of what its folder says; None: as the folder has it.
+        instruction: of the cross-encoder, likewise.
         cache_dir: folder or URL for vectors that outlive the process; None: vectors are kept in memory only.
         cache_bytes: upper bound on one model's vectors in that folder.
     """
@@ -39,6 +41,10 @@ class EngineSpec:
     device: str = "auto"
     runtime: str = "auto"
     precision: str = "fp32"
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    truncate_dim: int | None = None
+    instruction: str | None = None
     cache_dir: str | None = None
     cache_bytes: int = DISK_BYTES
 
@@ -51,12 +57,15 @@ class EngineSpec:
         Raises:
             UserError: a model is not found or has another role.
         """
-        place = {"device": self.device, "runtime": self.runtime, "precision": self.precision}
         named = model is None and model_cross is None
         if model is None and self.model is not None:
-            model = load_bi_encoder(self.model, subspace=self.subspace, **place)
+            asked = Overrides(self.query_prompt, self.document_prompt, self.truncate_dim)
+            model = load_bi_encoder(self.model, subspace=self.subspace, device=self.device, runtime=self.runtime, precision=self.precision, overrides=asked)
         if model_cross is None and self.model_cross is not None:
-            model_cross = load_cross_encoder(self.model_cross, encoder=model, **place)
+            asked = Overrides(instruction=self.instruction)
+            model_cross = load_cross_encoder(
+                self.model_cross, encoder=model, device=self.device, runtime=self.runtime, precision=self.precision, overrides=asked
+            )
         return Engine(model, model_cross, new_caches(model, model_cross, self.cache_dir, self.cache_bytes), self if named else None)
 
 
@@ -137,7 +146,7 @@ class Engine:
         """Each encoder with the detail it has to make. If the scorer brings its own encoder, only that one makes more than token vectors."""
         needs = None if self.cross is None else self.cross.needs
         other = needs if needs is not None and needs.encoder is not self.encoder else None
-        if self.encoder is not None:
+        if self.encoder is not None and (self.encoder.pools or detail):
             yield self.encoder, detail if other is None else min(detail, Detail.TOKENS)
         if other is not None and detail >= other.detail:
             yield other.encoder, other.detail

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from rerank_lab.files import valid_text
 from rerank_lab.methods import DROPPED, Method, Pool, as_method, inputs
 from rerank_lab.methods.inputs import Document
 from rerank_lab.methods.pool import Flops
-from rerank_lab.models.base import Detail, Encoder, Scorer
+from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Scorer
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
 from rerank_lab.timing import Clock
 
@@ -78,7 +78,7 @@ class Reranker:
 
     Args:
         model: bi-encoder: a registry id, a folder, a hub name, or a loaded model. A Path is a folder or file, never an id.
-        method: "fast", "standard", "optimal" or "best", with settings as in "best:tau=0.05".
+        method: "fast", "standard", "optimal", "best" or "maxsim", with settings as in "best:tau=0.05".
         model_cross: cross-encoder: as for `model`, or the file of a one-way adapter (.safetensors). With best it is optional
             and adds a term. None: "minilm-cross" for standard and optimal, no cross-encoder for best.
         max_tokens_per_doc: tokens kept of each document, special ones not counted; the model's limit applies too.
@@ -89,6 +89,9 @@ class Reranker:
         device: "auto", "cpu", "cuda", "mps", or a torch.device.
         runtime: what runs the transformers: "auto", "torch", "compile", "onnx", "openvino".
         precision: of the transformers: "fp32", "bf16", "int8".
+        query_prompt, document_prompt: put before the bi-encoder's queries and documents; None: what its folder says.
+        truncate_dim: components kept of the bi-encoder's pooled vectors; None: what its folder says.
+        instruction: the task, for a cross-encoder whose prompt has a place for one; None: the model's own.
 
     Raises:
         UserError (a ValueError): a model is not found or has another role; the method or a setting is unknown; the method
@@ -110,6 +113,10 @@ class Reranker:
         device: str | torch.device = "auto",
         runtime: str = "auto",
         precision: str = "fp32",
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        truncate_dim: int | None = None,
+        instruction: str | None = None,
     ):
         max_tokens, cache_bytes = inputs.whole("max_tokens_per_doc", max_tokens_per_doc), inputs.whole("cache_bytes", cache_bytes, 0)
         fuse, method = inputs.weight("fuse_first_stage", fuse_first_stage), as_method(method)
@@ -119,11 +126,14 @@ class Reranker:
         subspace, cache_dir = inputs.path("subspace", subspace), inputs.path("cache_dir", cache_dir)
         if not isinstance(device, (str, torch.device)):
             raise UserError(f"device must be a name, such as 'cpu' or 'cuda:0', or a torch.device, not {device!r}")
-        _check_roles(method, first, second)
-        named = [given if isinstance(given, str) else None for given in (first, second)]
-        loaded = [None if isinstance(given, str) else given for given in (first, second)]
-        spec = EngineSpec(named[0], named[1], subspace, str(device), runtime, precision, cache_dir, cache_bytes)
+        method.check_roles(first, second)
+        named, loaded = zip(*((given, None) if isinstance(given, str) else (None, given) for given in (first, second)))
+        asked = inputs.overrides(query_prompt, document_prompt, truncate_dim, instruction)
+        if asked != AS_IT_IS and any(one is not None for one in loaded):
+            raise UserError("a model is loaded already: give its prompts, dimensions and instruction as overrides to the call that loads it")
+        spec = EngineSpec(named[0], named[1], subspace, str(device), runtime, precision, **asdict(asked), cache_dir=cache_dir, cache_bytes=cache_bytes)
         self._set(spec.load(*loaded), method, max_tokens, fuse, True)
+        method.check_models(self.encoder, self.cross)
 
     @classmethod
     def of(cls, engine: Engine, method: str | Method, *, max_tokens_per_doc: int = 512, fuse_first_stage: float = 0.0, cross: bool = True) -> Reranker:
@@ -134,7 +144,7 @@ class Reranker:
         """
         made: Reranker = object.__new__(cls)
         made._set(engine, as_method(method), max_tokens_per_doc, fuse_first_stage, cross)
-        _check_roles(made.method, made.encoder, made.cross)
+        made.method.check_models(made.encoder, made.cross)
         return made
 
     def _set(self, engine: Engine, method: Method, max_tokens: int, fuse_first_stage: float, cross: bool) -> None:
@@ -369,10 +379,7 @@ loaded = LoadedRerankers(4)
 
 
 def rerank(query: str, documents: Iterable[Document], *, top_n: int | None = None, first_stage: Iterable[float] | None = None, **options: Any) -> list[Result]:
-    """Reranker(**options).rank(query, documents, top_n). The last few rerankers stay loaded in `loaded`; threads take turns.
-
-    Arguments and errors are those of Reranker and Reranker.rank.
-    """
+    """Reranker(**options).rank(query, documents, top_n), with its arguments and errors. The last few stay loaded in `loaded`; threads take turns."""
     with loaded.turns:
         return loaded.get(options).rank(query, documents, top_n, first_stage=first_stage)
 
@@ -386,13 +393,6 @@ def _model(name: str, given: Any, kind: type, said: str) -> Any:
     if found is not None and not isinstance(found, (str, kind)):
         raise UserError(f"{name} must be an id, a folder or a hub name, or a {said} of rerank_lab, not {given!r:.100}")
     return found
-
-
-def _check_roles(method: Method, model: object, cross: object) -> None:
-    if "cross-encoder" in method.roles and cross is None:
-        raise UserError(f"method {method.name} needs a cross-encoder: name one as model_cross (--model-cross), minilm-cross, a hub name or a folder")
-    if "bi-encoder" in method.roles and model is None:
-        raise UserError(f"method {method.name} needs a bi-encoder: name one as model (--model)")
 
 
 __all__ = ["Ranking", "Reranker", "Result", "rerank"]

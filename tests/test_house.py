@@ -55,6 +55,7 @@ EDGES = {
     "eval/executors/ray.py": "keyword arguments of Ray's functions",
     "methods/inputs.py": "documents as people hand them over",
     "models/checkpoint.py": "a checkpoint's JSON",
+    "models/folder.py": "a checkpoint's JSON",
     "models/families.py": "a checkpoint's JSON",
     "replay/recorded.py": "requests and --json",
     "replay/answers.py": "bodies of answers",

@@ -79,7 +79,7 @@ def varied(s: ScaleSettings, count: int) -> list[str]:
 
 
 def models(precision: str) -> dict[str, Any]:
-    place = {"device": "cpu", "runtime": RUNTIME.get(precision, "auto"), "precision": precision}
+    place: dict[str, Any] = {"device": "cpu", "runtime": RUNTIME.get(precision, "auto"), "precision": precision}
     encoder = load_bi_encoder(MODEL, **place)
     return {"model": encoder, "model_cross": load_cross_encoder(CROSS, encoder=encoder, **place)}
 

@@ -22,7 +22,7 @@ from rerank_lab.cli import path_of, place_of
 from rerank_lab.datasets.beir import BUNDLED
 from rerank_lab.errors import UserError
 from rerank_lab.models.bi_encoder import BiEncoder, load
-from rerank_lab.models.registry import Placement
+from rerank_lab.models.registry import Placement, Source
 
 WORDNET = ("data.adj", "data.adv", "data.noun", "data.verb")
 
@@ -72,7 +72,7 @@ def main() -> int:
         p.error("give --wordnet or --text")
     try:
         general = glosses(options.wordnet) if options.wordnet else options.text.read_text(encoding="utf-8").splitlines()
-        model = load(options.model, Placement("cpu"))
+        model = load(Source(options.model, "bi-encoder"), Placement("cpu"))
         model.subspace = None
         rng = random.Random(options.seed)
         sources = {"numpydoc": numpydoc(), "wordnet" if options.wordnet else options.text.name: [t for t in general if t.strip()]}

@@ -45,7 +45,7 @@ from rerank_lab.measures.quality import measure_run
 from rerank_lab.models.base import Detail
 from rerank_lab.models.bi_encoder import BiEncoder, load
 from rerank_lab.models.one_way import TAU, OneWay, padded_states
-from rerank_lab.models.registry import DEFAULT_MODEL, Placement
+from rerank_lab.models.registry import DEFAULT_MODEL, Placement, Source
 from rerank_lab.reranker import Reranker
 from training_lists import Example, examples, labelled, pseudo_queries, read_corpus, split, write_split
 
@@ -326,7 +326,7 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    base = load(DEFAULT_MODEL, Placement(options.device))
+    base = load(Source(DEFAULT_MODEL, "bi-encoder"), Placement(options.device))
     trainer = Trainer(options, base)
     hashes = load_data(trainer, options)
     left_out = {"work", "out", "threads", "every", "device"}

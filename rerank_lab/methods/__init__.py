@@ -5,12 +5,13 @@ from __future__ import annotations
 from rerank_lab.errors import UserError
 from rerank_lab.methods.best import Best
 from rerank_lab.methods.fast import Fast
+from rerank_lab.methods.maxsim import MaxSim
 from rerank_lab.methods.method import Method, Setting, setting, settings_of
 from rerank_lab.methods.optimal import Optimal
 from rerank_lab.methods.pool import DROPPED, Pool
 from rerank_lab.methods.standard import Standard
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal, Best)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal, Best, MaxSim)}
 CROSS_SUFFIX = "+cross"  # best+cross is the row of best with a cross-encoder, best the row without
 
 __all__ = [

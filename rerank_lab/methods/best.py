@@ -25,6 +25,8 @@ class Best(Method):
         score = b + gamma z(e_k · f),  f = Σ_k softmax(b / 0.3)_k e_k
 
     w, z and f depend on the whole pool: a score ranks within one request and is not a calibrated probability. Shown as its sigmoid.
+
+    A late-interaction model has no cosine. Stage 1 then keeps the first documents as they came in, and b = z(alpha z(a) [+ …]).
     """
 
     name: ClassVar[str] = "best"
@@ -44,9 +46,12 @@ class Best(Method):
         if 0 < self.tau < MIN_TAU:
             raise ValueError(f"best: tau must be 0 (MaxSim) or at least {MIN_TAU}, not {self.tau}")
 
+    def needs_pooled(self) -> str | None:
+        return "best: gamma weighs feedback from vectors of whole texts" if self.gamma else None
+
     def score(self, pool: Pool) -> Tensor:
         query = pool.query_vectors(detail=Detail.TOKENS)
-        cosine, kept = pool.nearest(query, pool.vectors(detail=Detail.POOLED), self.stage1_top_k)
+        cosine, kept = pool.stage1(self.stage1_top_k)
         documents = pool.vectors(kept, detail=Detail.TOKENS)
         terms = [(pool.lexical(kept).to(cosine.device), self.lexical)] if self.lexical else []
         if pool.cross is not None and self.cross_weight:

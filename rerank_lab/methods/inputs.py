@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rerank_lab.errors import UserError
-from rerank_lab.files import expanded
+from rerank_lab.files import expanded, valid_text
+from rerank_lab.models.base import Overrides
 
 Document = str | Mapping[str, Any]
 HEAVIEST = 1e9  # the largest weight of a z-score: squares of weighted sums still fit fp32
@@ -153,6 +154,18 @@ def real(name: str, value: Any, wanted: str = "") -> float:
     if not math.isfinite(number):
         raise UserError(f"{name} must be a finite number{wanted}, not {_shown(value)}")
     return number
+
+
+def overrides(query_prompt: Any, document_prompt: Any, truncate_dim: Any, instruction: Any) -> Overrides:
+    """What a person asks of the models in place of what their folders say.
+
+    Raises:
+        UserError: a prompt or the instruction is no text, or truncate_dim no whole number of at least 1.
+    """
+    for name, given in (("query_prompt", query_prompt), ("document_prompt", document_prompt), ("instruction", instruction)):
+        if given is not None and not (isinstance(given, str) and valid_text(given)):
+            raise UserError(f"{name} must be a string, not {_shown(given)}")
+    return Overrides(query_prompt, document_prompt, None if truncate_dim is None else whole("truncate_dim", truncate_dim), instruction)
 
 
 def path(name: str, given: Any) -> str | None:

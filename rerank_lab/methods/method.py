@@ -10,8 +10,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from rerank_lab.errors import UserError
 from rerank_lab.methods import inputs
 from rerank_lab.methods.pool import Pool
+from rerank_lab.models.base import Encoder, Scorer
 
 Number = TypeVar("Number", int, float)
 
@@ -85,6 +87,33 @@ class Method:
     def __post_init__(self) -> None:
         for name, declared in settings_of(type(self)).items():
             object.__setattr__(self, name, declared.read(f"{self.name}: {name}", getattr(self, name)))
+
+    def check_roles(self, model: object, cross: object) -> None:
+        """Checks that the models that the method requires are named or loaded; None: there is none.
+
+        Raises:
+            UserError: one is missing.
+        """
+        if "cross-encoder" in self.roles and cross is None:
+            raise UserError(f"method {self.name} needs a cross-encoder: name one as model_cross (--model-cross), minilm-cross, a hub name or a folder")
+        if "bi-encoder" in self.roles and model is None:
+            raise UserError(f"method {self.name} needs a bi-encoder: name one as model (--model)")
+
+    def check_models(self, encoder: Encoder | None, cross: Scorer | None) -> None:
+        """Checks that the method can run on these models.
+
+        Raises:
+            UserError: one is missing, or the encoder does not make the vectors that the method, as it is set, compares.
+        """
+        self.check_roles(encoder, cross)
+        if encoder is not None and not encoder.pools and "bi-encoder" in self.roles and (why := self.needs_pooled()):
+            raise UserError(
+                f"{why}, and model {encoder.name!r} has none: it has a vector for each token alone (late interaction), which maxsim and best compare"
+            )
+
+    def needs_pooled(self) -> str | None:
+        """Why the method, as it is set, cannot do without a vector of each whole text; None: it can. Stage 1 then keeps the documents' own order."""
+        return f"method {self.name} compares vectors of whole texts"
 
     def score(self, pool: Pool) -> Tensor:
         """Scores the pool's n documents.

@@ -10,7 +10,6 @@ from torch import Tensor
 from rerank_kernels import zscore
 from rerank_lab.methods.method import Method, setting
 from rerank_lab.methods.pool import Pool
-from rerank_lab.models.base import Detail
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,7 @@ class Optimal(Method):
 
     The default cosine_weight of 0 was chosen for minilm-cross on held-out train queries of three collections
     (experiments/training/cross_encoder). Its logit contains a cosine already. Other cross-encoders may need a higher weight.
+    Under a late-interaction model, which has no cosine, stage 1 keeps the first documents as they came in.
     """
 
     name: ClassVar[str] = "optimal"
@@ -28,6 +28,9 @@ class Optimal(Method):
     stage1_top_k: int = setting(100, "documents that stage 1 keeps")
     cosine_weight: float = setting(0.0, "weight of the cosine beside the logit")
 
+    def needs_pooled(self) -> str | None:
+        return "optimal: cosine_weight weighs the cosine of whole texts" if self.cosine_weight else None
+
     def score(self, pool: Pool) -> Tensor:
-        cosine, kept = pool.nearest(pool.query_vectors(detail=Detail.POOLED), pool.vectors(detail=Detail.POOLED), self.stage1_top_k)
+        cosine, kept = pool.stage1(self.stage1_top_k)
         return pool.scatter(kept, zscore(pool.logits(kept)) + self.cosine_weight * zscore(cosine[kept].cpu()))

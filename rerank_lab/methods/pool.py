@@ -157,6 +157,18 @@ class Pool:
         """Encodes those texts that the cache lacks in this detail. Returns the cache's key of each text."""
         return ensure(encoder, self.caches[id(encoder)], texts, max_tokens=self.max_tokens, detail=detail, clock=self.clock)
 
+    def stage1(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k documents that stage 1 keeps: by the bi-encoder's similarity, or, if it makes no pooled vectors, the first k as they came in.
+
+        Returns:
+            similarity of all n documents (n, fp32; zeros if there is none), and the positions of the k kept (k, int64, on the CPU).
+        """
+        assert self.encoder is not None
+        if self.encoder.pools:
+            return self.nearest(self.query_vectors(detail=Detail.POOLED), self.vectors(detail=Detail.POOLED), k)
+        kept = torch.arange(min(k, len(self)), dtype=torch.int64, device="cpu")
+        return torch.zeros(len(self), dtype=torch.float32, device=self.encoder.device), kept
+
     def nearest(self, query: Vectors, documents: Vectors, k: int) -> tuple[Tensor, Tensor]:
         """Stage 1: compares the query with all documents by the bi-encoder's similarity, the cosine unless its checkpoint says otherwise.
 

@@ -25,14 +25,34 @@ class Detail(IntEnum):
 
 
 @dataclass(frozen=True)
+class Overrides:
+    """What a person asks of a model in place of what its folder says. None: as the folder has it.
+
+    Attributes:
+        query_prompt, document_prompt: put before an encoder's queries and documents; "" for no prompt.
+        truncate_dim: components kept of a pooled vector (Matryoshka).
+        instruction: the task that is told to a scorer whose prompt has a place for one.
+    """
+
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    truncate_dim: int | None = None
+    instruction: str | None = None
+
+
+AS_IT_IS = Overrides()
+
+
+@dataclass(frozen=True)
 class Vectors:
     """N encoded texts with nnz tokens together. Tensors of a detail that was not asked for have no rows.
 
     Attributes:
-        pooled: N × d, fp32, pooled and normalised by the model's own modules.
+        pooled: N × d, fp32, pooled and normalised by the model's own modules; N × 0 if the encoder does not pool.
         lengths: N, int64, tokens before truncation, special ones not counted.
         offsets: N + 1, int64, into tokens and states: text i has the rows offsets[i] to offsets[i + 1]. All 0 without tokens.
-        tokens: nnz × r, fp16, unit vectors on the model's subspace, special tokens left out.
+        tokens: nnz × r, unit vectors. fp16, on the model's subspace, special tokens left out. From a model that is trained on token
+            vectors (late interaction): fp32, of the tokens that its own score counts.
         states: nnz × 2·d·S, fp16, keys and values of each of the upper S layers in turn, of the same tokens.
     """
 
@@ -79,14 +99,16 @@ class Tokens:
     Attributes:
         ids: L, int32.
         types: L, int8, the segment of each token.
-        special: L, bool, true at special tokens.
+        special: L, bool, true at tokens that get no token vector: special ones, unless the model counts them.
         full_length: number of tokens before truncation, special ones not counted.
+        attended: how many tokens, from the first, the others attend to; None: all of them.
     """
 
     ids: np.ndarray
     types: np.ndarray
     special: np.ndarray
     full_length: int
+    attended: int | None = None
 
     @classmethod
     def of(cls, encoding: Encoding, full_length: int) -> Tokens:
@@ -129,11 +151,13 @@ class Encoder(Model, Protocol):
 
     Attributes:
         specials: number of special tokens of a text.
-        dimensions, token_dimensions: columns of pooled vectors and of token vectors.
+        pools: whether it makes a vector of a whole text. A late-interaction model makes token vectors alone.
+        dimensions, token_dimensions: columns of pooled vectors (0 if it does not pool) and of token vectors.
         similarity: how pooled vectors are compared: "cosine" or "dot".
     """
 
     specials: int
+    pools: bool
 
     @property
     def dimensions(self) -> int: ...
@@ -147,6 +171,9 @@ class Encoder(Model, Protocol):
 
     def about(self) -> Mapping[str, str]:
         """A description of the vectors with this `key`, for people: at least model, arithmetic and token_dimensions."""
+
+    def prompt(self, kind: str) -> str:
+        """What the model puts before a text of a kind, "query" or "document"."""
 
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
         """Tokenises texts of a kind ("query" or "document") with its prompt, and cuts each to max_tokens tokens, special ones not counted."""

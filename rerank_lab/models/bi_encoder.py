@@ -18,12 +18,13 @@ from torch.nn.functional import normalize
 
 from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.base import Detail, EncodedQuery, Tokens, Vectors
+from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Overrides, Tokens, Vectors
 from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
 from rerank_lab.models.exported import choose, network
-from rerank_lab.models.families import BI, WEIGHTS, read_json, weights_of
+from rerank_lab.models.families import BI, WEIGHTS, weights_of
+from rerank_lab.models.folder import Folder, read_json
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
-from rerank_lab.models.registry import Placement, locate, pick_device
+from rerank_lab.models.registry import Placement, Source, pick_device
 
 
 class BiEncoder:
@@ -35,10 +36,13 @@ class BiEncoder:
         subspace: d × r orthonormal projection of token vectors; None: the one shipped for exactly these weights, or none.
         device: torch device.
         runtime, precision: as models.exported.choose takes them. They do not change pooling and the types of the vectors.
+        overrides: prompts and dimensions other than the folder's.
 
     Raises:
         UserError: there is no such checkpoint, the runtime is not available, or the checkpoint has an unknown module.
     """
+
+    pools = True
 
     def __init__(
         self,
@@ -49,11 +53,12 @@ class BiEncoder:
         device: torch.device | str = "cpu",
         runtime: str = "auto",
         precision: str = "fp32",
+        overrides: Overrides = AS_IT_IS,
     ):
         from transformers import AutoModel
 
-        self.name, self.folder, self.device = name, folder, torch.device(device)
-        self.checkpoint = found = read_checkpoint(folder, name, BI)
+        self.name, self.folder, self.device, self.overrides = name, folder, torch.device(device), overrides
+        self.checkpoint = found = read_checkpoint(Folder(folder, name), BI).overridden(overrides)
         model, tokenizer = load_checkpoint(AutoModel, found.root, name, spare="pooler")
         self.model: nn.Module = model.to(self.device)
         self.config: Any = model.config
@@ -97,6 +102,7 @@ class BiEncoder:
         parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type, *self.checkpoint.newly_read]
         parts += ["truncated from the left"] * (self.truncation_side == "left") + ["no tokens, no vector"] * (not self.specials)
         parts += ["no padding"] * self.network.equal_lengths
+        parts += [f"{name} asked for: {value!r}" for name in ("document_prompt", "truncate_dim") if (value := getattr(self.overrides, name)) is not None]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
     def about(self) -> dict[str, str]:
@@ -287,19 +293,21 @@ def _dense(folder: Path, name: str) -> nn.Sequential:
     return nn.Sequential(linear, getattr(nn, activation)()).eval()
 
 
-def load(name: str, placement: Placement, subspace: str | None = None) -> BiEncoder:
-    """Loads a bi-encoder by name.
+def load(source: Source, placement: Placement, subspace: str | None = None) -> BiEncoder:
+    """Loads a bi-encoder.
 
     Args:
-        name: a registry id, a folder or a hub name.
+        source: its name and folder.
         placement: where and how it runs.
         subspace: a safetensors file with the projection V; None: the shipped one, or none.
 
     Raises:
         UserError: the model is not found, has another role, or the file holds no projection that fits.
     """
-    folder, V = locate(name, "bi-encoder"), _read_subspace(subspace)
-    return BiEncoder(folder, name, subspace=V, device=pick_device(placement.device), runtime=placement.runtime, precision=placement.precision)
+    V, device = _read_subspace(subspace), pick_device(placement.device)
+    return BiEncoder(
+        source.folder.path, source.name, subspace=V, device=device, runtime=placement.runtime, precision=placement.precision, overrides=placement.overrides
+    )
 
 
 def _read_subspace(path: str | None) -> Tensor | None:

@@ -16,20 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.families import (
-    BI,
-    CROSS,
-    INSTEAD,
-    OPTIONS,
-    as_dict,
-    last_part,
-    parse_json,
-    read_json,
-    refuse_family,
-    refuse_foreign,
-    refuse_parts,
-    role_of,
-)
+from rerank_lab.models.base import Overrides
+from rerank_lab.models.families import BI, CROSS, INSTEAD, family, refuse_foreign, refuse_headless, refuse_parts, wrong_role
+from rerank_lab.models.folder import Folder, as_dict, last_part, read_json
 
 log = logging.getLogger(__name__)
 POOLINGS = ("mean", "cls", "max", "lasttoken")
@@ -67,6 +56,7 @@ class Checkpoint:
         name: what messages and results call it.
         folder: the checkpoint.
         root: the folder inside that holds the transformer.
+        role: BI or CROSS.
         pooling: one of POOLINGS; only for bi-encoders, as the next five.
         after: what follows the pooling, in order: "Dense" or "Normalize", and its folder.
         similarity: "cosine" or "dot".
@@ -81,6 +71,7 @@ class Checkpoint:
     name: str
     folder: Path
     root: Path
+    role: str = BI
     pooling: str = "mean"
     after: tuple[tuple[str, Path], ...] = ()
     similarity: str = "cosine"
@@ -92,6 +83,20 @@ class Checkpoint:
     lower: bool = False
     newly_read: tuple[str, ...] = ()
 
+    def overridden(self, asked: Overrides) -> Checkpoint:
+        """The same with what a person asks for in place of what the folder says.
+
+        Raises:
+            UserError: this kind of model cannot do it.
+        """
+        pair = self.role == CROSS
+        odd = [name for name in (("query_prompt", "document_prompt", "truncate_dim") if pair else ("instruction",)) if getattr(asked, name) is not None]
+        odd += ["instruction"] if pair and asked.instruction is not None and not self.pair_prompt else []
+        if odd:
+            raise UserError(f"model {self.name!r} takes no {odd[0]}: it is a {self.role} without one")
+        given = {"pair_prompt": asked.instruction} if pair else {name: getattr(asked, name) for name in ("query_prompt", "document_prompt", "truncate_dim")}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
     def reading(self) -> str:
         """Settings that differ from the defaults (similarity, prompts, dimensions), as JSON for results; "" without any."""
         usual = {"similarity": "cosine", "truncate_dim": None, "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
@@ -99,46 +104,64 @@ class Checkpoint:
         return json.dumps(asked, ensure_ascii=False) if asked else ""
 
 
-def read_checkpoint(folder: Path, name: str, role: str) -> Checkpoint:
+def checked_truncate_dim(value: object, place: str) -> int | None:
+    """truncate_dim, where it is a whole number of at least 1; None without one. UserError otherwise; `place` says where it stands."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UserError(f"{place} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
     """Reads a folder's JSON files and decides how the model is scored. No weight is loaded.
 
     Args:
         folder: the checkpoint.
-        name: what messages call it.
         role: BI or CROSS, the role that is needed.
 
     Raises:
         UserError: the model has another role, or the folder has something that is not supported.
     """
-    modules, about = _modules(folder), read_json(folder / "config_sentence_transformers.json")
-    types = [kind for kind, _ in modules]
-    refuse_family(folder, name, role, types, about)
+    path, name, about, types, root = folder.path, folder.name, folder.about, folder.types, folder.root
+    found, sign = family(folder)
+    if found not in (BI, CROSS):
+        raise wrong_role(name, found, sign, role)
+    if about.get("model_type") not in (None, "SentenceTransformer", "CrossEncoder"):
+        raise UserError(
+            f"model {name!r} is a {about['model_type']} (model_type in config_sentence_transformers.json), which is not known here; {INSTEAD[role]}"
+        )
     if about.get("model_type") != "CrossEncoder":
-        _check_modules(folder, [kind for kind in types if not KNOWN_MODULE.fullmatch(kind)])
-    root = folder / (modules[0][1] if modules else "")
-    refuse_parts((folder, root), name)
-    if not (root / "config.json").is_file():
-        raise UserError(f"model {name!r}: {root / 'config.json'} is no readable model configuration (there is none)")
-    try:
-        config = read_json(root / "config.json")
-    except UserError as error:
-        raise UserError(f"model {name!r}: no readable model configuration: {error}") from None
-    refuse_foreign(root, name, role, config)
-    found, sign = role_of(folder, name, role, modules, config, about)
-    if found == CROSS and len(modules) > 1:
+        _check_modules(path, [kind for kind in types if not KNOWN_MODULE.fullmatch(kind)])
+    config = read_config(folder)
+    refuse_foreign(folder, role)
+    if found == CROSS and len(types) > 1:
         raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), which are not computed here; {INSTEAD[role]}")
+    refuse_headless(folder, role)
     kinds = [last_part(kind) for kind in types]
     if kinds == ["Transformer"] and found == BI:
-        raise UserError(f"{folder / 'modules.json'}: names no Pooling, which makes one vector of those of the tokens; add one with sentence-transformers")
+        raise UserError(f"{path / 'modules.json'}: names no Pooling, which makes one vector of those of the tokens; add one with sentence-transformers")
     ordered = kinds in ([], ["Transformer"]) or (kinds[:2] == ["Transformer", "Pooling"] and not {"Transformer", "Pooling"} & {*kinds[2:]})
-    _check_modules(folder, [] if ordered else kinds)
+    _check_modules(path, [] if ordered else kinds)
     if found != role:
-        raise UserError(f"model {name!r} is a {found} ({sign}), and a {role} is needed here; give it as {OPTIONS[found]}")
+        raise wrong_role(name, found, sign, role)
     _only(about, "config_sentence_transformers.json", "about", name)
-    settings = _settings(root, name) if modules else {}
-    _check_task(settings, root, name, found, bare=not modules)
-    read = _read_cross if found == CROSS else _read_bi if modules else _read_bare
-    return read(Checkpoint(name, folder, root, max_seq_length=_length(settings, root), lower=bool(settings.get("do_lower_case"))), modules, config, about)
+    settings = _settings(root, name) if types else {}
+    _check_task(settings, root, name, found, bare=not types)
+    read = _read_cross if found == CROSS else _read_bi if types else _read_bare
+    return read(
+        Checkpoint(name, path, root, found, max_seq_length=_length(settings, root), lower=bool(settings.get("do_lower_case"))), folder.modules, config, about
+    )
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+    """The transformer's config.json, after a look at whether the folder is whole.
+
+    Raises:
+        UserError: there is none, or parts of the folder are missing.
+    """
+    refuse_parts((folder.path, folder.root), folder.name)
+    if not (folder.root / "config.json").is_file():
+        raise UserError(f"model {folder.name!r}: {folder.root / 'config.json'} is no readable model configuration (there is none)")
+    return folder.config
 
 
 def _read_cross(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
@@ -179,9 +202,7 @@ def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapp
             "encode_query and encode_document have it; rename them in config_sentence_transformers.json if they are meant",
             name, ", ".join(sorted(map(str, unused))),
         )  # fmt: skip
-    truncate = about.get("truncate_dim")
-    if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
-        raise UserError(f"model {name!r}: truncate_dim in config_sentence_transformers.json must be a whole number of at least 1, not {truncate!r}")
+    truncate = checked_truncate_dim(about.get("truncate_dim"), f"model {name!r}: truncate_dim in config_sentence_transformers.json")
     similarity = about.get("similarity_fn_name") or "cosine"
     if similarity not in ("cosine", "dot"):
         raise UserError(f"model {name!r} compares by {similarity} (similarity_fn_name), which is not computed here; known are cosine and dot")
@@ -291,25 +312,6 @@ def _prompts(about: Mapping[str, Any], folder: Path) -> dict[str, str]:
     if chosen is not None and chosen not in ("query", "document") and chosen not in prompts:
         raise UserError(f"{place}: default_prompt_name {chosen!r} is none of its prompts ({', '.join(prompts) or 'it has none'})")
     return {key: text or "" for key, text in prompts.items()}
-
-
-def _modules(folder: Path) -> list[tuple[str, str]]:
-    """(full dotted type, path) of each module in modules.json; empty without that file."""
-    path = folder / "modules.json"
-    if not path.is_file():
-        return []
-    value = parse_json(path)
-    try:
-        modules = [(module["type"], module["path"]) for module in value]
-        odd = [module for module in value if module.get("kwargs")]
-    except (TypeError, KeyError, AttributeError):
-        raise UserError(f"{path}: must list modules, each with type and path") from None
-    inside = all(
-        isinstance(kind, str) and isinstance(place, str) and not Path(place).is_absolute() and ".." not in Path(place).parts for kind, place in modules
-    )
-    if odd or not modules or not inside:
-        raise UserError(f"{path}: must list modules, each with a type, a path inside the folder and no kwargs")
-    return modules
 
 
 def _activation(dotted: object) -> str:

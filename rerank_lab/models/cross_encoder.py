@@ -13,15 +13,16 @@ from torch import Tensor
 
 from rerank_kernels import exactly
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.base import Encoder, Inputs, Needs, Tokens, WorkItem
+from rerank_lab.models.base import AS_IT_IS, Encoder, Inputs, Needs, Overrides, Tokens, WorkItem
 from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import read_checkpoint
 from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import CROSS
+from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import TokenBatch, batches, encoder_flops, encodings, fast_tokenizer, limit_of, load_checkpoint, padding
 from rerank_lab.models.packed import Packed
 from rerank_lab.models.padded import Padded
-from rerank_lab.models.registry import Placement, locate, pick_device
+from rerank_lab.models.registry import Placement, Source, pick_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class CrossEncoder:
         name: what messages and results call it.
         device: torch device.
         runtime, precision: as models.exported.choose takes them. If torch runs a BERT, the head stays fp32.
+        overrides: an instruction other than the folder's.
 
     Raises:
         UserError: there is no such checkpoint, the runtime is not available, the checkpoint has no trained classification
@@ -48,11 +50,20 @@ class CrossEncoder:
     needs: Needs | None = None
     shares = True
 
-    def __init__(self, folder: Path, name: str, *, device: torch.device | str = "cpu", runtime: str = "auto", precision: str = "fp32"):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        device: torch.device | str = "cpu",
+        runtime: str = "auto",
+        precision: str = "fp32",
+        overrides: Overrides = AS_IT_IS,
+    ):
         from transformers import AutoModelForSequenceClassification
 
         self.name, self.device = name, torch.device(device)
-        self.checkpoint = found = read_checkpoint(folder, name, CROSS)
+        self.checkpoint = found = read_checkpoint(Folder(folder, name), CROSS).overridden(overrides)
         model, tokenizer = load_checkpoint(AutoModelForSequenceClassification, found.root, name)
         if model.config.num_labels != 1:
             raise UserError(f"model {name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
@@ -141,10 +152,11 @@ def _tokens(work: WorkItem) -> Tokens:
     return work.tokens
 
 
-def load(name: str, placement: Placement, loaded: Mapping[str, Encoder]) -> CrossEncoder:
-    """Loads a cross-encoder by registry id, folder or hub name. It shares no encoder, so that `loaded` is not used.
+def load(source: Source, placement: Placement, loaded: Mapping[str, Encoder]) -> CrossEncoder:
+    """Loads a cross-encoder. It shares no encoder, so that `loaded` is not used.
 
     Raises:
         UserError: the model is not found or has another role.
     """
-    return CrossEncoder(locate(name, "cross-encoder"), name, device=pick_device(placement.device), runtime=placement.runtime, precision=placement.precision)
+    device = pick_device(placement.device)
+    return CrossEncoder(source.folder.path, source.name, device=device, runtime=placement.runtime, precision=placement.precision, overrides=placement.overrides)

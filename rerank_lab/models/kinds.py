@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
 from rerank_lab.models import bi_encoder, cross_encoder, one_way
-from rerank_lab.models.base import Detail, Encoder, Scorer
+from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
+from rerank_lab.models.families import BI, CROSS
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
-from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Placement, locate, pick_device
+from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
 
 __all__ = [
-    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Placement", "ScorerKind", "backbone_of",
-    "load_bi_encoder", "load_cross_encoder", "locate", "needs_of", "pick_device",
+    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Overrides", "Placement", "ScorerKind", "Source", "backbone_of",
+    "load_bi_encoder", "load_cross_encoder", "locate", "needs_of", "pick_device", "pools",
 ]  # fmt: skip
 
 
@@ -26,12 +28,16 @@ class EncoderKind:
     """A kind of encoder.
 
     Attributes:
-        takes: whether a name (an id, a folder, a file, a hub name) is of this kind.
-        load: name, placement, and the file of a token projection or None → the model.
+        takes: whether a model is of this kind, by its name, or by its folder, which is fetched if it is asked for.
+        load: source, placement, and the file of a token projection or None → the model.
+        pools: whether its models make a vector of a whole text. Known before anything is loaded.
+        describe: source → what `--list MODEL` says of it, by title. No weight is loaded.
     """
 
-    takes: Callable[[str], bool]
-    load: Callable[[str, Placement, str | None], Encoder]
+    takes: Callable[[Source], bool]
+    load: Callable[[Source, Placement, str | None], Encoder]
+    pools: bool = True
+    describe: Callable[[Source], Mapping[str, str]] = lambda source: {}
 
 
 @dataclass(frozen=True)
@@ -39,29 +45,42 @@ class ScorerKind:
     """A kind of scorer.
 
     Attributes:
-        takes: whether a name (an id, a folder, a file, a hub name) is of this kind.
-        load: name, placement, and the loaded encoders by name → the model. It uses a loaded encoder if it needs that one.
-        needs: name → the name of the encoder whose vectors it will need, and their detail; None: none. Known before anything is loaded.
+        takes: as for EncoderKind.
+        load: source, placement, and the loaded encoders by name → the model. It uses a loaded encoder if it needs that one.
+        needs: name → the name of the encoder whose vectors it will need, and their detail; None: its models need none. Known
+            before anything is loaded.
+        describe: as for EncoderKind.
     """
 
-    takes: Callable[[str], bool]
-    load: Callable[[str, Placement, Mapping[str, Encoder]], Scorer]
-    needs: Callable[[str], tuple[str, Detail] | None] = lambda name: None
+    takes: Callable[[Source], bool]
+    load: Callable[[Source, Placement, Mapping[str, Encoder]], Scorer]
+    needs: Callable[[str], tuple[str, Detail] | None] | None = None
+    describe: Callable[[Source], Mapping[str, str]] = lambda source: {}
 
 
-# The last kind that takes a name loads it. The first kind takes every name.
-ENCODERS = {"bi-encoder": EncoderKind(lambda name: True, bi_encoder.load)}
+# The last kind that takes a model loads it. The first kind takes every model.
+ENCODERS = {"bi-encoder": EncoderKind(lambda source: True, bi_encoder.load)}
 SCORERS = {
-    "cross-encoder": ScorerKind(lambda name: True, cross_encoder.load),
-    "one-way": ScorerKind(lambda name: backbone_of(name) is not None, one_way.load, lambda name: (backbone_of(name) or "", Detail.STATES)),
+    "cross-encoder": ScorerKind(lambda source: True, cross_encoder.load),
+    # It goes by names alone, and stands last, so that its names are not looked for on the hub.
+    "one-way": ScorerKind(lambda source: backbone_of(source.name) is not None, one_way.load, lambda name: (backbone_of(name) or "", Detail.STATES)),
 }
+
+
+AnyKind = TypeVar("AnyKind", EncoderKind, ScorerKind)
 
 
 @exactly(tensors=True)
 def load_bi_encoder(
-    name: str | Path, *, subspace: str | Path | None = None, device: str | torch.device = "auto", runtime: str = "auto", precision: str = "fp32"
+    name: str | Path,
+    *,
+    subspace: str | Path | None = None,
+    device: str | torch.device = "auto",
+    runtime: str = "auto",
+    precision: str = "fp32",
+    overrides: Overrides = AS_IT_IS,
 ) -> Encoder:
-    """Loads a bi-encoder by registry id, checkpoint folder or hub name.
+    """Loads an encoder by registry id, checkpoint folder or hub name.
 
     Args:
         name: e.g. "all-MiniLM-L6-v2", "./my-model", "BAAI/bge-small-en-v1.5".
@@ -69,13 +88,13 @@ def load_bi_encoder(
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         runtime: "auto", "torch", "compile", "onnx", "openvino".
         precision: "fp32", "bf16", "int8".
+        overrides: prompts and dimensions other than the folder's.
 
     Raises:
-        UserError: the model is not found or has another role.
+        UserError: the model is not found, has another role, or cannot do what `overrides` asks.
     """
-    name = expanded(str(name))
-    kind = next(kind for kind in reversed(ENCODERS.values()) if kind.takes(name))
-    return kind.load(name, Placement(device, runtime, precision), None if subspace is None else expanded(str(subspace)))
+    source = Source(expanded(str(name)), BI)
+    return _kind(ENCODERS, source).load(source, Placement(device, runtime, precision, overrides), None if subspace is None else expanded(str(subspace)))
 
 
 @exactly(tensors=True)
@@ -86,26 +105,38 @@ def load_cross_encoder(
     runtime: str = "auto",
     precision: str = "fp32",
     encoder: Encoder | Mapping[str, Encoder] | None = None,
+    overrides: Overrides = AS_IT_IS,
 ) -> Scorer:
     """Loads a cross-encoder by registry id, checkpoint folder, hub name, or the file of a one-way adapter on the default model.
 
     Args:
         name, device, runtime, precision: as for load_bi_encoder.
         encoder: a loaded bi-encoder, or several by name. A one-way adapter that belongs to one of them uses it.
+        overrides: an instruction other than the folder's.
 
     Raises:
         UserError: as for load_bi_encoder.
     """
-    name = expanded(str(name))
+    source = Source(expanded(str(name)), CROSS)
     loaded = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {encoder.name: encoder}
-    return _scorer_kind(name).load(name, Placement(device, runtime, precision), loaded)
+    return _kind(SCORERS, source).load(source, Placement(device, runtime, precision, overrides), loaded)
 
 
 def needs_of(name: str) -> tuple[str, Detail] | None:
     """What a cross-encoder of this name will need: the name of an encoder, and the detail of its vectors; None: nothing. Loads no model."""
-    name = expanded(name)
-    return _scorer_kind(name).needs(name)
+    source = Source(expanded(name), CROSS)
+    return next((kind.needs(source.name) for kind in reversed(SCORERS.values()) if kind.needs is not None and kind.takes(source)), None)
 
 
-def _scorer_kind(name: str) -> ScorerKind:
-    return next(kind for kind in reversed(SCORERS.values()) if kind.takes(name))
+def pools(name: str) -> bool:
+    """Whether an encoder of this name makes a vector of a whole text. Its folder is fetched, but no weight is loaded.
+
+    Raises:
+        UserError: the model is not found.
+    """
+    return _kind(ENCODERS, Source(expanded(name), BI)).pools
+
+
+def _kind(registry: Mapping[str, AnyKind], source: Source) -> AnyKind:
+    every: list[AnyKind] = list(registry.values())
+    return next(kind for kind in reversed(every) if kind.takes(source))

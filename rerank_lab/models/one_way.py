@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from torch.nn.functional import gelu, normalize, scaled_dot_product_attention, s
 
 from rerank_kernels import exactly, subspace_attention
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.base import Detail, EncodedQuery, Encoder, Inputs, Needs, Vectors, WorkItem
+from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Encoder, Inputs, Needs, Vectors, WorkItem
 from rerank_lab.models.bi_encoder import BiEncoder, shipped_subspace
 from rerank_lab.models.bi_encoder import load as load_encoder
 from rerank_lab.models.forward import plan_batches
-from rerank_lab.models.registry import DEFAULT_MODEL, REGISTRY, Placement
+from rerank_lab.models.registry import DEFAULT_MODEL, REGISTRY, Placement, Source
 
 ADAPTERS = Path(__file__).parent.parent / "data" / "cross-encoders"
 TAU = 0.1
@@ -369,21 +369,19 @@ def merge(net: OneWay, tensors: dict[str, Tensor]) -> None:
     net.load_state_dict(weights | plain)
 
 
-def load(name: str, placement: Placement, loaded: Mapping[str, Encoder]) -> OneWayCrossEncoder:
-    """Loads a one-way cross-encoder by registry id or by its adapter's file.
-
-    Args:
-        name: the id or the file.
-        placement: where and how its bi-encoder runs, if that must be loaded.
-        loaded: loaded encoders by name. If the adapter's bi-encoder is among them, it is used.
+def load(source: Source, placement: Placement, loaded: Mapping[str, Encoder]) -> OneWayCrossEncoder:
+    """Loads a one-way cross-encoder by registry id or by its adapter's file. If its bi-encoder is loaded already, that one is used.
 
     Raises:
-        UserError: the model is not found, or the adapter was trained on other weights.
+        UserError: the model is not found, the adapter was trained on other weights, or an instruction is asked for.
     """
-    backbone = backbone_of(name)
+    name, backbone = source.name, backbone_of(source.name)
     assert backbone is not None
-    encoder = next((one for one in loaded.values() if isinstance(one, BiEncoder) and one.name == backbone and _has_shipped_subspace(one)), None)
-    return OneWayCrossEncoder(encoder or load_encoder(backbone, placement), ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name), name)
+    if placement.overrides.instruction is not None:
+        raise UserError(f"model {name!r} takes no instruction")
+    encoder = next((one for one in loaded.values() if isinstance(one, BiEncoder) and one.name == backbone and _as_trained(one)), None)
+    encoder = encoder or load_encoder(Source(backbone, "bi-encoder"), replace(placement, overrides=AS_IT_IS))
+    return OneWayCrossEncoder(encoder, ADAPTERS / f"{name}.safetensors" if name in REGISTRY else Path(name), name)
 
 
 def backbone_of(name: str) -> str | None:
@@ -394,6 +392,7 @@ def backbone_of(name: str) -> str | None:
     return DEFAULT_MODEL if name.endswith(".safetensors") else None
 
 
-def _has_shipped_subspace(encoder: BiEncoder) -> bool:
-    shipped = shipped_subspace(encoder.weights)
+def _as_trained(encoder: BiEncoder) -> bool:
+    """Whether an encoder of the backbone's name makes vectors as those that the adapter was trained on."""
+    shipped = shipped_subspace(encoder.weights) if encoder.overrides == AS_IT_IS else None
     return shipped is not None and encoder.subspace is not None and torch.equal(encoder.subspace.cpu(), shipped)

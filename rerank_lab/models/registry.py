@@ -7,11 +7,14 @@ import importlib.util
 import logging
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from rerank_lab.errors import UserError
+from rerank_lab.models.base import AS_IT_IS, Overrides
+from rerank_lab.models.folder import Folder
 
 for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if it is installed, and torchao warns about missing GPU libraries
     logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -25,16 +28,18 @@ FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.m
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a model runs.
+    """Where and how a model runs, and how it reads texts.
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
         runtime, precision: as models.exported.choose takes them.
+        overrides: what is asked for in place of what the folder says.
     """
 
     device: str | torch.device = "auto"
     runtime: str = "auto"
     precision: str = "fp32"
+    overrides: Overrides = AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,27 @@ def locate(name: str, role: str) -> Path:
             f"model {name!r} is the hub's own folder of a model; name one of its versions, {Path(name) / 'snapshots'}/…, or the model as the hub does"
         )
     return Path(name) if Path(name).is_dir() else _download(name)
+
+
+class Source:
+    """What a person calls a model, and the folder that is meant.
+
+    Args:
+        name: a registry id, a folder, a file or a hub name.
+        role: "bi-encoder" or "cross-encoder", the role that is needed.
+    """
+
+    def __init__(self, name: str, role: str):
+        self.name, self.role = name, role
+
+    @cached_property
+    def folder(self) -> Folder:
+        """The checkpoint's folder, located (and fetched) when it is first wanted.
+
+        Raises:
+            UserError: as `locate`.
+        """
+        return Folder(locate(self.name, self.role), self.name)
 
 
 def _download(name: str) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -11,7 +12,7 @@ from rerank_lab.cache.vectors import MEMORY_BYTES, VectorCache
 from rerank_lab.engine import Engine, encoders
 from rerank_lab.errors import UserError
 from rerank_lab.methods import METHODS, Method
-from rerank_lab.models.base import Encoder, Scorer
+from rerank_lab.models.base import AS_IT_IS, Encoder, Overrides, Scorer
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
 from rerank_lab.reranker import Reranker
@@ -45,6 +46,7 @@ class Fleet:
         runtime: str = "auto",
         precision: str = "fp32",
         cache_bytes: int = MEMORY_BYTES,
+        overrides: Mapping[str, Overrides] | None = None,
     ) -> Fleet:
         """Loads models. A one-way cross-encoder shares the weights of its bi-encoder.
 
@@ -53,13 +55,16 @@ class Fleet:
             subspace: file of the first bi-encoder's projection; None: the shipped one, or none.
             device, runtime, precision: as for Reranker.
             cache_bytes: bound on all caches together.
+            overrides: name → prompts and instruction of that model in place of its folder's.
 
         Raises:
             UserError: a model cannot be found, or has another role.
         """
-        place = {"device": device, "runtime": runtime, "precision": precision}
-        loaded = {name: load_bi_encoder(name, subspace=subspace if n == 0 else None, **place) for n, name in enumerate(models)}
-        readers = {name: load_cross_encoder(name, encoder=loaded, **place) for name in crosses}
+        load = partial(load_bi_encoder, device=device, runtime=runtime, precision=precision)
+        load_cross = partial(load_cross_encoder, device=device, runtime=runtime, precision=precision)
+        asked = overrides or {}
+        loaded = {name: load(name, subspace=subspace if n == 0 else None, overrides=asked.get(name, AS_IT_IS)) for n, name in enumerate(models)}
+        readers = {name: load_cross(name, encoder=loaded, overrides=asked.get(name, AS_IT_IS)) for name in crosses}
         making = {id(one): one for cross in (None, *readers.values()) for encoder in (None, *loaded.values()) for one in encoders(encoder, cross)}
         bound = cache_bytes // max(1, len(making))
         return cls(dict(loaded), readers, {key: VectorCache(one.key(), memory_bytes=bound) for key, one in making.items()})

@@ -49,6 +49,8 @@ class Steps:
     def __init__(self, reranker: Reranker, query: str, texts: Sequence[str]):
         self.reranker, self.pool = reranker, reranker.pool(StepPool, query, texts)
         self.units: Sequence[Unit] = self.pool.first(reranker.method.roles)
+        if not self.units:
+            self.advance()
 
     def advance(self) -> Ranking | None:
         """Runs the method. Returns the ranking, or None if more units must run first.
@@ -75,8 +77,10 @@ class StepPool(Pool):
         self.done: dict[int, tuple[float, WorkItem]] = {}  # position → logit, and the work that made it
 
     def first(self, roles: Sequence[str]) -> Sequence[Unit]:
-        """All units that are known to be needed from the start, so that they can share a batch."""
+        """All units that are known to be needed from the start, so that they can share a batch; empty if only the method can tell."""
         encoder = self.encoder if "bi-encoder" in roles else None if self.needs is None else self.needs.encoder
+        if encoder is not None and not encoder.pools and not self.full_detail(encoder):
+            return []  # stage 1 keeps the documents' own order, and only the method knows how many
         if encoder is None:
             assert self.cross is not None
             return self._scores(self.cross, torch.unique(self._first))

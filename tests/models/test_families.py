@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.families import CAUSAL, LATE, SPARSE, STATIC
+from rerank_lab.models.families import CAUSAL, LATE, SAID, SPARSE, STATIC
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from tests.models.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
 
@@ -36,26 +36,26 @@ def own_folder(folder: Path) -> Path:
 # What is refused in both roles: the files that cause it, and the message.
 
 ELSEWHERE: dict[str, tuple[Make, str]] = {
-    "PyLate": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "pylate.models.Dense.Dense")}), LATE),
-    "sentence-transformers' MultiVectorEncoder": (lambda f: bi_encoder(f, about=st_about(model_type="MultiVectorEncoder")), LATE),
-    "ColBERT by its similarity": (lambda f: bi_encoder(f, about=st_about(similarity_fn_name="MaxSim")), LATE),
-    "Stanford's ColBERT": (lambda f: put(transformer(f), {"artifact.metadata": {"query_maxlen": 32}}), LATE),
-    "Stanford's ColBERT by its architecture": (lambda f: change(transformer(f), "config.json", architectures=["HF_ColBERT"]), LATE),
-    "Dense on tokens": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", BASE + "dense.Dense")}), LATE),
+    "PyLate": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "pylate.models.Dense.Dense")}), SAID[LATE]),
+    "sentence-transformers' MultiVectorEncoder": (lambda f: bi_encoder(f, about=st_about(model_type="MultiVectorEncoder")), SAID[LATE]),
+    "ColBERT by its similarity": (lambda f: bi_encoder(f, about=st_about(similarity_fn_name="MaxSim")), SAID[LATE]),
+    "Stanford's ColBERT": (lambda f: put(transformer(f), {"artifact.metadata": {"query_maxlen": 32}}), SAID[LATE]),
+    "Stanford's ColBERT by its architecture": (lambda f: change(transformer(f), "config.json", architectures=["HF_ColBERT"]), SAID[LATE]),
+    "Dense on tokens": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", BASE + "dense.Dense")}), SAID[LATE]),
     "SPLADE": (
         lambda f: put(transformer(f, "BertForMaskedLM"), {"modules.json": modules("sentence_transformers.sparse_encoder.models.MLMTransformer")}),
-        SPARSE,
+        SAID[SPARSE],
     ),
-    "SPLADE by model_type": (lambda f: bi_encoder(f, about=st_about(model_type="SparseEncoder")), SPARSE),
-    "static embeddings": (lambda f: put(transformer(f), {"modules.json": modules("StaticEmbedding", "Normalize")}), STATIC),
-    "model2vec": (lambda f: change(transformer(f), "config.json", model_type="model2vec", architectures=["StaticModel"]), STATIC),
-    "a causal reranker": (lambda f: transformer(f, "Qwen3ForCausalLM"), CAUSAL),
-    "a causal model that says nothing of pooling": (lambda f: transformer(f, "Qwen3Model"), CAUSAL),
+    "SPLADE by model_type": (lambda f: bi_encoder(f, about=st_about(model_type="SparseEncoder")), SAID[SPARSE]),
+    "static embeddings": (lambda f: put(transformer(f), {"modules.json": modules("StaticEmbedding", "Normalize")}), SAID[STATIC]),
+    "model2vec": (lambda f: change(transformer(f), "config.json", model_type="model2vec", architectures=["StaticModel"]), SAID[STATIC]),
+    "a causal reranker": (lambda f: transformer(f, "Qwen3ForCausalLM"), SAID[CAUSAL]),
+    "a causal model that says nothing of pooling": (lambda f: transformer(f, "Qwen3Model"), SAID[CAUSAL]),
     "a causal reranker of sentence-transformers": (
         lambda f: put(
             transformer(f, "Qwen3ForCausalLM"), {"modules.json": modules("Transformer", "sentence_transformers.cross_encoder.modules.logit_score.LogitScore")}
         ),
-        CAUSAL,
+        SAID[CAUSAL],
     ),
     "a masked language model": (lambda f: transformer(f, "BertForMaskedLM"), "is a masked language model (BertForMaskedLM) that no file says how to pool"),
     "a tagger": (lambda f: transformer(f, "BertForTokenClassification"), "is a BertForTokenClassification, which is neither"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from rerank_kernels import subspace_attention
 from rerank_lab.models.base import Detail, Encoder, Inputs, Needs, WorkItem
 from rerank_lab.models.kinds import ScorerKind, load_bi_encoder
-from rerank_lab.models.registry import DEFAULT_MODEL, Placement
+from rerank_lab.models.registry import DEFAULT_MODEL, Placement, Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,10 @@ class Late:
         return sum(2 * len(one.encoded_query.vectors.tokens) * one.vectors.tokens.numel() for one in every if one.encoded_query and one.vectors)
 
 
-def load(name: str, placement: Placement, loaded: Mapping[str, Encoder]) -> Late:
+def load(source: Source, placement: Placement, loaded: Mapping[str, Encoder]) -> Late:
     """On the default bi-encoder, shared if it is loaded."""
     encoder = loaded.get(DEFAULT_MODEL)
     return Late(encoder or load_bi_encoder(DEFAULT_MODEL, device=placement.device, runtime=placement.runtime, precision=placement.precision))
 
 
-KIND = ScorerKind(lambda name: name == "late", load, lambda name: (DEFAULT_MODEL, Detail.TOKENS))
+KIND = ScorerKind(lambda source: source.name == "late", load, lambda name: (DEFAULT_MODEL, Detail.TOKENS))

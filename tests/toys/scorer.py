@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rerank_lab.models.base import Encoder, Inputs, Needs, WorkItem
 from rerank_lab.models.kinds import ScorerKind
-from rerank_lab.models.registry import Placement
+from rerank_lab.models.registry import Placement, Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,9 @@ class Overlap:
         return 0
 
 
-def load(name: str, place: Placement, loaded: Mapping[str, Encoder]) -> Overlap:
+def load(source: Source, place: Placement, loaded: Mapping[str, Encoder]) -> Overlap:
     """It has no weights."""
     return Overlap()
 
 
-KIND = ScorerKind(lambda name: name == "overlap", load)
+KIND = ScorerKind(lambda source: source.name == "overlap", load)
