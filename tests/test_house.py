@@ -54,6 +54,7 @@ EDGES = {
     "files.py": "any JSON",
     "eval/executors/ray.py": "keyword arguments of Ray's functions",
     "methods/inputs.py": "documents as people hand them over",
+    "models/after.py": "a module's JSON",
     "models/checkpoint.py": "a checkpoint's JSON",
     "models/folder.py": "a checkpoint's JSON",
     "models/families.py": "a checkpoint's JSON",

@@ -59,9 +59,9 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
     ),
     "a masked language model": (lambda f: transformer(f, "BertForMaskedLM"), "is a masked language model (BertForMaskedLM) that no file says how to pool"),
     "a tagger": (lambda f: transformer(f, "BertForTokenClassification"), "is a BertForTokenClassification, which is neither"),
-    "an encoder of T5": (
-        lambda f: change(bi_encoder(f), "config.json", model_type="t5", architectures=["T5EncoderModel"]),
-        "is an encoder-decoder or a half of one (T5EncoderModel)",
+    "an encoder-decoder": (
+        lambda f: change(bi_encoder(f), "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"]),
+        "is an encoder-decoder or a half of one (T5ForConditionalGeneration)",
     ),
     "own code": (
         lambda f: put(change(bi_encoder(f), "config.json", auto_map={"AutoModel": "modeling.Mine"}), {"modeling.py": "raise SystemExit('it ran')\n"}),
@@ -106,7 +106,14 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
         lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "mine.models.Pooling")}),
         "first, not mine.models.Pooling",
     ),
-    "a Router": (lambda f: put(transformer(f), {"modules.json": modules("Router", "Normalize")}), f"first, not {MODELS}Router"),
+    "a Router": (
+        lambda f: put(transformer(f), {"modules.json": modules("Router", "Normalize")}),
+        f"first, not {MODELS}Router; Router: queries and documents go through modules of their own",
+    ),
+    "several layers": (
+        lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "WeightedLayerPooling", "Pooling")}),
+        f"first, not {MODELS}WeightedLayerPooling; WeightedLayerPooling: it pools over several layers of the transformer",
+    ),
     "a model_type that is not known": (lambda f: bi_encoder(f, about=st_about(model_type="Holographic")), "is a Holographic (model_type in"),
     "a module outside the folder": (
         lambda f: put(bi_encoder(f), {"modules.json": [*modules("Transformer"), {"path": "../1_Pooling", "type": MODELS + "Pooling"}]}),
