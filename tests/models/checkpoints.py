@@ -93,6 +93,36 @@ def bi_encoder(folder: Path, *after: str, architecture: str = "BertModel", about
     return put(folder, {"config_sentence_transformers.json": about}) if about is not None else folder
 
 
+def static(folder: Path, *after: str, about: dict[str, Any] | None = None, tensors: dict[str, Tensor] | None = None) -> Path:
+    """Static embeddings as sentence-transformers saves them, WIDTH components a token. `after` names the modules behind; tensors replace its weights."""
+    bi_encoder(folder, *after)
+    listed = modules("StaticEmbedding", *(f"{MODELS}{kind}" for kind in after))
+    put(folder, {"modules.json": [row | {"path": f"{i + 1}_{row['path'].partition('_')[2]}" if i else "0_StaticEmbedding"} for i, row in enumerate(listed)]})
+    put(
+        folder,
+        dict.fromkeys(("1_Pooling/config.json", "config.json", "sentence_bert_config.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")),
+    )
+    (folder / "0_StaticEmbedding").mkdir()
+    (folder / "tokenizer.json").rename(folder / "0_StaticEmbedding" / "tokenizer.json")
+    table = torch.randn(30522, WIDTH, generator=torch.Generator().manual_seed(3))
+    (folder / "model.safetensors").unlink()
+    save_file(tensors or {"embedding.weight": table}, folder / "0_StaticEmbedding" / "model.safetensors")
+    return put(folder, {"config_sentence_transformers.json": about}) if about is not None else folder
+
+
+def model2vec(folder: Path, normalize: bool = True, tensors: dict[str, Tensor] | None = None) -> Path:
+    """Static embeddings as model2vec saves them."""
+    static(folder)
+    for path in (folder / "0_StaticEmbedding").iterdir():
+        path.rename(folder / path.name)
+    kinds = modules("StaticEmbedding", *(["Normalize"] if normalize else []))
+    about = {"model_type": "model2vec", "architectures": ["StaticModel"], "hidden_dim": WIDTH, "normalize": normalize}
+    put(folder, {"modules.json": [kinds[0] | {"path": "."}, *kinds[1:]], "config.json": about})
+    table = torch.randn(30522, WIDTH, generator=torch.Generator().manual_seed(3))
+    save_file(tensors or {"embeddings": table}, folder / "model.safetensors")
+    return folder
+
+
 def cross_encoder(folder: Path, architecture: str = "BertForSequenceClassification", about: dict[str, Any] | None = None, **settings: Any) -> Path:
     """A cross-encoder with one label. With `about` it is in the layout of sentence-transformers 5.4 and later, and `settings` are those of its
     Transformer; without, `settings` go into config.json.

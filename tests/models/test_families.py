@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.families import CAUSAL, LATE, SAID, SPARSE, STATIC
+from rerank_lab.models.families import CAUSAL, LATE, SAID, SPARSE
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
-from tests.models.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
+from tests.models.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder, change, cross_encoder, model2vec, modules, put, st_about, static, transformer
 
 
 def assert_refused(load: Callable[..., object], make: Make, message: str, folder: Path) -> None:
@@ -47,8 +47,6 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
         SAID[SPARSE],
     ),
     "SPLADE by model_type": (lambda f: bi_encoder(f, about=st_about(model_type="SparseEncoder")), SAID[SPARSE]),
-    "static embeddings": (lambda f: put(transformer(f), {"modules.json": modules("StaticEmbedding", "Normalize")}), SAID[STATIC]),
-    "model2vec": (lambda f: change(transformer(f), "config.json", model_type="model2vec", architectures=["StaticModel"]), SAID[STATIC]),
     "a causal reranker": (lambda f: transformer(f, "Qwen3ForCausalLM"), SAID[CAUSAL]),
     "a causal model that says nothing of pooling": (lambda f: transformer(f, "Qwen3Model"), SAID[CAUSAL]),
     "a causal reranker of sentence-transformers": (
@@ -211,6 +209,8 @@ def test_what_a_bi_encoder_does_not_do_is_refused(case: str, tmp_path: Path) -> 
 
 
 CROSS_REFUSED: dict[str, tuple[Make, str]] = {
+    "static embeddings": (static, "and a cross-encoder is needed here; give it as --model"),
+    "model2vec": (model2vec, "is a static embedding model (as sentence_transformers.models.StaticEmbedding in modules.json says)"),
     "a bi-encoder": (lambda f: bi_encoder(f, "Normalize"), "is a bi-encoder (BertModel), and a cross-encoder is needed here; give it as --model"),
     "weights that nothing takes": (lambda f: add_weights(cross_encoder(f), "score.weight"), "nothing takes the weights score.weight in"),
     "a chat template": (lambda f: put(cross_encoder(f), {"chat_template.jinja": "{{ messages }}"}), "reads its input through a chat template"),
