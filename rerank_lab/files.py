@@ -28,7 +28,7 @@ COMPRESSIONS = {
 
 
 def expanded(place: str) -> str:
-    """Expands a leading ~ or ~user of a path, also after hf:, irds: and run:. Any other text is returned unchanged.
+    """Expands a leading ~ or ~user of a path, also after hf:, irds:, run: and splade:. Any other text is returned unchanged.
 
     A shell expands ~ only at the start of a word. TOML files and environment variables never have it expanded.
 
@@ -36,7 +36,7 @@ def expanded(place: str) -> str:
         UserError: there is no such user, or no home folder.
     """
     prefix, colon, rest = place.partition(":")
-    prefix, rest = (f"{prefix}:", rest) if colon and prefix in ("hf", "irds", "run") else ("", place)
+    prefix, rest = (f"{prefix}:", rest) if colon and prefix in ("hf", "irds", "run", "splade") else ("", place)
     if not rest.startswith("~"):
         return place
     try:

@@ -280,6 +280,7 @@ def _candidates(options: EvalSettings, dataset: Dataset, reranker: Reranker, det
         search=search,
         drop_identical=options.drop_identical_ids,
         progress=rows.bar,
+        device="auto" if options.executor == "ray" else options.device,
     )
     _encode_candidates(reranker, dataset, found, detail, "encode candidates", executor)
     return found

@@ -49,6 +49,7 @@ FIRST_STAGES = {
     for stage in [
         FirstStageKind("bm25", None, "words in common", "rerank_lab.first_stage.bm25:BM25Stage"),
         FirstStageKind("dense", None, "nearest by --model's pooled vectors", "rerank_lab.first_stage.dense:DenseStage"),
+        FirstStageKind("splade", "MODEL", "a sparse encoder's words in common", "rerank_lab.first_stage.splade:SpladeStage"),
         FirstStageKind("run", FILE, "a TREC run, Parquet, or JSON as of ranx and MTEB", "rerank_lab.first_stage.from_run:RunStage"),
     ]
 }

@@ -30,11 +30,13 @@ class Context:
         nearest: document ids, texts of queries, K → the K nearest documents of each query by the model's pooled vectors, a TopK for
             each batch of QUERY_BATCH queries. Positions are into the given ids. It runs where the evaluation runs, here or on a cluster.
         progress: wraps an iterable in a progress bar with a title.
+        device: where a model of the first stage's own runs, in this process.
     """
 
     dataset: Dataset
     nearest: Callable[[Sequence[str], Sequence[str], int], list[TopK]]
     progress: ProgressBar
+    device: str = "auto"
 
 
 class FirstStage(Protocol):

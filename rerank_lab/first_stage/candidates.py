@@ -67,6 +67,7 @@ def make_candidates(
     search: Callable[[Sequence[str], Sequence[str], int], list[TopK]],
     drop_identical: bool,
     progress: ProgressBar,
+    device: str = "auto",
 ) -> Candidates:
     """Finds candidates for every query of a dataset.
 
@@ -76,14 +77,14 @@ def make_candidates(
         top_k: how many candidates to find for a query at most.
         search: becomes Context.nearest.
         drop_identical: whether to leave out the document whose id is the query's id.
-        progress: becomes Context.progress.
+        progress, device: become Context.progress and Context.device.
 
     Raises:
         UserError: the first stage is unknown or refuses its argument.
         ModelError: what it returns is not what FirstStage asks for.
     """
     declared, argument = find(source)
-    stage = declared.make(Context(dataset, search, progress), argument)
+    stage = declared.make(Context(dataset, search, progress, device), argument)
     queries = {q: text for q, text in dataset.queries.items() if text.strip()}
     most = top_k + 1 if drop_identical else top_k
     run = stage.search(queries, most)

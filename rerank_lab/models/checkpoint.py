@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rerank_lab.errors import UserError
 from rerank_lab.models.after import activation_name
@@ -135,6 +135,9 @@ class Checkpoint:
         return json.dumps(asked, ensure_ascii=False) if asked else ""
 
 
+AnyCheckpoint = TypeVar("AnyCheckpoint", bound=Checkpoint)
+
+
 def checked_truncate_dim(value: object, place: str) -> int | None:
     """truncate_dim, where it is a whole number of at least 1; None without one. UserError otherwise; `place` says where it stands."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -179,18 +182,19 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
     return read(Checkpoint(name, path, root, found, **transformer_settings(folder, found)), folder, config)
 
 
-def transformer_settings(folder: Folder, role: str) -> dict[str, Any]:
+def transformer_settings(folder: Folder, role: str, task: str | None = None) -> dict[str, Any]:
     """The fields max_seq_length and lower of a Checkpoint, as the Transformer's settings say.
 
     Args:
         folder: the checkpoint.
         role: BI, CROSS or SPARSE.
+        task: what the Transformer does where its settings do not say; None: what the role asks for.
 
     Raises:
         UserError: the settings ask for something that is not done.
     """
     settings = _settings(folder.root, folder.name) if folder.types else {}
-    _check_task(settings, folder.root, folder.name, role, bare=not folder.types)
+    _check_task(({} if task is None else {"transformer_task": task}) | settings, folder.root, folder.name, role, bare=not folder.types)
     return {"max_seq_length": _length(settings, folder.root), "lower": bool(settings.get("do_lower_case"))}
 
 
@@ -264,7 +268,7 @@ def read_pooled(found: Checkpoint, folder: Folder, first: int) -> Checkpoint:
     return replace(found, after=after, similarity=similarity, truncate_dim=truncate, newly_read=(*found.newly_read, *newly_read))
 
 
-def read_prompts(found: Checkpoint, folder: Folder) -> Checkpoint:
+def read_prompts(found: AnyCheckpoint, folder: Folder) -> AnyCheckpoint:
     """Adds the prompts of queries and documents, and what is to be said of the others.
 
     Raises:

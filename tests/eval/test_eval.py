@@ -162,7 +162,7 @@ def test_config_file_and_flags_that_win(folder: str, tmp_path: Path, capsys: pyt
         (["--methods", "fast,fast"], "twice"),
         (["--methods", ""], "at least one name"),
         (["--baseline", "best", "--methods", "fast"], "--baseline"),
-        (["--candidates", "splade"], "valid: bm25, dense, run:FILE"),
+        (["--candidates", "splade"], "valid: bm25, dense, splade:MODEL, run:FILE"),
         (["--candidates", "run:none.trec"], "none.trec: No such file"),
         (["--dataset", "no-such"], "numpydoc"),
         (["--split", "dev"], "it has test"),

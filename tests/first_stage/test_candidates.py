@@ -220,7 +220,7 @@ def test_the_oracle_orders_by_grade_then_as_it_was(beir: Beir) -> None:
 
 @pytest.mark.parametrize("source", ["", "bm42", "bm25:x", "dense:x", "run", "run:"])
 def test_an_unknown_source_is_refused_with_those_known(beir: Beir, source: str) -> None:
-    with pytest.raises(UserError, match=f"candidates '{source}' are not known; valid: bm25, dense, run:FILE"):
+    with pytest.raises(UserError, match=f"candidates '{source}' are not known; valid: bm25, dense, splade:MODEL, run:FILE"):
         find(beir(), source)
 
 

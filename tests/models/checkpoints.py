@@ -123,6 +123,16 @@ def model2vec(folder: Path, normalize: bool = True, tensors: dict[str, Tensor] |
     return folder
 
 
+def splade(folder: Path, architecture: str = "BertForMaskedLM", about: dict[str, Any] | None = None, limit: int = 48, **pooling: Any) -> Path:
+    """A sparse encoder as sentence-transformers 5 saves it. `pooling` are keys of its SpladePooling."""
+    modern = dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id"), 0) if "Modern" in architecture else {}
+    transformer(folder, architecture, **modern)
+    kinds = modules("sentence_transformers.sparse_encoder.models.MLMTransformer", "sentence_transformers.sparse_encoder.models.SpladePooling")
+    put(folder, {"modules.json": kinds, "1_SpladePooling/config.json": {"pooling_strategy": "max", "word_embedding_dimension": 30522} | pooling})
+    saved = {"model_type": "SparseEncoder", "similarity_fn_name": "dot"}
+    return put(folder, {"sentence_bert_config.json": {"max_seq_length": limit}, "config_sentence_transformers.json": saved | (about or {})})
+
+
 def cross_encoder(folder: Path, architecture: str = "BertForSequenceClassification", about: dict[str, Any] | None = None, **settings: Any) -> Path:
     """A cross-encoder with one label. With `about` it is in the layout of sentence-transformers 5.4 and later, and `settings` are those of its
     Transformer; without, `settings` go into config.json.

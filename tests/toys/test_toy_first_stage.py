@@ -18,6 +18,7 @@ from rerank_lab.first_stage import FIRST_STAGES, Context, FirstStage, file_of, f
 from rerank_lab.first_stage.candidates import make_candidates
 from tests.conftest import DOCUMENTS, QUERIES, report_of
 from tests.eval.test_eval import failing, load
+from tests.models.checkpoints import splade
 from tests.toys.first_stage import KIND, Longest
 
 
@@ -47,9 +48,9 @@ def test_help_and_refusals_follow_from_the_registry(registered: None, beir: Call
     with pytest.raises(SystemExit):
         main(["--help"])
     said = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "--candidates bm25|dense|run:FILE|longest:WORD" in said and "longest:WORD, the longest that hold WORD" in said
+    assert "--candidates bm25|dense|splade:MODEL|run:FILE|longest:WORD" in said and "longest:WORD, the longest that hold WORD" in said
     for wrong in ("longest", "longest:", "bm42", "dense:x"):
-        message = f"candidates '{wrong}' are not known; valid: bm25, dense, run:FILE, longest:WORD"
+        message = f"candidates '{wrong}' are not known; valid: bm25, dense, splade:MODEL, run:FILE, longest:WORD"
         assert message in failing(capsys, "--dataset", str(beir()), "--candidates", wrong, "--methods", "fast", "--out", str(tmp_path / "out"))
 
 
@@ -60,7 +61,7 @@ def test_each_is_what_it_declares(beir: Callable[..., Path], tmp_path: Path, mon
         file_of("run")
     (tmp_path / "x.trec").write_text("q1 Q0 d1 1 1 x\n")
     for name, declared in FIRST_STAGES.items():
-        stage, argument = find("run:~/x.trec" if declared.argument else name)
+        stage, argument = find({"run": "run:~/x.trec", "splade": f"splade:{splade(tmp_path / 'm')}"}.get(name, name))
         made: FirstStage = stage.make(Context(None, lambda ids, queries, k: [], lambda items, title: items), argument)  # type: ignore[arg-type]
         assert stage is declared and made.notes == [] and json.dumps(made.about())
 
