@@ -120,7 +120,7 @@ def test_relevance_rises_with_the_score(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("bets", "valid: fast, standard, optimal, best"),
+        ("bets", "valid: fast, standard, optimal, best, maxsim"),
         ("best:tua=1", "valid: stage1_top_k, tau"),
         ("best:tau", "SETTING=VALUE"),
         ("best:tau=warm", "float values"),
@@ -164,7 +164,7 @@ def test_settings_are_what_the_class_declares() -> None:
 def test_what_a_method_does_with_a_cross_encoder_follows_from_what_it_declares() -> None:
     uses = {name: (kind.uses_cross, kind.optional_cross) for name, kind in METHODS.items()}
     assert uses == {"fast": (False, False), "standard": (True, False), "optimal": (True, False), "best": (True, True)}
-    assert [*labels()] == ["fast", "standard", "optimal", "best", "best+cross"] and all(labels().values())
+    assert [*labels()] == ["fast", "standard", "optimal", "best", "best+cross", "maxsim"] and all(labels().values())
 
 
 @pytest.mark.parametrize("spec", ["best", "best:tau=0.05"])

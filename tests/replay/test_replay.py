@@ -278,7 +278,7 @@ def test_the_real_server_on_every_route_and_with_every_kind_of_answer(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY, SERVER_KEY)
-    recorded: list[Any] = [body(method=method, model_cross="minilm-cross", return_documents=True) for method in ("fast", "standard", "optimal", "best")]
+    recorded: list[Any] = [body(method=method, model_cross="minilm-cross", return_documents=True) for method in ("fast", "standard", "optimal", "best", "maxsim")]
     recorded += [{"path": path, "body": body(return_documents=True)} for path in ("/v1/rerank", "/v2/rerank", "/rerank")]
     recorded += [{"path": "/rerank", "body": {"query": "roots", "texts": TEXTS, "return_text": True}}, body(model="no-such"), body(documents=[])]
     recorded += [{"path": "/no/such/route", "body": {}}, {"body": [1]}, body() | {"query": "\ud800"}]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Dialog, Page, Route
 
 ROUTE = "/api/v3/inference/reranker"
-METHODS = ("fast", "standard", "optimal", "best")
+METHODS = ("fast", "standard", "optimal", "best", "maxsim")
 QUERY = "purple elephants dancing"
 DOCUMENTS = [  # some of these have a negative cosine
     "HTTP 404", "An elephant in a purple dress", "numbers 1 2 3", "SELECT name FROM users WHERE id = 3;", "Elephants dance.", "Diesel fuel tax rebate form",
