@@ -65,7 +65,7 @@ def test_answers_are_those_of_reranker(server: Server, small_cross: Path, method
     model_cross = str(small_cross) if cross == "classifier" else cross
     name, _, joined = method.partition("+")
     uses = bool(joined) or name in ("standard", "optimal")
-    settings = {"stage1_top_k": 3} if name in ("optimal", "best") else {}
+    settings = {"stage1_top_k": 3} if name in ("optimal", "best", "maxsim") else {}
     spec = ":".join([name, *(f"{key}={value}" for key, value in settings.items())])
     status, answer, _ = server.post(BASE | settings | {"method": name} | ({"model_cross": model_cross} if uses else {}))
     wanted = Reranker("all-MiniLM-L6-v2", spec, model_cross if uses else None, device="cpu").rank(BASE["query"], TEXTS)

@@ -288,7 +288,7 @@ def test_blank_is_the_same_in_every_dialect() -> None:
 @pytest.mark.parametrize(
     ("roles", "methods"),
     [
-        ({"a": "bi-encoder"}, ["fast", "best"]),
+        ({"a": "bi-encoder"}, ["fast", "best", "maxsim"]),
         ({"a": "cross-encoder"}, ["standard"]),
         ({"a": "cross-encoder", "b": "bi-encoder"}, ["fast", "standard", "optimal", "best", "maxsim"]),
     ],
