@@ -242,8 +242,9 @@ def _made(one: ResultsFolder) -> list[Block]:
     if cluster := env.executor:
         machine += f", Ray {cluster.version} with {cluster.workers} workers"
     made = f"at commit {env.commit or 'unknown'} on {machine}, Python {env.python}, {versions}. "
-    readings = [f"{models[role]} is read with {said}. " for role in ("model", "model_cross") if (said := models.get(f"{role}_reading"))]
-    return [Code(command(one.result.config.options)), Paragraph([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}. ", *map(Quoted, readings)])]
+    readings = [f"# {models[role]} is read with {said}" for role in ("model", "model_cross") if (said := models.get(f"{role}_reading"))]
+    shown = "\n".join([command(one.result.config.options), *readings])
+    return [Code(shown), Paragraph([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
 
 
 def command(options: Mapping[str, Json]) -> str:
