@@ -54,6 +54,7 @@ EDGES = {
     "files.py": "any JSON",
     "eval/executors/ray.py": "keyword arguments of Ray's functions",
     "methods/inputs.py": "documents as people hand them over",
+    "models/after.py": "a module's JSON",
     "models/checkpoint.py": "a checkpoint's JSON",
     "models/folder.py": "a checkpoint's JSON",
     "models/families.py": "a checkpoint's JSON",
@@ -177,14 +178,14 @@ def test_kernels_know_nothing_of_the_house() -> None:
 
 
 def test_nobody_but_models_imports_a_kind_of_model() -> None:
-    kinds = {f"rerank_lab.models.{name}" for name in ("bi_encoder", "cross_encoder", "one_way")}
+    kinds = {f"rerank_lab.models.{name}" for name in ("bi_encoder", "cross_encoder", "one_way", "static")}
     assert kinds <= MODULES.keys()
     nothing([f"{module} imports {kind}" for module in MODULES if room(module) != "models" for kind in sorted(kinds & imports(module).keys())])
 
 
 def test_nobody_but_models_asks_what_kind_a_model_is() -> None:
     kinds = {node.name for path in (PACKAGE / "models").rglob("*.py") if path.name != "base.py" for node in tree(path).body if isinstance(node, ast.ClassDef)}
-    assert {"BiEncoder", "CrossEncoder", "OneWayCrossEncoder"} <= kinds
+    assert {"BiEncoder", "CrossEncoder", "OneWayCrossEncoder", "StaticEncoder"} <= kinds
     found = []
     for path in MODULES.values():
         if path.is_relative_to(PACKAGE / "models"):

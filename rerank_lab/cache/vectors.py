@@ -32,7 +32,7 @@ from torch import Tensor
 from rerank_lab.cache import shards
 from rerank_lab.cache.places import VECTORS
 from rerank_lab.cache.store import Store
-from rerank_lab.models.base import Detail, Encoder, Vectors
+from rerank_lab.models.base import Detail, Encoder, Prompted, Vectors
 from rerank_lab.models.forward import in_advance
 from rerank_lab.timing import Clock
 
@@ -47,8 +47,9 @@ DISK_BYTES = 16 << 30
 ProgressCallback = Callable[[int, int], object]  # number of texts just encoded, number of texts to encode in all
 
 
-def text_key(text: str, max_tokens: int, kind: str = "document") -> bytes:
-    """The cache's key (16 bytes) of a text at a token limit, as a document or as a query."""
+def text_key(text: str, max_tokens: int, kind: str = "document", asked: str | None = None) -> bytes:
+    """The cache's key (16 bytes) of a text at a token limit, as a document or as a query. `asked` is a prompt in place of the model's own."""
+    kind = kind if asked is None else f"{kind} after {asked!r}"
     return hashlib.blake2b(f"{kind}\0{max_tokens}\0{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -379,7 +380,8 @@ def ensure(
     Returns:
         the cache's key of each of the N texts.
     """
-    keys = [text_key(text, min(max_tokens, encoder.limit), kind) for text in texts]
+    asked = encoder.asked_query_prompt if kind == "query" and isinstance(encoder, Prompted) else None
+    keys = [text_key(text, min(max_tokens, encoder.limit), kind, asked) for text in texts]
     distinct = dict(zip(keys, texts))
     new, size = [key for key in distinct if not cache.has(key, detail)], CHUNK[detail]
     lacking, every = set(new), list(distinct)

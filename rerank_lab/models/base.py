@@ -102,6 +102,7 @@ class Tokens:
         special: L, bool, true at tokens that get no token vector: special ones, unless the model counts them.
         full_length: number of tokens before truncation, special ones not counted.
         attended: how many tokens, from the first, the others attend to; None: all of them.
+        unpooled: how many tokens, from the first, the pooling leaves out.
     """
 
     ids: np.ndarray
@@ -109,12 +110,13 @@ class Tokens:
     special: np.ndarray
     full_length: int
     attended: int | None = None
+    unpooled: int = 0
 
     @classmethod
-    def of(cls, encoding: Encoding, full_length: int) -> Tokens:
+    def of(cls, encoding: Encoding, full_length: int, unpooled: int = 0) -> Tokens:
         """Makes Tokens of the tokenizer's Encoding."""
         mask = np.array(encoding.special_tokens_mask, dtype=bool)
-        return cls(np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int8), mask, full_length)
+        return cls(np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int8), mask, full_length, unpooled=unpooled)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -193,6 +195,17 @@ class Encoder(Model, Protocol):
 
     def flops(self, lengths: Tensor, detail: Detail) -> int:
         """FLOPs of encoding N texts of these lengths (N, int64, special tokens not counted)."""
+
+
+@runtime_checkable
+class Prompted(Protocol):
+    """An encoder that can be asked for another prompt before queries than its folder has.
+
+    Attributes:
+        asked_query_prompt: the prompt that is asked for; None: none, or the folder's own. Caches keep its queries apart.
+    """
+
+    asked_query_prompt: str | None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
@@ -12,19 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
+from rerank_lab.models.after import Normalize, after_pooling, width_after
 from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Overrides, Tokens, Vectors
-from rerank_lab.models.checkpoint import dense_activation, read_checkpoint
+from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_lab.models.exported import choose, network
-from rerank_lab.models.families import BI, WEIGHTS, weights_of
-from rerank_lab.models.folder import Folder, read_json
+from rerank_lab.models.families import BI, T5_ENCODERS, WEIGHTS, weights_of
+from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.registry import Placement, Source, pick_device
+
+log = logging.getLogger(__name__)
 
 
 class BiEncoder:
@@ -55,11 +58,12 @@ class BiEncoder:
         precision: str = "fp32",
         overrides: Overrides = AS_IT_IS,
     ):
-        from transformers import AutoModel
-
         self.name, self.folder, self.device, self.overrides = name, folder, torch.device(device), overrides
-        self.checkpoint = found = read_checkpoint(Folder(folder, name), BI).overridden(overrides)
-        model, tokenizer = load_checkpoint(AutoModel, found.root, name, spare="pooler")
+        own = read_checkpoint(Folder(folder, name), BI)
+        self.checkpoint = found = own.overridden(overrides)
+        self.asked_query_prompt = found.query_prompt if found.query_prompt != own.query_prompt else None
+        warn(found)
+        model, tokenizer = load_checkpoint(_class_of(found), found.root, name, spare="pooler")
         self.model: nn.Module = model.to(self.device)
         self.config: Any = model.config
         self.specials: int = tokenizer.num_special_tokens_to_add(False)
@@ -67,7 +71,8 @@ class BiEncoder:
         self.runtime, self.precision = choose(runtime, precision), precision
         self.network = network(model, runtime=self.runtime, precision=precision, **padding(model, tokenizer)._asdict())
         self.tokenizer, self.truncation_side = fast_tokenizer(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
-        self.after = nn.Sequential(*(Normalize() if kind == "Normalize" else _dense(place, name) for kind, place in found.after)).to(self.device)
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+        self.after = after_pooling(found.after, name).to(self.device)
         self.fingerprint, self.weights = fingerprint(folder), fingerprint(found.root, weights_of(found.root))
         self.subspace = subspace if subspace is not None else shipped_subspace(self.weights)
         if self.subspace is not None:
@@ -78,8 +83,7 @@ class BiEncoder:
     @cached_property
     def dimensions(self) -> int:
         """Columns of the pooled vectors."""
-        linear = [module.out_features for module in self.after.modules() if isinstance(module, nn.Linear)]
-        made, kept = int(linear[-1] if linear else self.config.hidden_size), self.checkpoint.truncate_dim
+        made, kept = width_after(self.after, self.config.hidden_size), self.checkpoint.truncate_dim
         return made if kept is None else min(made, kept)
 
     @property
@@ -154,7 +158,7 @@ class BiEncoder:
         packed["states"] = torch.zeros(nnz if detail >= Detail.STATES else 0, width, dtype=torch.float16, device="cpu")
         wanted = self.state_layers if detail >= Detail.STATES else range(0)
         for batch, ends, states in forward(self.network, texts, self.device, keys_values=wanted):
-            pooled[torch.from_numpy(batch)] = self._pool(states.last, ends).float().cpu()
+            pooled[torch.from_numpy(batch)] = self._pool(states.last, ends, [texts[i].unpooled for i in batch]).float().cpu()
             if detail:
                 own = torch.from_numpy(~np.concatenate([texts[i].special for i in batch])).to(self.device)
                 rows = {"tokens": project_normalize(states.last[own], self.subspace, torch.float16).cpu()}
@@ -183,7 +187,7 @@ class BiEncoder:
                 start, last = states.kept[self.state_layers.start][a:b], states.last[a:b]
                 own = torch.from_numpy(~queries[i].special).to(self.device)
                 tokens = project_normalize(last[own], self.subspace, torch.float16)
-                pooled = self._pool(last, torch.tensor([0, b - a], dtype=torch.int64, device=self.device)).float()
+                pooled = self._pool(last, torch.tensor([0, b - a], dtype=torch.int64, device=self.device), [queries[i].unpooled]).float()
                 offsets = torch.tensor([0, len(tokens)], dtype=torch.int64, device=self.device)
                 found[i] = EncodedQuery(
                     Vectors(pooled, torch.tensor([queries[i].full_length], dtype=torch.int64, device="cpu"), offsets, tokens, nothing),
@@ -207,41 +211,76 @@ class BiEncoder:
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
         """As Encoder.tokenize; the model's limit applies too."""
         prompt, limit, found = self.prompt(kind), min(max_tokens, self.limit), []
+        unpooled = 0 if self.checkpoint.prompt_pooled or not prompt else self._prompt_length(prompt, limit)
         for encoding in encodings(self.tokenizer, [prompt + text for text in texts]):
             wanted = len(encoding)
             encoding.truncate(limit, direction=self.truncation_side)
-            found.append(Tokens.of(self.tokenizer.post_process(encoding), wanted))
+            found.append(Tokens.of(self.tokenizer.post_process(encoding), wanted, unpooled))
         return found
+
+    def _prompt_length(self, prompt: str, limit: int) -> int:
+        """Tokens of a prompt alone, special ones before it counted and one behind it not: sentence-transformers pools what follows so many."""
+        encoding = next(encodings(self.tokenizer, [prompt]))
+        encoding.truncate(limit, direction=self.truncation_side)
+        ids = self.tokenizer.post_process(encoding).ids
+        return len(ids) - (bool(ids) and ids[-1] in self.special_ids)
 
     def words(self, tokens: Tokens) -> list[str]:
         """As Encoder.words."""
         return [self.tokenizer.id_to_token(int(i)) or "" for i, special in zip(tokens.ids, tokens.special) if not special]
 
-    def _pool(self, h: Tensor, offsets: Tensor) -> Tensor:
+    def _pool(self, h: Tensor, offsets: Tensor, unpooled: Sequence[int]) -> Tensor:
+        """Pooled vectors of B texts, of their tokens' states h. The first tokens, `unpooled` of each text, are left out."""
         kept, pooling = self.checkpoint.truncate_dim, self.checkpoint.pooling
-        if pooling == "mean" and [type(module) for module in self.after] == [Normalize]:
+        left_out = torch.tensor(unpooled, dtype=torch.int64, device=h.device)
+        if pooling == "mean" and [type(module) for module in self.after] == [Normalize] and not any(unpooled):
             return pool_normalize(h, offsets)[:, :kept]
-        full = offsets.diff() > 0  # a text without tokens has nothing to pool
-        starts, ends = offsets[:-1][full], offsets[1:][full]
+        starts, ends = torch.minimum(offsets[:-1] + left_out, offsets[1:]), offsets[1:]
+        full = ends > starts  # a text without tokens has nothing to pool
         vector = torch.zeros(len(full), h.shape[1], dtype=h.dtype, device=h.device)
         match pooling:
             case "cls":
-                vector[full] = h[starts]
+                vector[full] = h[starts[full]]
             case "lasttoken":
-                vector[full] = h[ends - 1]
+                vector[full] = h[ends[full] - 1]
             case _:
-                for i, a, b in zip(full.nonzero()[:, 0].tolist(), starts.tolist(), ends.tolist()):
-                    vector[i] = h[a:b].amax(0) if pooling == "max" else h[a:b].mean(0)
+                for i, first in zip(full.nonzero()[:, 0].tolist(), left_out[full].tolist()):
+                    vector[i] = pooled(pooling, h[int(starts[i]) : int(ends[i])], first)
         made: Tensor = self.after(vector)
         return torch.where(full[:, None], made, 0.0)[:, :kept]
 
 
-class Normalize(nn.Module):
-    """Scales vectors to unit length."""
+def pooled(pooling: str, h: Tensor, before: int) -> Tensor:
+    """One vector (d) of a text's states h (L × d, L ≥ 1).
 
-    def forward(self, x: Tensor) -> Tensor:
-        """B × d, each row divided by its length."""
-        return normalize(x, dim=-1)
+    Args:
+        pooling: "max", "mean", "mean_sqrt_len" (the sum over √L) or "weightedmean" (a token weighs as much as its place, counted from 1).
+        h: the states.
+        before: tokens before the first of these, which move its place.
+    """
+    match pooling:
+        case "max":
+            return h.amax(0)
+        case "mean_sqrt_len":
+            return h.sum(0) / math.sqrt(len(h))
+        case "weightedmean":
+            weights = torch.arange(before + 1, before + 1 + len(h), dtype=h.dtype, device=h.device)
+            return (h * weights[:, None]).sum(0) / weights.sum()
+    return h.mean(0)
+
+
+def _class_of(found: Checkpoint) -> Any:
+    """The class of transformers that a checkpoint's transformer is loaded as."""
+    import transformers
+
+    architecture = Folder(found.root, found.name).architecture
+    return getattr(transformers, architecture) if architecture in T5_ENCODERS else transformers.AutoModel
+
+
+def warn(found: Checkpoint) -> None:
+    """Logs what a person should know of a checkpoint's reading."""
+    for note in found.notes:
+        log.warning("model %r: %s", found.name, note)
 
 
 DECIDING = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")
@@ -278,19 +317,6 @@ def shipped_subspace(model_fingerprint: str) -> Tensor | None:
                 V: Tensor = file.get_tensor("V")
                 return V
     return None
-
-
-def _dense(folder: Path, name: str) -> nn.Sequential:
-    config = read_json(folder / "config.json")
-    activation = dense_activation(config, folder, name)
-    try:
-        linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True), device="cpu", dtype=torch.float32)
-        weights = folder / "model.safetensors"
-        state = load_file(weights) if weights.is_file() else torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        linear.load_state_dict({key.removeprefix("linear."): value for key, value in state.items()})
-    except Exception as error:  # torch, pickle and safetensors raise errors of their own
-        raise UserError(f"model {name!r}: {folder} is no whole Dense module: {type(error).__name__}: {' '.join(str(error).split()):.200}") from error
-    return nn.Sequential(linear, getattr(nn, activation)()).eval()
 
 
 def load(source: Source, placement: Placement, subspace: str | None = None) -> BiEncoder:

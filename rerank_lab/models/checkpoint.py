@@ -8,7 +8,6 @@ reference for what the files mean.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from rerank_lab.errors import UserError
+from rerank_lab.models.after import activation_name
 from rerank_lab.models.base import Overrides
-from rerank_lab.models.families import BI, CROSS, INSTEAD, family, refuse_foreign, refuse_headless, refuse_parts, wrong_role
+from rerank_lab.models.families import BI, CROSS, INSTEAD, SPARSE, CardPrompts, card_prompts, family, refuse_foreign, refuse_headless, refuse_parts, wrong_role
 from rerank_lab.models.folder import Folder, as_dict, last_part, read_json
 
-log = logging.getLogger(__name__)
-POOLINGS = ("mean", "cls", "max", "lasttoken")
-ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU")
+POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len")
 RISING = ("Identity", "Sigmoid", "Tanh")  # increasing activations: they do not change a cross-encoder's order
-KNOWN_MODULE = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(Transformer|Pooling|Dense|Normalize)")
+AFTER = ("Dense", "LayerNorm", "Normalize", "Dropout")  # what may follow the pooling, in any order
+KNOWN_MODULE = re.compile(rf"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(Transformer|Pooling|{'|'.join(AFTER)})")
+# What other modules of sentence-transformers do, for messages.
+OTHER_MODULES = {
+    "Router": "queries and documents go through modules of their own",
+    "Asym": "queries and documents go through modules of their own",
+    "WeightedLayerPooling": "it pools over several layers of the transformer",
+    "CLIPModel": "it reads images too",
+    "WordEmbeddings": "it looks words up and has no transformer",
+    "BoW": "it counts words and has no transformer",
+}
 # Files in which sentence-transformers keeps a Transformer's settings; the first that exists counts.
 SETTINGS = tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))
 ARGUMENTS = ("model_args", "tokenizer_args", "config_args", "model_kwargs", "processor_kwargs", "config_kwargs")
@@ -41,11 +49,16 @@ KEYS = {
     "Pooling": {"embedding_dimension", "include_prompt", "pooling_mode", "word_embedding_dimension"},  # and pooling_mode_…
     "Dense": {"activation_function", "bias", "in_features", "module_input_name", "module_output_name", "out_features", "use_residual"},
     "Normalize": {"module_input_name", "module_output_name"},
+    "LayerNorm": {"dimension"},
+    "Dropout": {"dropout"},
 }  # fmt: skip
 # Role → transformer_task, the output of `forward`, and the module's name for it.
-TASKS = {BI: ("feature-extraction", "last_hidden_state", "token_embeddings"), CROSS: ("sequence-classification", "logits", "scores")}
+TASKS = {
+    BI: ("feature-extraction", "last_hidden_state", "token_embeddings"), CROSS: ("sequence-classification", "logits", "scores"),
+    SPARSE: ("fill-mask", "logits", "token_embeddings"),
+}  # fmt: skip
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-MODULE_FOLDER = re.compile(r"\d_(Transformer|Pooling|Dense|Normalize)")
+MODULE_FOLDER = re.compile(rf"\d_(Transformer|Pooling|{'|'.join(AFTER)})")
 
 
 @dataclass(frozen=True)
@@ -56,15 +69,18 @@ class Checkpoint:
         name: what messages and results call it.
         folder: the checkpoint.
         root: the folder inside that holds the transformer.
-        role: BI or CROSS.
-        pooling: one of POOLINGS; only for bi-encoders, as the next five.
-        after: what follows the pooling, in order: "Dense" or "Normalize", and its folder.
+        role: its family: BI, CROSS, STATIC or SPARSE.
+        pooling: one of POOLINGS; only for models that make vectors, as the next seven.
+        prompt_pooled: whether the pooling counts the prompt's tokens.
+        after: what follows the pooling, in order: one of AFTER, and its folder.
         similarity: "cosine" or "dot".
         truncate_dim: how many components of a pooled vector are kept; None: all.
         query_prompt, document_prompt: put before a text; "" for no prompt.
         pair_prompt: put before a cross-encoder's query.
         max_seq_length: tokens of an input, special ones counted; None: as many as tokenizer and transformer allow.
         lower: whether texts are lower-cased first.
+        card: the prompts that models of this family are known to want, if the folder has none and none are asked for.
+        said: what is passed over or assumed, a sentence each.
         newly_read: settings that earlier releases ignored. They go into the cache's key, so that vectors made then are not used now.
     """
 
@@ -73,6 +89,7 @@ class Checkpoint:
     root: Path
     role: str = BI
     pooling: str = "mean"
+    prompt_pooled: bool = True
     after: tuple[tuple[str, Path], ...] = ()
     similarity: str = "cosine"
     truncate_dim: int | None = None
@@ -81,7 +98,14 @@ class Checkpoint:
     pair_prompt: str = ""
     max_seq_length: int | None = None
     lower: bool = False
+    card: CardPrompts | None = None
+    said: tuple[str, ...] = ()
     newly_read: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of this reading: a sentence each, without the model's name."""
+        return self.said if self.card is None else (*self.said, self.card.note)
 
     def overridden(self, asked: Overrides) -> Checkpoint:
         """The same with what a person asks for in place of what the folder says.
@@ -94,13 +118,20 @@ class Checkpoint:
         odd += ["instruction"] if pair and asked.instruction is not None and not self.pair_prompt else []
         if odd:
             raise UserError(f"model {self.name!r} takes no {odd[0]}: it is a {self.role} without one")
-        given = {"pair_prompt": asked.instruction} if pair else {name: getattr(asked, name) for name in ("query_prompt", "document_prompt", "truncate_dim")}
-        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        given: dict[str, Any] = (
+            {"pair_prompt": asked.instruction} if pair else {name: getattr(asked, name) for name in ("query_prompt", "document_prompt", "truncate_dim")}
+        )
+        changed = {name: value for name, value in given.items() if value is not None}
+        if {"query_prompt", "document_prompt"} & changed.keys():
+            changed["card"] = None
+        return replace(self, **changed)
 
     def reading(self) -> str:
         """Settings that differ from the defaults (similarity, prompts, dimensions), as JSON for results; "" without any."""
         usual = {"similarity": "cosine", "truncate_dim": None, "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
         asked = {key: value for key, before in usual.items() if (value := getattr(self, key)) != before}
+        if not self.prompt_pooled and (self.query_prompt or self.document_prompt):
+            asked["include_prompt"] = False
         return json.dumps(asked, ensure_ascii=False) if asked else ""
 
 
@@ -130,7 +161,7 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
             f"model {name!r} is a {about['model_type']} (model_type in config_sentence_transformers.json), which is not known here; {INSTEAD[role]}"
         )
     if about.get("model_type") != "CrossEncoder":
-        _check_modules(path, [kind for kind in types if not KNOWN_MODULE.fullmatch(kind)])
+        check_modules(path, [kind for kind in types if not KNOWN_MODULE.fullmatch(kind)])
     config = read_config(folder)
     refuse_foreign(folder, role)
     if found == CROSS and len(types) > 1:
@@ -140,16 +171,27 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
     if kinds == ["Transformer"] and found == BI:
         raise UserError(f"{path / 'modules.json'}: names no Pooling, which makes one vector of those of the tokens; add one with sentence-transformers")
     ordered = kinds in ([], ["Transformer"]) or (kinds[:2] == ["Transformer", "Pooling"] and not {"Transformer", "Pooling"} & {*kinds[2:]})
-    _check_modules(path, [] if ordered else kinds)
+    check_modules(path, [] if ordered else kinds)
     if found != role:
         raise wrong_role(name, found, sign, role)
     _only(about, "config_sentence_transformers.json", "about", name)
-    settings = _settings(root, name) if types else {}
-    _check_task(settings, root, name, found, bare=not types)
     read = _read_cross if found == CROSS else _read_bi if types else _read_bare
-    return read(
-        Checkpoint(name, path, root, found, max_seq_length=_length(settings, root), lower=bool(settings.get("do_lower_case"))), folder.modules, config, about
-    )
+    return read(Checkpoint(name, path, root, found, **transformer_settings(folder, found)), folder, config)
+
+
+def transformer_settings(folder: Folder, role: str) -> dict[str, Any]:
+    """The fields max_seq_length and lower of a Checkpoint, as the Transformer's settings say.
+
+    Args:
+        folder: the checkpoint.
+        role: BI, CROSS or SPARSE.
+
+    Raises:
+        UserError: the settings ask for something that is not done.
+    """
+    settings = _settings(folder.root, folder.name) if folder.types else {}
+    _check_task(settings, folder.root, folder.name, role, bare=not folder.types)
+    return {"max_seq_length": _length(settings, folder.root), "lower": bool(settings.get("do_lower_case"))}
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
@@ -164,100 +206,108 @@ def read_config(folder: Folder) -> dict[str, Any]:
     return folder.config
 
 
-def _read_cross(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
-    if not modules:
-        _refuse_leftovers(found, about)
+def _read_cross(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
+    about = folder.about
+    if not folder.modules:
+        refuse_leftovers(folder)
     activation = (
         about.get("activation_fn") or config.get("sbert_ce_default_activation_function") or as_dict(config.get("sentence_transformers")).get("activation_fn")
     )
-    if activation is not None and _activation(activation) not in RISING:
+    if activation is not None and activation_name(activation) not in RISING:
         raise UserError(f"model {found.name!r} shows its logits through {activation}, which may change their order; known are {', '.join(RISING)} of torch.nn")
     return replace(found, pair_prompt=_prompts(about, found.folder).get(about.get("default_prompt_name") or "", ""))
 
 
-def _read_bare(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
-    _refuse_leftovers(found, about)
-    log.warning("model %r has no modules.json: the states of its tokens are mean-pooled, as sentence-transformers does", found.name)
-    return found
+def _read_bare(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
+    refuse_leftovers(folder)
+    said = "it has no modules.json: the states of its tokens are mean-pooled, as sentence-transformers does"
+    return replace(found, card=card_prompts(folder), said=(said,))
 
 
-def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
-    name, (_, place), after = found.name, modules[1], tuple((last_part(kind), found.folder / path) for kind, path in modules[2:])
+def _read_bi(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
+    name, place = found.name, folder.modules[1][1]
     if not (file := found.folder / place / "config.json").is_file():
         raise UserError(f"model {name!r}: {file} is missing, which says how the model pools; copy the whole model")
-    pooling, prompts = read_json(file), _prompts(about, found.folder)
+    pooling = read_json(file)
     _only({key: value for key, value in pooling.items() if not key.startswith("pooling_mode_")}, f"{place}/config.json", "Pooling", name)
-    for kind, folder in after:
-        config = read_json(folder / "config.json")
-        _only(config, f"{folder.name}/config.json", kind, name)
+    found = replace(found, pooling=_pooling_mode(pooling, name), prompt_pooled=pooling.get("include_prompt") is not False)
+    if any((folder.root / head).is_file() for head in ("sparse_linear.pt", "colbert_linear.pt")):  # the hub is not asked for the first
+        found = replace(found, said=("its sparse head (sparse_linear.pt) is not computed",))
+    return read_pooled(found, folder, 2)
+
+
+def read_pooled(found: Checkpoint, folder: Folder, first: int) -> Checkpoint:
+    """Adds how pooled vectors are changed, compared and prompted.
+
+    Args:
+        found: what is read already.
+        folder: the checkpoint.
+        first: the place in modules.json of the first module after the pooling. What follows is of AFTER.
+
+    Raises:
+        UserError: a module or a setting is not understood.
+    """
+    name, about, after = found.name, folder.about, tuple((last_part(kind), found.folder / path) for kind, path in folder.modules[first:])
+    for kind, place in after:
+        config = read_json(place / "config.json")
+        _only(config, f"{place.name}/config.json", kind, name)
         if kind == "Normalize" and (odd := set(config.values()) - {None, "sentence_embedding"}):
-            raise UserError(f"model {name!r}: {folder.name} normalises {', '.join(map(str, odd))}, which is not known here")
-    query, document = prompts.get("query", ""), prompts.get("document", "")
-    if pooling.get("include_prompt") is False and (query or document):
-        raise UserError(f"model {name!r} leaves its prompt out of the pooling (include_prompt: false), which is not known here")
-    unused = {key for key in ("passage", "corpus", about.get("default_prompt_name")) if key not in ("query", "document") and prompts.get(key or "")}
-    if unused:
-        log.warning(
-            "model %r: its prompts called %s are not used: queries get the one called query and documents the one called document, as sentence-transformers' "
-            "encode_query and encode_document have it; rename them in config_sentence_transformers.json if they are meant",
-            name, ", ".join(sorted(map(str, unused))),
-        )  # fmt: skip
+            raise UserError(f"model {name!r}: {place.name} normalises {', '.join(map(str, odd))}, which is not known here")
+    found = read_prompts(found, folder)
     truncate = checked_truncate_dim(about.get("truncate_dim"), f"model {name!r}: truncate_dim in config_sentence_transformers.json")
     similarity = about.get("similarity_fn_name") or "cosine"
     if similarity not in ("cosine", "dot"):
         raise UserError(f"model {name!r} compares by {similarity} (similarity_fn_name), which is not computed here; known are cosine and dot")
-    before = next((prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key)), "")
     kinds = [kind for kind, _ in after]
-    newly_read = [f"document prompt {document!r}"] if document != before else []
-    newly_read += [f"modules {kinds}"] if "Normalize" in kinds[:-1] else []
+    newly_read = [f"modules {kinds}"] if "Normalize" in kinds[:-1] else []
     newly_read += [f"truncate_dim {truncate}"] if truncate is not None else []
+    return replace(found, after=after, similarity=similarity, truncate_dim=truncate, newly_read=(*found.newly_read, *newly_read))
+
+
+def read_prompts(found: Checkpoint, folder: Folder) -> Checkpoint:
+    """Adds the prompts of queries and documents, and what is to be said of the others.
+
+    Raises:
+        UserError: config_sentence_transformers.json holds no prompts where it should.
+    """
+    prompts, chosen = _prompts(folder.about, found.folder), folder.about.get("default_prompt_name")
+    query, document = prompts.get("query", ""), prompts.get("document", "")
+    unused = {key for key in ("passage", "corpus", chosen) if key not in ("query", "document") and prompts.get(key or "")}
+    said = (
+        f"its prompts called {', '.join(sorted(map(str, unused)))} are not used: queries get the one called query and documents the one called document, as "
+        "sentence-transformers' encode_query and encode_document have it; rename them in config_sentence_transformers.json if they are meant"
+    )
+    before = next((prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key)), "")
     return replace(
-        found, pooling=_pooling_mode(pooling, name), after=after, similarity=similarity, truncate_dim=truncate, query_prompt=query, document_prompt=document,
-        newly_read=tuple(newly_read),
+        found, query_prompt=query, document_prompt=document, card=None if query or document else card_prompts(folder),
+        said=(*found.said, *([said] if unused else [])), newly_read=(f"document prompt {document!r}",) if document != before else (),
     )  # fmt: skip
 
 
-def dense_activation(config: Mapping[str, Any], folder: Path, name: str) -> str:
-    """The activation of a Dense module, one of ACTIVATIONS.
-
-    Args:
-        config: the module's config.json.
-        folder: of the module, for messages.
-        name: of the model, for messages.
-
-    Raises:
-        UserError: the activation is unknown, or the module does more than map the pooled vector linearly.
-    """
-    places = {config.get("module_input_name") or "sentence_embedding", config.get("module_output_name") or "sentence_embedding"}
-    if config.get("use_residual") or places != {"sentence_embedding"}:
-        raise UserError(f"model {name!r}: {folder} is a Dense module with a residual, on token vectors or for another output, which is not known here")
-    given = config.get("activation_function") or "torch.nn.modules.activation.Tanh"
-    if (activation := _activation(given)) not in ACTIVATIONS:
-        raise UserError(f"model {name!r}: activation {activation} ({given}) of its Dense module is not known; known are {', '.join(ACTIVATIONS)} of torch.nn")
-    return activation
-
-
-def _check_modules(folder: Path, odd: Sequence[str]) -> None:
+def check_modules(folder: Path, odd: Sequence[str]) -> None:
     """Refuses a folder if there are odd modules: unknown ones, or an order that is not supported."""
     if odd:
+        why = "".join(f"; {last_part(kind)}: {OTHER_MODULES[last_part(kind)]}" for kind in odd if last_part(kind) in OTHER_MODULES)
         raise UserError(
             f"{folder / 'modules.json'}: only Transformer, Pooling, Dense and Normalize modules of sentence-transformers are known, a Transformer and a Pooling "
-            f"first, not {', '.join(odd)}"
+            f"first, not {', '.join(odd)}{why}"
         )
 
 
-def _refuse_leftovers(found: Checkpoint, about: Mapping[str, Any]) -> None:
+def refuse_leftovers(folder: Folder) -> None:
     """Refuses a folder without modules.json that has other files or settings of sentence-transformers."""
     left = [
         path.name
-        for path in sorted(found.folder.iterdir())
+        for path in sorted(folder.path.iterdir())
         if path.name in SETTINGS or ((path / "config.json").is_file() and MODULE_FOLDER.fullmatch(path.name))
     ]
     left += [
-        f"{key} in config_sentence_transformers.json" for key in ("prompts", "similarity_fn_name", "truncate_dim") if about.get(key) not in (None, {}, "cosine")
+        f"{key} in config_sentence_transformers.json"
+        for key in ("prompts", "similarity_fn_name", "truncate_dim")
+        if folder.about.get(key) not in (None, {}, "cosine")
     ]
     if left:
-        raise UserError(f"model {found.name!r}: {found.folder} has {', '.join(left)} but no modules.json, which says how that is used; copy the whole model")
+        raise UserError(f"model {folder.name!r}: {folder.path} has {', '.join(left)} but no modules.json, which says how that is used; copy the whole model")
 
 
 def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *, bare: bool) -> None:
@@ -314,19 +364,13 @@ def _prompts(about: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return {key: text or "" for key, text in prompts.items()}
 
 
-def _activation(dotted: object) -> str:
-    """The short name of a class of torch.nn, given its dotted name; anything else as it is."""
-    found = re.fullmatch(r"torch\.nn\.(?:modules\.\w+\.)?(\w+)", str(dotted))
-    return found[1] if found else str(dotted)
-
-
 def _pooling_mode(config: Mapping[str, Any], name: str) -> str:
     if "pooling_mode" in config:
         modes = config["pooling_mode"] if isinstance(config["pooling_mode"], list) else [config["pooling_mode"]]
     else:
         switched = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
-        modes = [key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for key in switched]
-    modes = modes or ["mean"]
+        modes = [key.removeprefix("pooling_mode_").removesuffix("_token") for key in switched]
+    modes = [str(mode).removesuffix("_tokens") for mode in modes] or ["mean"]
     if len(modes) > 1 or modes[0] not in POOLINGS:
-        raise UserError(f"model {name!r} pools by {', '.join(map(str, modes))}; known are {', '.join(POOLINGS)}, one at a time")
+        raise UserError(f"model {name!r} pools by {', '.join(modes)}; known are {', '.join(POOLINGS)}, one at a time")
     return str(modes[0])

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from rerank_lab.models.base import Overrides
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
-from rerank_lab.models.families import BI, CROSS
+from rerank_lab.models.families import BI, CROSS, STATIC
 from rerank_lab.models.folder import Folder, read_json
 from rerank_lab.models.forward import limit_of
 from rerank_lab.models.registry import REGISTRY, Source
+from rerank_lab.models.static import read_static
+
+LOGIT = "sigmoid of the logit, 0 to 1"
 
 
 def bi_encoder(source: Source, asked: Overrides) -> Mapping[str, str]:
     """A bi-encoder, by title."""
-    folder = source.folder
-    found = read_checkpoint(folder, BI).overridden(asked)
-    modules = [found.pooling, *(kind if kind == "Normalize" else _dense(folder, place.name) for kind, place in found.after)]
-    kept = "" if found.truncate_dim is None else f"; the first {found.truncate_dim} components are kept"
-    return {
-        "kind": BI,
-        "transformer": transformer(folder),
-        "pooling": ", then ".join(modules) + kept,
-        "query prompt": _prompt(found.query_prompt),
-        "document prompt": _prompt(found.document_prompt),
-        "reads": limit(found, pair=False),
-        "score": "cosine, -1 to 1" if found.similarity == "cosine" else "dot product, without bounds",
-    }
+    found = read_checkpoint(source.folder, BI).overridden(asked)
+    return {"kind": BI, "transformer": transformer(source.folder), **_pooled(found, found.pooling), "reads": limit(found, pair=False), **notes(found.notes)}
+
+
+def static(source: Source, asked: Overrides) -> Mapping[str, str]:
+    """A static embedding model, by title."""
+    found = read_static(source.folder).overridden(asked)
+    return {"kind": STATIC, **_pooled(found, "mean of the rows of its tokens"), "reads": "all tokens of a text", **notes(found.notes)}
 
 
 def cross_encoder(source: Source, asked: Overrides) -> Mapping[str, str]:
@@ -40,7 +38,8 @@ def cross_encoder(source: Source, asked: Overrides) -> Mapping[str, str]:
         "transformer": transformer(source.folder),
         "prompt": _prompt(found.pair_prompt),
         "reads": limit(found, pair=True),
-        "score": "sigmoid of the logit, 0 to 1",
+        "score": LOGIT,
+        **notes(found.notes),
     }
 
 
@@ -51,7 +50,7 @@ def one_way(source: Source, asked: Overrides) -> Mapping[str, str]:
     return {
         "kind": "one-way cross-encoder",
         "reads": f"vectors of documents that its bi-encoder has made{known}",
-        "score": "sigmoid of the logit, 0 to 1",
+        "score": LOGIT,
     }
 
 
@@ -81,9 +80,21 @@ def limit(found: Checkpoint, *, pair: bool) -> str:
     return f"{most - (0 if pair else specials)} tokens of a {'pair' if pair else 'text'}, {specials} special ones {'counted' if pair else 'not counted'}"
 
 
-def _dense(folder: Folder, place: str) -> str:
-    config = read_json(folder.path / place / "config.json")
-    return f"Dense to {config.get('out_features')} dimensions"
+def _pooled(found: Checkpoint, pooling: str) -> dict[str, str]:
+    modules = [pooling if found.prompt_pooled else f"{pooling} without the prompt"]
+    modules += [kind if kind != "Dense" else f"Dense to {read_json(place / 'config.json').get('out_features')} dimensions" for kind, place in found.after]
+    kept = "" if found.truncate_dim is None else f"; the first {found.truncate_dim} components are kept"
+    return {
+        "pooling": ", then ".join(modules) + kept,
+        "query prompt": _prompt(found.query_prompt),
+        "document prompt": _prompt(found.document_prompt),
+        "score": "cosine, -1 to 1" if found.similarity == "cosine" else "dot product, without bounds",
+    }
+
+
+def notes(given: Sequence[str]) -> dict[str, str]:
+    """What is left out or assumed, and why, under one title; empty without any."""
+    return {"notes": "; ".join(given)} if given else {}
 
 
 def _prompt(text: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ BI, CROSS, LATE, CAUSAL, STATIC, SPARSE = "bi-encoder", "cross-encoder", "late-i
 # The option that takes a family.
 OPTIONS = {BI: "--model", CROSS: "--model-cross", LATE: "--model", CAUSAL: "--model-cross", STATIC: "--model", SPARSE: "--candidates splade:MODEL"}
 T5 = ("longt5", "mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "udop", "umt5")
+T5_ENCODERS = ("MT5EncoderModel", "T5EncoderModel", "UMT5EncoderModel")
 LARGE, POINTER = (".safetensors", ".bin", ".json", ".model"), b"version https://git-lfs"  # files that git-lfs may replace by pointers, and how a pointer begins
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 OTHERS = {"ONNX": "*.onnx", "GGUF": "*.gguf", "TensorFlow": "tf_model*.h5", "Flax": "flax_model*.msgpack", "OpenVINO": "openvino_*.xml"}
@@ -33,7 +36,11 @@ FAMILIES = [
     (re.compile(r".*\.StaticEmbedding"), STATIC),
     (re.compile(r".*\.LogitScore"), CAUSAL),
 ]
-INSTEAD = {BI: "name an embedding model that pools", CROSS: "name a model with a classification head of one label"}
+INSTEAD = {
+    BI: "name an embedding model that pools",
+    CROSS: "name a model with a classification head of one label",
+    SPARSE: "name a masked language model that was trained to weigh words",
+}
 
 
 def family(folder: Folder) -> tuple[str, str]:
@@ -83,7 +90,8 @@ GENERATES, MASKED = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM", "ForPreTrain
 
 def wrong_role(name: str, found: str, sign: str, role: str) -> UserError:
     """The refusal of a model of a family where another role is needed."""
-    return UserError(f"model {name!r} is {SAID[found].format(sign=sign)}, and a {role} is needed here; give it as {OPTIONS[found]}")
+    pools = " if it is a reranker; an embedding model needs a modules.json that says how it pools" if (found, role) == (CAUSAL, BI) else ""
+    return UserError(f"model {name!r} is {SAID[found].format(sign=sign)}, and a {role} is needed here; give it as {OPTIONS[found]}{pools}")
 
 
 def refuse_parts(folders: Sequence[Path], name: str) -> None:
@@ -134,7 +142,8 @@ def refuse_foreign(folder: Folder, role: str) -> None:
             f"model {name!r} attends by blocks (attention_type block_sparse), and once it has read a short text no more: what it makes of a text depends on those "
             f"before; set attention_type to original_full in {root / 'config.json'}"
         )
-    if config.get("is_encoder_decoder") or kind in T5:
+    encodes = role == BI and architecture in T5_ENCODERS
+    if (config.get("is_encoder_decoder") or kind in T5) and not encodes:
         raise _refusal(name, f"an encoder-decoder or a half of one ({architecture or kind}), which is not computed here", role)
     others = sorted(format for format, pattern in OTHERS.items() if any(root.rglob(pattern)))
     if others and not any(path for pattern in WEIGHTS for path in root.glob(pattern)):
@@ -151,7 +160,7 @@ def refuse_headless(folder: Folder, role: str) -> None:
     if len(folder.modules) < 2 and masked:
         raise UserError(
             f"model {folder.name!r} is a masked language model ({architecture}) that no file says how to pool: a pre-trained model, or a sparse encoder such as SPLADE; "
-            + ("name an embedding model, or save it with sentence-transformers as Transformer and Pooling" if role == BI else INSTEAD[CROSS])
+            + (f"give a sparse encoder as {OPTIONS[SPARSE]}, name an embedding model, or save it as Transformer and Pooling" if role == BI else INSTEAD[CROSS])
         )
     if not generates and not masked and re.search(r"For[A-Z]", architecture) and not architecture.endswith("ForSequenceClassification"):
         raise _refusal(folder.name, f"a {architecture}, which is neither a bi-encoder nor a cross-encoder", role)
@@ -175,3 +184,60 @@ def _decodes_only(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
 
     return model_type in CAUSAL_NAMES and model_type not in MASKED_NAMES
+
+
+@dataclass(frozen=True)
+class CardPrompts:
+    """The prompts that the authors of a family give in the model's card.
+
+    Attributes:
+        family: its name.
+        query, document: the prompts; "" for none.
+    """
+
+    family: str
+    query: str
+    document: str = ""
+
+    @property
+    def note(self) -> str:
+        """What to say where a model of the family gets none."""
+        flags = [f"--{side}-prompt {_in_shell(text)}" for side, text in (("query", self.query), ("document", self.document)) if text]
+        return f"its folder has no prompts, and models of its family ({self.family}) were trained with some: give {' '.join(flags)}"
+
+
+SEARCH, WEB = (
+    "Represent this sentence for searching relevant passages: ",
+    "Instruct: Given a web search query, retrieve relevant passages that answer the query\n",
+)
+# Patterns of a model's name, the owner left out. The first that is found counts.
+CARDS = [
+    (re.compile(r"\be5-.*instruct|gte-qwen2-.*instruct|sfr-embedding", re.IGNORECASE), CardPrompts("instructed embeddings", f"{WEB}Query: ")),
+    (re.compile(r"\be5-(small|base|large)", re.IGNORECASE), CardPrompts("e5", "query: ", "passage: ")),
+    (re.compile(r"\bbge-(small|base|large)-en", re.IGNORECASE), CardPrompts("bge", SEARCH)),
+    (re.compile(r"\bbge-(small|base|large)-zh", re.IGNORECASE), CardPrompts("bge", "为这个句子生成表示以用于检索相关文章：")),
+    (re.compile(r"nomic-embed|modernbert-embed", re.IGNORECASE), CardPrompts("nomic-embed", "search_query: ", "search_document: ")),
+    (re.compile(r"mxbai-embed", re.IGNORECASE), CardPrompts("mxbai-embed", SEARCH)),
+    (re.compile(r"arctic-embed-.*v2", re.IGNORECASE), CardPrompts("arctic-embed v2", "query: ")),
+    (re.compile(r"arctic-embed", re.IGNORECASE), CardPrompts("arctic-embed", SEARCH)),
+    (re.compile(r"uae-large", re.IGNORECASE), CardPrompts("UAE", SEARCH)),
+    (re.compile(r"qwen3-embedding", re.IGNORECASE), CardPrompts("Qwen3-Embedding", f"{WEB}Query:")),
+    (re.compile(r"embeddinggemma", re.IGNORECASE), CardPrompts("EmbeddingGemma", "task: search result | query: ", "title: none | text: ")),
+    (
+        re.compile(r"\binstructor-(base|large|xl)", re.IGNORECASE),
+        CardPrompts("instructor", "Represent the question for retrieving supporting documents: ", "Represent the document for retrieval: "),
+    ),
+]
+
+
+def card_prompts(folder: Folder) -> CardPrompts | None:
+    """The prompts that a model's family is known to want, by the model's name, its folder's name or the name that its config.json has kept."""
+    path = folder.path.resolve()
+    places = [folder.name, path.name, path.parent.parent.name if path.parent.name == "snapshots" else "", str(folder.config.get("_name_or_path") or "")]
+    names = [re.split(r"[/\\]|--", place.rstrip("/"))[-1].replace("_", "-") for place in places]
+    return next((prompts for pattern, prompts in CARDS if any(pattern.search(name) for name in names)), None)
+
+
+def _in_shell(text: str) -> str:
+    """A text as a word of a shell's command, on one line."""
+    return "$" + repr(text) if "\n" in text else shlex.quote(text)

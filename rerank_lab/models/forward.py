@@ -261,7 +261,7 @@ def encoder_flops(config: Any, lengths: Tensor, *, first: bool = False) -> int:
         first: whether only the first token of the last layer is wanted. That layer then makes keys and values of every token,
             4·L·d², and everything else of one token.
     """
-    d, m = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
+    d, m = config.hidden_size, getattr(config, "intermediate_size", getattr(config, "d_ff", 4 * config.hidden_size))
     total, squares = int(lengths.sum()), int(lengths.square().sum())
     last = 4 * total * d * d + len(lengths) * 2 * (2 * d * d + 2 * d * m) + 4 * total * d if first else 0
     return int((config.num_hidden_layers - first) * (2 * total * (4 * d * d + 2 * d * m) + 4 * squares * d)) + last

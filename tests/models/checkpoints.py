@@ -19,6 +19,7 @@ MODELS = "sentence_transformers.models."
 WIDTH = 32
 Make = Callable[[Path], Path]
 SIZES: dict[str, Any] = {"vocab_size": 30522, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+T5 = {"vocab_size": 30522, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "eos_token_id": 102}
 DECODER = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 102, "pad_token_id": 0}
 
 
@@ -43,7 +44,7 @@ def change(folder: Path, name: str, **keys: Any) -> Path:
 def transformer(folder: Path, architecture: str = "BertModel", **config: Any) -> Path:
     """A transformer and its tokenizer. Its weights are as large as a trained model's, so that texts get different vectors."""
     kind = getattr(transformers, architecture)
-    sizes = DECODER if "Qwen" in architecture else SIZES
+    sizes = DECODER if "Qwen" in architecture else T5 if architecture.startswith("T5") else SIZES
     model = kind(kind.config_class(**sizes | config)).eval()
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -76,12 +77,50 @@ def bi_encoder(folder: Path, *after: str, architecture: str = "BertModel", about
     )
     put(folder, {"sentence_bert_config.json": {"max_seq_length": limit, "do_lower_case": False}})
     for i, kind in enumerate(after, 2):
+        if kind == "LayerNorm":
+            g = torch.Generator().manual_seed(i)
+            put(folder, {f"{i}_LayerNorm/config.json": {"dimension": WIDTH}})
+            save_file(
+                {"norm.weight": torch.randn(WIDTH, generator=g), "norm.bias": torch.randn(WIDTH, generator=g)}, folder / f"{i}_LayerNorm/model.safetensors"
+            )
+        if kind == "Dropout":
+            put(folder, {f"{i}_Dropout/config.json": {"dropout": 0.5}})
         if kind == "Dense":
             g, act = torch.Generator().manual_seed(i), "torch.nn.modules.activation.Tanh"
             put(folder, {f"{i}_Dense/config.json": {"in_features": WIDTH, "out_features": 24, "bias": True, "activation_function": act}})
             weights = {"linear.weight": torch.randn(24, WIDTH, generator=g) * WIDTH**-0.5, "linear.bias": torch.randn(24, generator=g)}
             save_file(weights, folder / f"{i}_Dense" / "model.safetensors")
     return put(folder, {"config_sentence_transformers.json": about}) if about is not None else folder
+
+
+def static(folder: Path, *after: str, about: dict[str, Any] | None = None, tensors: dict[str, Tensor] | None = None) -> Path:
+    """Static embeddings as sentence-transformers saves them, WIDTH components a token. `after` names the modules behind; tensors replace its weights."""
+    bi_encoder(folder, *after)
+    listed = modules("StaticEmbedding", *(f"{MODELS}{kind}" for kind in after))
+    put(folder, {"modules.json": [row | {"path": f"{i + 1}_{row['path'].partition('_')[2]}" if i else "0_StaticEmbedding"} for i, row in enumerate(listed)]})
+    put(
+        folder,
+        dict.fromkeys(("1_Pooling/config.json", "config.json", "sentence_bert_config.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")),
+    )
+    (folder / "0_StaticEmbedding").mkdir()
+    (folder / "tokenizer.json").rename(folder / "0_StaticEmbedding" / "tokenizer.json")
+    table = torch.randn(30522, WIDTH, generator=torch.Generator().manual_seed(3))
+    (folder / "model.safetensors").unlink()
+    save_file(tensors or {"embedding.weight": table}, folder / "0_StaticEmbedding" / "model.safetensors")
+    return put(folder, {"config_sentence_transformers.json": about}) if about is not None else folder
+
+
+def model2vec(folder: Path, normalize: bool = True, tensors: dict[str, Tensor] | None = None) -> Path:
+    """Static embeddings as model2vec saves them."""
+    static(folder)
+    for path in (folder / "0_StaticEmbedding").iterdir():
+        path.rename(folder / path.name)
+    kinds = modules("StaticEmbedding", *(["Normalize"] if normalize else []))
+    about = {"model_type": "model2vec", "architectures": ["StaticModel"], "hidden_dim": WIDTH, "normalize": normalize}
+    put(folder, {"modules.json": [kinds[0] | {"path": "."}, *kinds[1:]], "config.json": about})
+    table = torch.randn(30522, WIDTH, generator=torch.Generator().manual_seed(3))
+    save_file(tensors or {"embeddings": table}, folder / "model.safetensors")
+    return folder
 
 
 def cross_encoder(folder: Path, architecture: str = "BertForSequenceClassification", about: dict[str, Any] | None = None, **settings: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -15,11 +16,14 @@ from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder as CrossReference
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 
 from rerank_lab import Reranker
+from rerank_lab.cache.vectors import text_key
+from rerank_lab.engine import EngineSpec
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval.__main__ import main
-from rerank_lab.models.base import Detail
+from rerank_lab.models.base import Detail, Overrides
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.kinds import load_cross_encoder
@@ -62,6 +66,12 @@ def with_prompts(**prompts: str) -> Make:
     return lambda folder: bi_encoder(folder, "Normalize", about=st_about(prompts=prompts, default_prompt_name=None))
 
 
+def pooling(mode: str, **keys: Any) -> Make:
+    """A bi-encoder that pools in this way, with prompts."""
+    made = with_prompts(query="Represent the question: ", document="text: ")
+    return lambda folder: put(made(folder), {"1_Pooling/config.json": {"embedding_dimension": WIDTH, "pooling_mode": mode, **keys}})
+
+
 def lower_casing(folder: Path, *kinds: str) -> Path:
     change(folder, "tokenizer_config.json", do_lower_case=False)
     tokenizer = (folder / "tokenizer.json").read_text()
@@ -73,6 +83,12 @@ BI_LIKE_REFERENCE: dict[str, Make] = {
     "prompts query and passage": with_prompts(query="query: ", passage="passage: "),
     "an empty document prompt beside passage": with_prompts(query="query: ", document="", passage="passage: "),
     "prompts query and document": with_prompts(query="find: ", document="text: "),
+    "weighted mean": pooling("weightedmean"),
+    "mean over the root of the length": pooling("mean_sqrt_len_tokens"),
+    **{f"prompts left out of the pooling, {mode}": pooling(mode, include_prompt=False) for mode in ("mean", "cls", "max", "lasttoken", "weightedmean")},
+    "LayerNorm and Dropout": lambda f: bi_encoder(f, "LayerNorm", "Dropout", "Normalize"),
+    "an encoder of T5": lambda f: bi_encoder(f, "Dense", "Normalize", architecture="T5EncoderModel"),
+    "a bare encoder of T5": lambda f: transformer(f, "T5EncoderModel"),
     "default_prompt_name": lambda f: bi_encoder(f, "Normalize", about=st_about(prompts={"mine": "Represent: "}, default_prompt_name="mine")),
     "Normalize before Dense": lambda f: bi_encoder(f, "Normalize", "Dense"),
     "Dense, Normalize, Dense's own length": lambda f: bi_encoder(f, "Dense", "Normalize"),
@@ -108,6 +124,40 @@ BI_LIKE_REFERENCE: dict[str, Make] = {
 @pytest.mark.parametrize("layout", BI_LIKE_REFERENCE)
 def test_vectors_and_similarity_are_sentence_transformers(layout: str, tmp_path: Path) -> None:
     assert_bi_is_reference(BI_LIKE_REFERENCE[layout](tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["truncate_dim", "dot", "prompts left out of the pooling, mean", "prompts query and document"])
+def test_what_is_asked_for_is_what_sentence_transformers_gives_if_asked(layout: str, tmp_path: Path) -> None:
+    folder, asked = BI_LIKE_REFERENCE[layout](tmp_path), Overrides("Find: ", "", 12)
+    reference, model = SentenceTransformer(str(folder), device="cpu", truncate_dim=12), load_bi(str(folder), device="cpu", overrides=asked)
+    assert model.dimensions == 12 and (model.prompt("query"), model.prompt("document")) == ("Find: ", "")
+    wanted = [reference.encode(texts, prompt=prompt, batch_size=1, convert_to_tensor=True) for texts, prompt in ((ASKED, "Find: "), (TEXTS, ""))]
+    for a, texts, kind in zip(wanted, (ASKED, TEXTS), ("query", "document")):
+        torch.testing.assert_close(model.encode(texts, kind=kind, max_tokens=9999, detail=Detail.POOLED).pooled, a, atol=1e-5, rtol=1e-5)
+    fast = Reranker(model, "fast", max_tokens_per_doc=9999)
+    for query, row in zip(ASKED, reference.similarity(*wanted)):
+        ranking = fast.score(query, TEXTS)
+        torch.testing.assert_close(ranking.scores, row[ranking.order], atol=1e-4, rtol=1e-5)
+
+
+def test_a_prompt_that_is_asked_for_has_vectors_of_its_own_in_the_cache(tmp_path: Path) -> None:
+    folder = with_prompts(query="query: ", document="")(tmp_path / "m")
+
+    def pooled(query_prompt: str | None, **asked: Any) -> tuple[str, Tensor]:
+        spec = EngineSpec(str(folder), device="cpu", cache_dir=str(tmp_path / "cache"), query_prompt=query_prompt, **asked)
+        reranker = Reranker.of(spec.load(), "fast")
+        assert reranker.encoder is not None
+        return reranker.encoder.key(), reranker.pooled(["how to sort"], kind="query")
+
+    (key, own), (same_key, again), (also, other), (_, none) = pooled(None), pooled("query: "), pooled("find: "), pooled("")
+    assert key == same_key == also, "documents stay as they are"
+    assert torch.equal(own, again)
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in ((own, other), (own, none), (other, none)))
+    assert pooled(None, document_prompt="text: ")[0] != key and pooled(None, truncate_dim=8)[0] != key
+    asked = load_bi(str(folder), device="cpu", overrides=Overrides(query_prompt="find: "))
+    alone = asked.encode(["how to sort"], kind="query", detail=Detail.POOLED).pooled
+    assert torch.equal(other, alone)
+    assert text_key("x", 9, "query") == hashlib.blake2b(b"query\x009\x00x", digest_size=16).digest() != text_key("x", 9, "query", "find: ")
 
 
 CROSS_LIKE_REFERENCE: dict[str, Make] = {
@@ -208,6 +258,42 @@ def test_a_tokenizers_other_files_are_part_of_the_cache_key_where_it_is_made_of_
 def test_places_that_are_no_checkpoint_are_told_so(make: Callable[[Path], str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_bi(make(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("intfloat/e5-base-v2", "--query-prompt 'query: ' --document-prompt 'passage: '"),
+        ("multilingual-e5-small-q4", "--query-prompt 'query: ' --document-prompt 'passage: '"),
+        ("bge-small-en-v1.5", "--query-prompt 'Represent this sentence for searching relevant passages: '"),
+        ("models--BAAI--bge-base-en/snapshots/0123", "--query-prompt 'Represent this sentence for searching relevant passages: '"),
+        ("nomic_embed_text_v1.5", "--query-prompt 'search_query: ' --document-prompt 'search_document: '"),
+        ("mxbai-embed-large-v1", "--query-prompt 'Represent this sentence for searching relevant passages: '"),
+        ("e5-mistral-7b-instruct", "--query-prompt $'Instruct: Given a web search query, retrieve relevant passages that answer the query\\nQuery: '"),
+    ],
+)
+def test_prompts_that_a_family_is_known_to_want_are_named(name: str, flags: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = bi_encoder(tmp_path / name, "Normalize")
+    with caplog.at_level(logging.WARNING, "rerank_lab"):
+        model = load_bi(str(folder), device="cpu")
+    assert len(model.checkpoint.notes) == 1 and model.checkpoint.notes[0].endswith(f"were trained with some: give {flags}")
+    assert model.checkpoint.notes[0] in caplog.text
+    assert load_bi(str(folder), device="cpu", overrides=Overrides(query_prompt="")).checkpoint.notes == (), "none are asked for, in so many words"
+    put(folder, {"config_sentence_transformers.json": {"prompts": {"query": "query: "}}})
+    assert load_bi(str(folder), device="cpu").checkpoint.notes == ()
+
+
+def test_a_name_that_config_json_has_kept_tells_the_family_and_others_none(tmp_path: Path) -> None:
+    folder = bi_encoder(tmp_path / "mine", "Normalize")
+    assert load_bi(str(folder), device="cpu").checkpoint.notes == ()
+    change(folder, "config.json", _name_or_path="intfloat/e5-small")
+    assert "(e5)" in load_bi(str(folder), device="cpu").checkpoint.notes[0]
+
+
+def test_a_head_that_is_not_computed_is_said(tmp_path: Path) -> None:
+    folder = bi_encoder(tmp_path, "Normalize")
+    torch.save({}, folder / "sparse_linear.pt")
+    assert load_bi(str(folder), device="cpu").checkpoint.notes == ("its sparse head (sparse_linear.pt) is not computed",)
 
 
 def test_unused_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.families import CAUSAL, LATE, SAID, SPARSE, STATIC
+from rerank_lab.models.families import CAUSAL, LATE, SAID, SPARSE
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
-from tests.models.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
+from tests.models.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder, change, cross_encoder, model2vec, modules, put, st_about, static, transformer
 
 
 def assert_refused(load: Callable[..., object], make: Make, message: str, folder: Path) -> None:
@@ -47,8 +47,6 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
         SAID[SPARSE],
     ),
     "SPLADE by model_type": (lambda f: bi_encoder(f, about=st_about(model_type="SparseEncoder")), SAID[SPARSE]),
-    "static embeddings": (lambda f: put(transformer(f), {"modules.json": modules("StaticEmbedding", "Normalize")}), SAID[STATIC]),
-    "model2vec": (lambda f: change(transformer(f), "config.json", model_type="model2vec", architectures=["StaticModel"]), SAID[STATIC]),
     "a causal reranker": (lambda f: transformer(f, "Qwen3ForCausalLM"), SAID[CAUSAL]),
     "a causal model that says nothing of pooling": (lambda f: transformer(f, "Qwen3Model"), SAID[CAUSAL]),
     "a causal reranker of sentence-transformers": (
@@ -59,9 +57,9 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
     ),
     "a masked language model": (lambda f: transformer(f, "BertForMaskedLM"), "is a masked language model (BertForMaskedLM) that no file says how to pool"),
     "a tagger": (lambda f: transformer(f, "BertForTokenClassification"), "is a BertForTokenClassification, which is neither"),
-    "an encoder of T5": (
-        lambda f: change(bi_encoder(f), "config.json", model_type="t5", architectures=["T5EncoderModel"]),
-        "is an encoder-decoder or a half of one (T5EncoderModel)",
+    "an encoder-decoder": (
+        lambda f: change(bi_encoder(f), "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"]),
+        "is an encoder-decoder or a half of one (T5ForConditionalGeneration)",
     ),
     "own code": (
         lambda f: put(change(bi_encoder(f), "config.json", auto_map={"AutoModel": "modeling.Mine"}), {"modeling.py": "raise SystemExit('it ran')\n"}),
@@ -106,7 +104,14 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
         lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "mine.models.Pooling")}),
         "first, not mine.models.Pooling",
     ),
-    "a Router": (lambda f: put(transformer(f), {"modules.json": modules("Router", "Normalize")}), f"first, not {MODELS}Router"),
+    "a Router": (
+        lambda f: put(transformer(f), {"modules.json": modules("Router", "Normalize")}),
+        f"first, not {MODELS}Router; Router: queries and documents go through modules of their own",
+    ),
+    "several layers": (
+        lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "WeightedLayerPooling", "Pooling")}),
+        f"first, not {MODELS}WeightedLayerPooling; WeightedLayerPooling: it pools over several layers of the transformer",
+    ),
     "a model_type that is not known": (lambda f: bi_encoder(f, about=st_about(model_type="Holographic")), "is a Holographic (model_type in"),
     "a module outside the folder": (
         lambda f: put(bi_encoder(f), {"modules.json": [*modules("Transformer"), {"path": "../1_Pooling", "type": MODELS + "Pooling"}]}),
@@ -204,6 +209,8 @@ def test_what_a_bi_encoder_does_not_do_is_refused(case: str, tmp_path: Path) -> 
 
 
 CROSS_REFUSED: dict[str, tuple[Make, str]] = {
+    "static embeddings": (static, "and a cross-encoder is needed here; give it as --model"),
+    "model2vec": (model2vec, "is a static embedding model (as sentence_transformers.models.StaticEmbedding in modules.json says)"),
     "a bi-encoder": (lambda f: bi_encoder(f, "Normalize"), "is a bi-encoder (BertModel), and a cross-encoder is needed here; give it as --model"),
     "weights that nothing takes": (lambda f: add_weights(cross_encoder(f), "score.weight"), "nothing takes the weights score.weight in"),
     "a chat template": (lambda f: put(cross_encoder(f), {"chat_template.jinja": "{{ messages }}"}), "reads its input through a chat template"),
