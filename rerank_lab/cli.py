@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from rerank_kernels.names import BACKENDS
 from rerank_lab.errors import UserError
-from rerank_lab.files import expanded
+from rerank_lab.files import expanded, valid_text
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 
 # Replacements for characters that a terminal's encoding lacks: a minus must not become a question mark.
@@ -168,6 +168,13 @@ def named_place(value: str) -> str:
 def path_of(value: str) -> Path:
     """An option's file or folder as a Path, with ~ expanded."""
     return Path(place_of(value))
+
+
+def text(value: str) -> str:
+    """A text: whole characters, of which a terminal in another encoding may have made halves."""
+    if not valid_text(value):
+        raise argparse.ArgumentTypeError(f"must be text in the terminal's encoding, not {value!r}")
+    return value
 
 
 def count(value: str) -> int:

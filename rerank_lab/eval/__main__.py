@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rerank_lab import cli
 from rerank_lab.client.v3 import KEY
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.eval.settings import MEASURES, EvalSettings, parse
+from rerank_lab.eval.settings import MEASURES, OVERRIDES, EvalSettings, parse
 
 if TYPE_CHECKING:
     from rerank_lab.eval.executors.base import Executor
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = list(sys.argv[1:] if argv is None else argv)
         settings = parse(words)
-        print(_listing() if settings.list else _run(settings, words))
+        print(_run(settings, words) if settings.list is None else _description(settings, settings.list) if settings.list else _listing())
         return 0
     except UserError as error:
         print(f"rerank_lab: error: {error}", file=sys.stderr)
@@ -107,6 +107,18 @@ def _executor(settings: EvalSettings) -> Executor:
 
     resources = settings.resources or {"CPU": 1.0}
     return RayExecutor(settings.address or "auto", cache, workers=settings.workers, resources=resources, kernels=settings.kernels, threads=settings.threads)
+
+
+def _description(settings: EvalSettings, model: str) -> str:
+    """How a model would be read with these prompts, dimensions and instruction, a line for each title."""
+    from rerank_lab.models.base import Overrides
+    from rerank_lab.models.kinds import described
+
+    width = 17
+    return "\n".join(
+        textwrap.fill(f"{title:<{width - 1}} {text}", 80, subsequent_indent=" " * width, break_long_words=False, break_on_hyphens=False)
+        for title, text in described(model, Overrides(**{name: getattr(settings, name) for name in OVERRIDES})).items()
+    )
 
 
 def _listing() -> str:

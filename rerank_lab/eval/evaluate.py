@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache
@@ -29,7 +29,7 @@ from rerank_lab.eval.executors.base import Executor
 from rerank_lab.eval.journal import Journal
 from rerank_lab.eval.records import RowRecords
 from rerank_lab.eval.results import Config, Results
-from rerank_lab.eval.settings import EvalSettings, effective
+from rerank_lab.eval.settings import OVERRIDES, EvalSettings, effective
 from rerank_lab.eval.summary import Evaluation, summarize
 from rerank_lab.eval.system import System, names
 from rerank_lab.eval.table import table
@@ -115,6 +115,7 @@ def checked(options: EvalSettings) -> tuple[dict[str, System], str]:
         parse_measures(options.measures)
     except UserError as error:
         problems.append(str(error))
+    problems += _unread(options, list(systems.values()))
     problems += sweep.problems(options.sweep, [system for system in systems.values() if not system.remote])
     if problems:
         raise UserError("; ".join(problems))
@@ -205,6 +206,17 @@ def _systems(options: EvalSettings) -> tuple[dict[str, System], list[str]]:
     return systems, problems
 
 
+def _unread(options: EvalSettings, systems: Sequence[System]) -> Iterator[str]:
+    """A problem for each prompt, instruction and number of dimensions that no row's model here would read."""
+    local = [system for system in systems if not system.remote]
+    encodes = options.candidates == "dense" or any("bi-encoder" in system.method.roles for system in local)
+    for name in OVERRIDES:
+        read = any(system.crossed for system in local) if name == "instruction" else encodes
+        if systems and getattr(options, name) is not None and not read:
+            raw = f"--{name.replace('_', '-')}"
+            yield f"{raw}: no model here reads it; start the server with it" if len(local) < len(systems) else f"{raw}: no row runs a model that reads it"
+
+
 def stem(dataset: str) -> str:
     """A collection's name as part of a folder's name."""
     scheme, _, rest = dataset.partition(":")
@@ -251,6 +263,7 @@ def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool =
         device="cpu" if elsewhere else options.device,
         runtime="torch" if exact else options.runtime,
         precision="fp32" if exact else options.precision,
+        **{name: getattr(options, name) for name in OVERRIDES},
     )
     return made.elsewhere(device=options.device)
 

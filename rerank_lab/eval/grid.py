@@ -26,7 +26,7 @@ from tqdm import tqdm
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.eval.journal import RESULTS
 from rerank_lab.eval.results import read as read_results
-from rerank_lab.eval.settings import CLUSTER_OPTIONS, EvalSettings, flags, parse, parser, read_toml
+from rerank_lab.eval.settings import CLUSTER_OPTIONS, OVERRIDES, EvalSettings, flags, parse, parser, read_toml
 from rerank_lab.eval.system import System, names
 from rerank_lab.eval.table import interval
 from rerank_lab.files import Json, write_atomically
@@ -140,7 +140,7 @@ def run(options: EvalSettings, argv: Sequence[str], out: Path, evaluate: Callabl
 
 def details(cells: Sequence[GridCell]) -> Iterator[Detail]:
     """For each cell, the richest detail that any cell with the same texts and the same model needs."""
-    shared = ("dataset", "split", "model", "subspace", "device", "runtime", "precision", "max_tokens_per_doc")
+    shared = ("dataset", "split", "model", "subspace", "document_prompt", "truncate_dim", "device", "runtime", "precision", "max_tokens_per_doc")
     keys = [tuple(repr(getattr(cell.options, name)) for name in shared) for cell in cells]
     wanted = [_detail(cell.options) for cell in cells]
     return (max(d for k, d in zip(keys, wanted) if k == key) for key in keys)
@@ -230,11 +230,13 @@ def _capped(name: str) -> str:
 
 def _short(key: str, value: Any) -> str:
     """A value as a part of a folder's name."""
+    if value == "":
+        value = "none"
     if isinstance(value, list):
         value = "+".join(map(str, value))
     text = str(value)
     if key in ("dataset", "model", "model_cross", "subspace"):
         text = Path(text.partition(":")[2] if text.startswith(("hf:", "irds:")) else text).name.removesuffix(".zip").removesuffix(".safetensors")
-    elif isinstance(value, (bool, int, float)):
+    elif isinstance(value, (bool, int, float)) or key in OVERRIDES:
         text = f"{key}={text}"
     return re.sub(r"[^\w.=+-]+", "-", text).strip("-.")[:60] or "x"

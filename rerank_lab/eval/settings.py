@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rerank_lab.cli import SUBSPACE, ComputeOptions, add_compute_options, count, natural, non_negative, path_of, place_of, positive
+from rerank_lab.cli import SUBSPACE, ComputeOptions, add_compute_options, count, natural, non_negative, path_of, place_of, positive, text
 from rerank_lab.errors import UserError
 from rerank_lab.first_stage import FIRST_STAGES, usages
 
@@ -54,6 +54,7 @@ exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted
 
 
 COMMON_SETTINGS = ("max_tokens_per_doc", "top_k")  # settings that --sweep varies for every method, beside the method's own
+OVERRIDES = ("query_prompt", "document_prompt", "truncate_dim", "instruction")  # what is asked of the models in place of what their folders say
 CLUSTER_OPTIONS = ("executor", "address", "workers", "resources")  # where the work is done; results do not depend on it
 MEASURES = ("nDCG@10", "RR@10", "AP@100", "R@100", "P@1", "Judged@10")
 # Options that change no figure; results do not record them.
@@ -65,6 +66,7 @@ class EvalSettings(ComputeOptions):
     """The settings of one evaluation or of a grid. A field is the long name of an option; --help explains each (see `parser`).
 
     Attributes:
+        list: a model's name: print how it is read; "": print what there is; None: evaluate.
         methods: labels of rows; None: all that can run.
         measures: names known to ir-measures; the first is tested and plotted.
         baseline: a label; None: the first method's.
@@ -75,7 +77,7 @@ class EvalSettings(ComputeOptions):
         detail: the least detail to encode of each document, because another cell of the grid needs it; None: what the methods need.
     """
 
-    list: bool = False
+    list: str | None = None
     dataset: str = "numpydoc"
     split: str = "test"
     candidates: str = "dense"
@@ -86,6 +88,10 @@ class EvalSettings(ComputeOptions):
     model: str = "all-MiniLM-L6-v2"
     model_cross: str = "minilm-cross"
     subspace: str | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    truncate_dim: int | None = None
+    instruction: str | None = None
     max_tokens_per_doc: int = 512
     fuse_first_stage: float = 0.0
     measures: Sequence[str] = field(default_factory=lambda: [*MEASURES])
@@ -118,7 +124,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--list", action="store_true", help="print models, methods with their settings, collections and measures, then exit")
+    p.add_argument(
+        "--list",
+        type=place_of,
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="print models, methods with their settings, collections and measures, or how MODEL would be read, then exit",
+    )
     data = p.add_argument_group("what to evaluate on")
     data.add_argument("--dataset", type=place_of, metavar="NAME", help="bundled name, BEIR folder or .zip, hf:NAME, irds:ID (default: numpydoc)")
     data.add_argument("--split", help="which judgements (default: test)")
@@ -148,6 +161,16 @@ def parser() -> argparse.ArgumentParser:
         help="cross-encoder for standard, optimal and best+cross: id, folder, hub name, .safetensors of a one-way adapter, or none (default: minilm-cross)",
     )
     what.add_argument("--subspace", type=place_of, metavar="FILE", help=SUBSPACE)
+    what.add_argument(
+        "--query-prompt", type=text, metavar="TEXT", help="put before the bi-encoder's queries, such as 'query: '; '' for none (default: the model's own)"
+    )
+    what.add_argument(
+        "--document-prompt", type=text, metavar="TEXT", help="put before the bi-encoder's documents, such as 'passage: ' (default: the model's own)"
+    )
+    what.add_argument("--truncate-dim", type=count, metavar="N", help="keep the first N components of pooled vectors (Matryoshka; default: the model's own)")
+    what.add_argument(
+        "--instruction", type=text, metavar="TEXT", help="the task, for a cross-encoder whose prompt has a place for one (default: the model's own)"
+    )
     what.add_argument("--max-tokens-per-doc", type=count, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)")
     what.add_argument(
         "--fuse-first-stage",
@@ -232,8 +255,13 @@ def parse(argv: Sequence[str]) -> EvalSettings:
 
 
 def effective(settings: EvalSettings) -> dict[str, Any]:
-    """The configuration as results record it: every option that changes figures, as it was given."""
-    return {name: value for name, value in sorted(vars(settings).items()) if name not in UNRECORDED}
+    """The configuration as results record it: every option that changes figures, as it was given.
+
+    What is left to the models' folders is not there; `model_reading` in results has it. So runs that were begun before these
+    options existed can go on.
+    """
+    recorded = {name: value for name, value in sorted(vars(settings).items()) if name not in UNRECORDED}
+    return {name: value for name, value in recorded.items() if value is not None or name not in OVERRIDES}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ class CrossEncoder:
         self.pairing = Tokenizer.from_str(self.tokenizer.to_str())
         self.pairing.enable_truncation(self.limit, strategy="longest_first", direction=self.truncation_side)
         self.fingerprint = fingerprint(folder)
+        if overrides.instruction is not None:
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint}\0{overrides.instruction}".encode()).hexdigest()
 
     def score(self, query: str, documents: Sequence[str], *, max_tokens: int = 512) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of N documents.

@@ -11,14 +11,14 @@ import torch
 
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
-from rerank_lab.models import bi_encoder, cross_encoder, one_way, static
+from rerank_lab.models import bi_encoder, cross_encoder, describe, one_way, static
 from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
-from rerank_lab.models.families import BI, CROSS, STATIC, family
+from rerank_lab.models.families import BI, CROSS, OPTIONS, STATIC, family
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
 
 __all__ = [
-    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Overrides", "Placement", "ScorerKind", "Source", "backbone_of",
+    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Overrides", "Placement", "ScorerKind", "Source", "backbone_of", "described",
     "load_bi_encoder", "load_cross_encoder", "locate", "needs_of", "pick_device", "pools",
 ]  # fmt: skip
 
@@ -31,13 +31,13 @@ class EncoderKind:
         takes: whether a model is of this kind, by its name, or by its folder, which is fetched if it is asked for.
         load: source, placement, and the file of a token projection or None → the model.
         pools: whether its models make a vector of a whole text. Known before anything is loaded.
-        describe: source → what `--list MODEL` says of it, by title. No weight is loaded.
+        describe: source and what is asked of it → what `--list MODEL` says, by title. No weight is loaded.
     """
 
     takes: Callable[[Source], bool]
     load: Callable[[Source, Placement, str | None], Encoder]
     pools: bool = True
-    describe: Callable[[Source], Mapping[str, str]] = lambda source: {}
+    describe: Callable[[Source, Overrides], Mapping[str, str]] = lambda source, asked: {}
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,20 @@ class ScorerKind:
     takes: Callable[[Source], bool]
     load: Callable[[Source, Placement, Mapping[str, Encoder]], Scorer]
     needs: Callable[[str], tuple[str, Detail] | None] | None = None
-    describe: Callable[[Source], Mapping[str, str]] = lambda source: {}
+    describe: Callable[[Source, Overrides], Mapping[str, str]] = lambda source, asked: {}
 
 
 # The last kind that takes a model loads it. The first kind takes every model.
 ENCODERS = {
-    "bi-encoder": EncoderKind(lambda source: True, bi_encoder.load),
-    "static": EncoderKind(lambda source: family(source.folder)[0] == STATIC, static.load),
+    "bi-encoder": EncoderKind(lambda source: True, bi_encoder.load, describe=describe.bi_encoder),
+    "static": EncoderKind(lambda source: family(source.folder)[0] == STATIC, static.load, describe=describe.static),
 }
 SCORERS = {
-    "cross-encoder": ScorerKind(lambda source: True, cross_encoder.load),
+    "cross-encoder": ScorerKind(lambda source: True, cross_encoder.load, describe=describe.cross_encoder),
     # It goes by names alone, and stands last, so that its names are not looked for on the hub.
-    "one-way": ScorerKind(lambda source: backbone_of(source.name) is not None, one_way.load, lambda name: (backbone_of(name) or "", Detail.STATES)),
+    "one-way": ScorerKind(
+        lambda source: backbone_of(source.name) is not None, one_way.load, lambda name: (backbone_of(name) or "", Detail.STATES), describe.one_way
+    ),
 }
 
 
@@ -138,6 +140,23 @@ def pools(name: str) -> bool:
         UserError: the model is not found.
     """
     return _kind(ENCODERS, Source(expanded(name), BI)).pools
+
+
+def described(name: str, asked: Overrides = AS_IT_IS) -> Mapping[str, str]:
+    """How a model would be read, by title. Its folder is fetched, but no weight is loaded.
+
+    Args:
+        name: as for load_bi_encoder and load_cross_encoder.
+        asked: of the model in place of what its folder says.
+
+    Raises:
+        UserError: the model is not found, or would be refused.
+    """
+    source = Source(expanded(name), REGISTRY[name].role if name in REGISTRY else BI)
+    by_name = any(kind.needs is not None and kind.takes(source) for kind in SCORERS.values())
+    option = OPTIONS[CROSS] if by_name else OPTIONS[family(source.folder)[0]]
+    kind = _kind(SCORERS, source) if option == OPTIONS[CROSS] else _kind(ENCODERS, source)
+    return {"model": name, "give it as": option, **kind.describe(source, asked)}
 
 
 def _kind(registry: Mapping[str, AnyKind], source: Source) -> AnyKind:

@@ -236,13 +236,15 @@ def _trust(one: ResultsFolder) -> list[Block]:
 
 
 def _made(one: ResultsFolder) -> list[Block]:
-    env, data, first = one.result.environment, one.result.dataset, one.result.candidates
+    env, data, first, models = one.result.environment, one.result.dataset, one.result.candidates, one.result.models
     versions = ", ".join(f"{name} {version}" for name, version in env.packages.items())
     machine = f"{env.cpu}, {env.cpus} CPUs, {env.threads} threads, device {env.device}, kernels {env.kernels}"
     if cluster := env.executor:
         machine += f", Ray {cluster.version} with {cluster.workers} workers"
     made = f"at commit {env.commit or 'unknown'} on {machine}, Python {env.python}, {versions}. "
-    return [Code(command(one.result.config.options)), Paragraph([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
+    readings = [f"# {models[role]} is read with {said}" for role in ("model", "model_cross") if (said := models.get(f"{role}_reading"))]
+    shown = "\n".join([command(one.result.config.options), *readings])
+    return [Code(shown), Paragraph([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
 
 
 def command(options: Mapping[str, Json]) -> str:

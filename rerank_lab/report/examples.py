@@ -51,6 +51,9 @@ class ModelOptions:
     runtime: str
     precision: str
     device: str
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    truncate_dim: int | None = None
 
 
 def loaded_model(one: ResultsFolder, cache: str | None) -> Reranker:
@@ -69,6 +72,7 @@ def loaded_model(one: ResultsFolder, cache: str | None) -> Reranker:
     reranker = Reranker(
         given.model, "best", max_tokens_per_doc=given.max_tokens_per_doc, subspace=given.subspace, cache_dir=cache,
         runtime=given.runtime, precision=given.precision, device=given.device,
+        query_prompt=given.query_prompt, document_prompt=given.document_prompt, truncate_dim=given.truncate_dim,
     )  # fmt: skip
     if reranker.fingerprints()["model_vectors"] != models.get("model_vectors"):
         raise UserError(f"the {given.model} of today gives other vectors than the one that ranked")

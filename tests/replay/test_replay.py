@@ -278,14 +278,16 @@ def test_the_real_server_on_every_route_and_with_every_kind_of_answer(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY, SERVER_KEY)
-    recorded: list[Any] = [body(method=method, model_cross="minilm-cross", return_documents=True) for method in ("fast", "standard", "optimal", "best")]
+    recorded: list[Any] = [
+        body(method=method, model_cross="minilm-cross", return_documents=True) for method in ("fast", "standard", "optimal", "best", "maxsim")
+    ]
     recorded += [{"path": path, "body": body(return_documents=True)} for path in ("/v1/rerank", "/v2/rerank", "/rerank")]
     recorded += [{"path": "/rerank", "body": {"query": "roots", "texts": TEXTS, "return_text": True}}, body(model="no-such"), body(documents=[])]
     recorded += [{"path": "/no/such/route", "body": {}}, {"body": [1]}, body() | {"query": "\ud800"}]
     path = tmp_path / "requests.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in recorded))
     text = said(capsys, 0, path, server.url, f"{server.url}/")
-    assert "13 requests, 13 same" in text and "medians over 8 rankings: Kendall's tau 1.0000" in text and "8 x 200, 2 x 404, 3 x 422" in text
+    assert "14 requests, 14 same" in text and "medians over 9 rankings: Kendall's tau 1.0000" in text and "9 x 200, 2 x 404, 3 x 422" in text
     path.write_text(json.dumps(body(model="all-MiniLM-L6-v2")) + "\n")
     with standing_in() as other:
         other.alter = lambda answer: answer | {"meta": answer["meta"] | {"deployed_model_id": "another"}}

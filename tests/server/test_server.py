@@ -60,12 +60,12 @@ def test_the_upstream_pages_requests_are_answered_as_they_stand(server: Server) 
 
 
 @pytest.mark.parametrize("cross", ["minilm-cross", "classifier"])
-@pytest.mark.parametrize("method", ["fast", "standard", "optimal", "best", "best+cross"])
+@pytest.mark.parametrize("method", ["fast", "standard", "optimal", "best", "best+cross", "maxsim"])
 def test_answers_are_those_of_reranker(server: Server, small_cross: Path, method: str, cross: str) -> None:
     model_cross = str(small_cross) if cross == "classifier" else cross
     name, _, joined = method.partition("+")
     uses = bool(joined) or name in ("standard", "optimal")
-    settings = {"stage1_top_k": 3} if name in ("optimal", "best") else {}
+    settings = {"stage1_top_k": 3} if name in ("optimal", "best", "maxsim") else {}
     spec = ":".join([name, *(f"{key}={value}" for key, value in settings.items())])
     status, answer, _ = server.post(BASE | settings | {"method": name} | ({"model_cross": model_cross} if uses else {}))
     wanted = Reranker("all-MiniLM-L6-v2", spec, model_cross if uses else None, device="cpu").rank(BASE["query"], TEXTS)
@@ -74,7 +74,7 @@ def test_answers_are_those_of_reranker(server: Server, small_cross: Path, method
     assert answer["meta"] == {"method": name, "deployed_model_id": BASE["model"]} | ({"model_cross": model_cross} if uses else {}) | settings
 
 
-@pytest.mark.parametrize("method", ["fast", "standard", "optimal", "best"])
+@pytest.mark.parametrize("method", ["fast", "standard", "optimal", "best", "maxsim"])
 def test_odd_documents_are_scored_and_echoed_as_sent(server: Server, method: str) -> None:
     documents: list[Any] = ["", "  \n", "a", "a", {"text": "a", "id": [1, {"x": None}]}, {"text": ""}, "long " * 200_000, "\u202eעברית 🙂 \x00"]
     status, answer, _ = server.post(BASE | CROSS | {"documents": documents, "method": method, "return_documents": True})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Dialog, Page, Route
 
 ROUTE = "/api/v3/inference/reranker"
-METHODS = ("fast", "standard", "optimal", "best")
+METHODS = ("fast", "standard", "optimal", "best", "maxsim")
 QUERY = "purple elephants dancing"
 DOCUMENTS = [  # some of these have a negative cosine
     "HTTP 404", "An elephant in a purple dress", "numbers 1 2 3", "SELECT name FROM users WHERE id = 3;", "Elephants dance.", "Diesel fuel tax rebate form",
@@ -94,7 +94,7 @@ def test_page_opens_and_runs_without_errors_and_asks_nobody_else(browser: Browse
         assert page.locator("#best li").count() == page.locator("#fast li").count() >= 8
         markup = page.content()
     assert said == []
-    assert asked.count(server.url + ROUTE) == 4
+    assert asked.count(server.url + ROUTE) == len(METHODS)
     assert [url for url in asked if not url.startswith((f"{server.url}/", "data:"))] == []
     assert re.findall(r"""(?:src|href)=["'](?!data:)[^"']*//""", markup) == []
 
@@ -185,7 +185,7 @@ def test_wrong_key_is_said_by_its_field(page: Page) -> None:
     for key, said in wrong.items():
         page.fill("#key", key)
         assert page.get_attribute("#key", "aria-invalid") == "false" and "401" not in page.inner_text("#key-note")
-        run(page, "^4 of 4 methods failed")
+        run(page, "^5 of 5 methods failed")
         assert said in page.inner_text("#key-note") and page.is_visible("#key-note")
         assert (page.get_attribute("#key", "aria-invalid"), page.get_attribute("#key", "aria-describedby")) == ("true", "key-note")
         assert page.evaluate("document.activeElement.id") == "key"
@@ -202,10 +202,10 @@ def test_failures_are_said_in_their_own_column(page: Page) -> None:
         lambda route: route.fulfill(status=429, headers={"Retry-After": "7"}, json={"detail": "The queue is full of work."}),
         lambda route: route.fulfill(status=503, headers={"Retry-After": "5"}, json={"detail": "The server is draining."}),
         lambda route: route.abort("connectionrefused"),
-        lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"),
+        *[lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>")] * 2,
     ]
     page.route(f"**{ROUTE}", lambda route: queue.pop(0)(route))
-    run(page, "^4 of 4 methods failed")
+    run(page, "^5 of 5 methods failed")
     said = {method: page.inner_text(f"#{method} .message") for method in METHODS}
     assert all(part in said["fast"] for part in ("429", "queue is full of work", "again in 7 s"))
     assert all(part in said["standard"] for part in ("503", "draining", "again in 5 s"))
@@ -214,13 +214,13 @@ def test_failures_are_said_in_their_own_column(page: Page) -> None:
     page.unroute(f"**{ROUTE}")
     page.fill("#top_n", "0")
     page.fill("#stage1_top_k", "many")
-    run(page, "^4 of 4 methods failed")
+    run(page, "^5 of 5 methods failed")
     assert "422" in page.inner_text("#fast .message") and "body.top_n: Input should be greater than or equal to 1" in page.inner_text("#fast .message")
     assert "body.stage1_top_k: Input should be a valid integer" in page.inner_text("#best .message")
     page.fill("#top_n", "")
     page.fill("#stage1_top_k", "")
     page.locator("#model_cross option:checked").evaluate("option => { option.value = 'nobody'; }")
-    run(page, "^2 of 4 methods failed")
+    run(page, "^2 of 5 methods failed")
     assert "404" in page.inner_text("#optimal .message") and "model_cross: no such model" in page.inner_text("#optimal .message")
     assert column(page, "fast") and column(page, "best")
 
@@ -245,7 +245,7 @@ def test_hostile_text_is_text(page: Page) -> None:
         assert sorted(result.get("document", "") for result in answer["results"]) == (sorted(HOSTILE) if echo else [""] * len(HOSTILE))
         assert page.locator("img, main script, li b, pre *").count() == 0
     page.route(f"**{ROUTE}", lambda route: route.fulfill(status=404, json={"detail": HOSTILE[0]}))
-    run(page, "^4 of 4 methods failed")
+    run(page, "^5 of 5 methods failed")
     assert HOSTILE[0] in page.inner_text("#best .message")
     assert page.evaluate("window.hacked") is None and dialogs == []
 
@@ -273,12 +273,12 @@ def test_no_width_scrolls_sideways(page: Page) -> None:
     fill(page, [*DOCUMENTS, "w" * 500, "a long document " * 100])
     run(page)
     page.locator("#fast li[data-index='8'] button").press("Enter")
-    for width, side_by_side in ((360, 1), (768, 2), (1280, 4), (1600, 4)):
+    for width, side_by_side in ((360, 1), (768, 2), (1280, 5), (1600, 5)):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         places = page.locator("#columns article").evaluate_all("nodes => nodes.map((node) => [node.offsetLeft, node.offsetTop])")
         assert len({left for left, _ in places}) == side_by_side
-        assert len({top for _, top in places}) == 4 // side_by_side
+        assert len({top for _, top in places}) == -(-len(METHODS) // side_by_side)
         outside = "nodes => nodes.map((node) => node.getBoundingClientRect()).filter((box) => box.width && (box.left < 0 || box.right > innerWidth)).length"
         assert page.locator("#columns li *, input, select, textarea, pre, button").evaluate_all(outside) == 0
         assert page.locator(".text, .message, pre").evaluate_all("nodes => nodes.filter((node) => node.scrollWidth > node.clientWidth).length") == 0

@@ -124,7 +124,7 @@ def test_every_example_is_answered(limited: Server, document: Any) -> None:
         for example in content["examples"].values():
             jsonschema_rs.validate(content["schema"], example["value"])
             assert conforms(document, path, limited.post(example["value"], path)) == 200, example
-    assert names == {V3: ["fast", "standard", "optimal", "best"], "/v1/rerank": ["cohere"], "/v2/rerank": ["cohere"], "/rerank": ["tei", "jina"]}
+    assert names == {V3: ["fast", "standard", "optimal", "best", "maxsim"], "/v1/rerank": ["cohere"], "/v2/rerank": ["cohere"], "/rerank": ["tei", "jina"]}
 
 
 def test_every_status_of_the_contract_is_declared(document: Any) -> None:
@@ -216,7 +216,7 @@ BAD: list[Any] = [
     *(BASE | {"method": method} | more for method in ("standard", "optimal") for more in ({}, {"model_cross": None}, {"model_cross": "whatever"})),
     *(BASE | {"method": method, "model_cross": bi} for method in ("standard", "optimal", "best") for bi in BI),
     *(BASE | {"method": method, "model": cross, "model_cross": CROSS[0]} for method in ("fast", "optimal", "best") for cross in CROSS),
-    *(BASE | {"method": method, "model": "whatever", "model_cross": CROSS[0]} for method in ("fast", "standard", "optimal", "best")),
+    *(BASE | {"method": method, "model": "whatever", "model_cross": CROSS[0]} for method in ("fast", "standard", "optimal", "best", "maxsim")),
     *({key: value for key, value in BASE.items() if key != left_out} for left_out in BASE),
     *(BASE | {"method": method} for method in ("fastest", None, "")),
     *(BASE | {"model": value} for value in (None, 1, "")),
@@ -288,9 +288,9 @@ def test_blank_is_the_same_in_every_dialect() -> None:
 @pytest.mark.parametrize(
     ("roles", "methods"),
     [
-        ({"a": "bi-encoder"}, ["fast", "best"]),
+        ({"a": "bi-encoder"}, ["fast", "best", "maxsim"]),
         ({"a": "cross-encoder"}, ["standard"]),
-        ({"a": "cross-encoder", "b": "bi-encoder"}, ["fast", "standard", "optimal", "best"]),
+        ({"a": "cross-encoder", "b": "bi-encoder"}, ["fast", "standard", "optimal", "best", "maxsim"]),
     ],
 )
 def test_methods_without_their_models_are_not_offered(roles: dict[str, str], methods: list[str]) -> None:

@@ -67,7 +67,7 @@ def test_it_ranks(reranker: Reranker, encoder: BiEncoder) -> None:
     for spec, message in (
         ("brief:brevity=11", "brief: brevity must be a finite number from -10 to 10, not 11.0"),
         ("brief:length=1", "valid: stage1_top_k, brevity"),
-        ("long", "valid: fast, standard, optimal, best, brief"),
+        ("long", "valid: fast, standard, optimal, best, maxsim, brief"),
     ):
         with pytest.raises(UserError, match=message):
             reranker.using(spec)
@@ -91,7 +91,7 @@ def test_it_is_evaluated_swept_and_reported(beir: Callable[..., Path], tmp_path:
 
 def test_its_looks_come_next_and_change_no_others() -> None:
     with_it = looks({})
-    assert [*with_it] == [*labels()] == ["fast", "standard", "optimal", "best", "best+cross", "brief", "brief+cross"]
+    assert [*with_it] == [*labels()] == ["fast", "standard", "optimal", "best", "best+cross", "maxsim", "brief", "brief+cross"]
     assert len({(look["color"], look["marker"]) for look in with_it.values()}) == len(with_it)
     del METHODS[Brief.name]
     row = results.parse(json.loads((ROOT / "reports/baseline/numpydoc.json").read_text())).rows[0]
@@ -117,10 +117,10 @@ def test_it_is_served(serves: Server, reranker: Reranker, more: dict[str, Any]) 
 
 def test_the_contract_holds_it(serves: Server) -> None:
     document = serves.get("/openapi.json")[1]
-    assert "by one of five methods." in document["info"]["description"]
+    assert "by one of six methods." in document["info"]["description"]
     content = document["paths"][V3]["post"]["requestBody"]["content"]["application/json"]
     about = content["schema"]["description"]
-    assert "Cross-encoder: required for standard and optimal, joins best and brief where given, ignored for fast." in about
+    assert "Cross-encoder: required for standard and optimal, joins best and brief where given, ignored for fast and maxsim." in about
     way = content["schema"]["anyOf"][-1]
     assert way["properties"]["stage1_top_k"]["description"] == "Documents that stage 1 of optimal, best and brief keeps."
     assert way["properties"]["method"] == {"const": "brief"} and "brevity" not in way["properties"]
@@ -153,7 +153,7 @@ def test_the_page_shows_and_runs_it(browser: Browser, serves: Server) -> None:
         page = context.new_page()
         page.set_default_timeout(10_000)
         opened(page, serves)
-        assert page.title() == "rerank_lab: five methods side by side"
+        assert page.title() == "rerank_lab: six methods side by side"
         assert page.inner_text("#brief .about") == Brief.about
         assert page.locator("#tabs input").evaluate_all("fields => fields.map((field) => field.value)") == [*METHODS]
         fill(page)

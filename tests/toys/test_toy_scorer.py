@@ -66,7 +66,7 @@ def test_it_is_evaluated_and_reported(beir: Callable[..., Path], tmp_path: Path)
     assert main(["--dataset", str(beir()), "--model-cross", "overlap", "--top-k", "4", "--cold-queries", "1", "--out", str(out)]) == 0
     result = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert [*rows] == ["fast", "standard", "optimal", "best", "best+cross"]
+    assert [*rows] == ["fast", "standard", "optimal", "best", "best+cross", "maxsim"]
     assert rows["standard"]["model_cross"] == "overlap" and rows["standard"]["token_limit"] == 64 and rows["standard"]["flops_per_query"] == 0
     assert result["models"]["model_cross_files"] == Overlap.fingerprint
     assert "| standard |" in report_of(out)
