@@ -15,10 +15,10 @@ from rerank_lab.models import bi_encoder, cross_encoder, describe, one_way, stat
 from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
 from rerank_lab.models.families import BI, CROSS, OPTIONS, STATIC, family
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
-from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
+from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
 
 __all__ = [
-    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "FETCHED", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Overrides", "Placement", "ScorerKind", "Source", "backbone_of", "described",
+    "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Overrides", "Placement", "ScorerKind", "Source", "backbone_of", "described",
     "load_bi_encoder", "load_cross_encoder", "locate", "needs_of", "pick_device", "pools",
 ]  # fmt: skip
 

