@@ -293,7 +293,7 @@ def check_modules(folder: Path, odd: Sequence[str]) -> None:
     if odd:
         why = "".join(f"; {last_part(kind)}: {OTHER_MODULES[last_part(kind)]}" for kind in odd if last_part(kind) in OTHER_MODULES)
         raise UserError(
-            f"{folder / 'modules.json'}: only Transformer, Pooling, Dense and Normalize modules of sentence-transformers are known, a Transformer and a Pooling "
+            f"{folder / 'modules.json'}: only Transformer, Pooling, Dense and Normalize (and LayerNorm, Dropout) modules of sentence-transformers are known, a Transformer and a Pooling "
             f"first, not {', '.join(odd)}{why}"
         )
 
