@@ -11,13 +11,14 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rerank_lab.errors import UserError
 from rerank_lab.models.base import Overrides
-from rerank_lab.models.families import BI, CROSS, INSTEAD, family, refuse_foreign, refuse_headless, refuse_parts, wrong_role
+from rerank_lab.models.families import BI, CROSS, INSTEAD, LATE, family, refuse_foreign, refuse_headless, refuse_parts, wrong_role
 from rerank_lab.models.folder import Folder, as_dict, last_part, read_json
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,10 @@ KEYS = {
     "Normalize": {"module_input_name", "module_output_name"},
 }  # fmt: skip
 # Role → transformer_task, the output of `forward`, and the module's name for it.
-TASKS = {BI: ("feature-extraction", "last_hidden_state", "token_embeddings"), CROSS: ("sequence-classification", "logits", "scores")}
+STATES = ("feature-extraction", "last_hidden_state", "token_embeddings")
+TASKS = {BI: STATES, LATE: STATES, CROSS: ("sequence-classification", "logits", "scores")}
+SENTENCE, TOKENS = "sentence_embedding", "token_embeddings"  # what a module maps: pooled vectors or token vectors
+TOKEN_HEAD, WORD_HEAD = "colbert_linear.pt", "sparse_linear.pt"  # two more heads of bge-m3, beside its bi-encoder
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 MODULE_FOLDER = re.compile(r"\d_(Transformer|Pooling|Dense|Normalize)")
 
@@ -57,10 +61,11 @@ class Checkpoint:
         folder: the checkpoint.
         root: the folder inside that holds the transformer.
         role: BI or CROSS.
-        pooling: one of POOLINGS; only for bi-encoders, as the next five.
+        pooling: one of POOLINGS; only for bi-encoders, as the next six.
         after: what follows the pooling, in order: "Dense" or "Normalize", and its folder.
         similarity: "cosine" or "dot".
         truncate_dim: how many components of a pooled vector are kept; None: all.
+        token_head: the file of a linear map that makes token vectors of hidden states, as bge-m3 has it; "": none.
         query_prompt, document_prompt: put before a text; "" for no prompt.
         pair_prompt: put before a cross-encoder's query.
         max_seq_length: tokens of an input, special ones counted; None: as many as tokenizer and transformer allow.
@@ -76,6 +81,7 @@ class Checkpoint:
     after: tuple[tuple[str, Path], ...] = ()
     similarity: str = "cosine"
     truncate_dim: int | None = None
+    token_head: str = ""
     query_prompt: str = ""
     document_prompt: str = ""
     pair_prompt: str = ""
@@ -98,8 +104,8 @@ class Checkpoint:
         return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     def reading(self) -> str:
-        """Settings that differ from the defaults (similarity, prompts, dimensions), as JSON for results; "" without any."""
-        usual = {"similarity": "cosine", "truncate_dim": None, "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
+        """Settings that differ from the defaults (similarity, prompts, dimensions, heads), as JSON for results; "" without any."""
+        usual = {"similarity": "cosine", "truncate_dim": None, "token_head": "", "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
         asked = {key: value for key, before in usual.items() if (value := getattr(self, key)) != before}
         return json.dumps(asked, ensure_ascii=False) if asked else ""
 
@@ -143,13 +149,35 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
     _check_modules(path, [] if ordered else kinds)
     if found != role:
         raise wrong_role(name, found, sign, role)
-    _only(about, "config_sentence_transformers.json", "about", name)
-    settings = _settings(root, name) if types else {}
-    _check_task(settings, root, name, found, bare=not types)
+    only_known(about, "config_sentence_transformers.json", "about", name)
+    settings = transformer_settings(folder, found)
     read = _read_cross if found == CROSS else _read_bi if types else _read_bare
-    return read(
-        Checkpoint(name, path, root, found, max_seq_length=_length(settings, root), lower=bool(settings.get("do_lower_case"))), folder.modules, config, about
-    )
+    return read(Checkpoint(name, path, root, found, max_seq_length=settings.max_seq_length, lower=settings.lower), folder.modules, config, about)
+
+
+class TransformerSettings(NamedTuple):
+    """The settings of a Transformer module.
+
+    Attributes:
+        max_seq_length: tokens of an input, special ones counted; None: as many as tokenizer and transformer allow.
+        lower: whether texts are lower-cased first.
+        given: all of them, as the file has them.
+    """
+
+    max_seq_length: int | None
+    lower: bool
+    given: dict[str, Any]
+
+
+def transformer_settings(folder: Folder, role: str) -> TransformerSettings:
+    """Reads the settings of a Transformer module for a role: BI, CROSS or LATE.
+
+    Raises:
+        UserError: they ask for something that is not done.
+    """
+    given = _settings(folder.root, folder.name) if folder.types else {}
+    _check_task(given, folder.root, folder.name, role, bare=not folder.types)
+    return TransformerSettings(_length(given, folder.root), bool(given.get("do_lower_case")), given)
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
@@ -172,36 +200,35 @@ def _read_cross(found: Checkpoint, modules: Sequence[tuple[str, str]], config: M
     )
     if activation is not None and _activation(activation) not in RISING:
         raise UserError(f"model {found.name!r} shows its logits through {activation}, which may change their order; known are {', '.join(RISING)} of torch.nn")
-    return replace(found, pair_prompt=_prompts(about, found.folder).get(about.get("default_prompt_name") or "", ""))
+    return replace(found, pair_prompt=prompts_of(about, found.folder).get(about.get("default_prompt_name") or "", ""))
 
 
 def _read_bare(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
     _refuse_leftovers(found, about)
     log.warning("model %r has no modules.json: the states of its tokens are mean-pooled, as sentence-transformers does", found.name)
-    return found
+    return replace(found, token_head=_token_head(found))
+
+
+def _token_head(found: Checkpoint) -> str:
+    if (found.folder / WORD_HEAD).is_file():
+        log.warning("model %r: %s is left out: it weighs words for a sparse search, which is not computed here", found.name, WORD_HEAD)
+    return TOKEN_HEAD if (found.folder / TOKEN_HEAD).is_file() else ""
 
 
 def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapping[str, Any], about: Mapping[str, Any]) -> Checkpoint:
     name, (_, place), after = found.name, modules[1], tuple((last_part(kind), found.folder / path) for kind, path in modules[2:])
     if not (file := found.folder / place / "config.json").is_file():
         raise UserError(f"model {name!r}: {file} is missing, which says how the model pools; copy the whole model")
-    pooling, prompts = read_json(file), _prompts(about, found.folder)
-    _only({key: value for key, value in pooling.items() if not key.startswith("pooling_mode_")}, f"{place}/config.json", "Pooling", name)
+    pooling, prompts = read_json(file), prompts_of(about, found.folder)
+    only_known({key: value for key, value in pooling.items() if not key.startswith("pooling_mode_")}, f"{place}/config.json", "Pooling", name)
     for kind, folder in after:
         config = read_json(folder / "config.json")
-        _only(config, f"{folder.name}/config.json", kind, name)
+        only_known(config, f"{folder.name}/config.json", kind, name)
         if kind == "Normalize" and (odd := set(config.values()) - {None, "sentence_embedding"}):
             raise UserError(f"model {name!r}: {folder.name} normalises {', '.join(map(str, odd))}, which is not known here")
-    query, document = prompts.get("query", ""), prompts.get("document", "")
+    query, document = side_prompts(name, prompts, about)
     if pooling.get("include_prompt") is False and (query or document):
         raise UserError(f"model {name!r} leaves its prompt out of the pooling (include_prompt: false), which is not known here")
-    unused = {key for key in ("passage", "corpus", about.get("default_prompt_name")) if key not in ("query", "document") and prompts.get(key or "")}
-    if unused:
-        log.warning(
-            "model %r: its prompts called %s are not used: queries get the one called query and documents the one called document, as sentence-transformers' "
-            "encode_query and encode_document have it; rename them in config_sentence_transformers.json if they are meant",
-            name, ", ".join(sorted(map(str, unused))),
-        )  # fmt: skip
     truncate = checked_truncate_dim(about.get("truncate_dim"), f"model {name!r}: truncate_dim in config_sentence_transformers.json")
     similarity = about.get("similarity_fn_name") or "cosine"
     if similarity not in ("cosine", "dot"):
@@ -212,25 +239,46 @@ def _read_bi(found: Checkpoint, modules: Sequence[tuple[str, str]], config: Mapp
     newly_read += [f"modules {kinds}"] if "Normalize" in kinds[:-1] else []
     newly_read += [f"truncate_dim {truncate}"] if truncate is not None else []
     return replace(
-        found, pooling=_pooling_mode(pooling, name), after=after, similarity=similarity, truncate_dim=truncate, query_prompt=query, document_prompt=document,
+        found, pooling=_pooling_mode(pooling, name), after=after, similarity=similarity, truncate_dim=truncate, token_head=_token_head(found), query_prompt=query, document_prompt=document,
         newly_read=tuple(newly_read),
     )  # fmt: skip
 
 
-def dense_activation(config: Mapping[str, Any], folder: Path, name: str) -> str:
+def side_prompts(name: str, prompts: Mapping[str, str], about: Mapping[str, Any]) -> tuple[str, str]:
+    """The prompts of queries and documents, as encode_query and encode_document of sentence-transformers choose them; a warning tells of others.
+
+    Args:
+        name: of the model, for messages.
+        prompts: by name.
+        about: config_sentence_transformers.json.
+    """
+    unused = {key for key in ("passage", "corpus", about.get("default_prompt_name")) if key not in ("query", "document") and prompts.get(key or "")}
+    if unused:
+        log.warning(
+            "model %r: its prompts called %s are not used: queries get the one called query and documents the one called document, as sentence-transformers' "
+            "encode_query and encode_document have it; rename them in config_sentence_transformers.json if they are meant",
+            name, ", ".join(sorted(map(str, unused))),
+        )  # fmt: skip
+    return prompts.get("query", ""), prompts.get("document", "")
+
+
+def dense_activation(config: Mapping[str, Any], folder: Path, name: str, of: str = SENTENCE) -> str:
     """The activation of a Dense module, one of ACTIVATIONS.
 
     Args:
         config: the module's config.json.
         folder: of the module, for messages.
         name: of the model, for messages.
+        of: what the module must map: SENTENCE, without a residual, or TOKENS.
 
     Raises:
-        UserError: the activation is unknown, or the module does more than map the pooled vector linearly.
+        UserError: the activation is unknown, or the module maps something else.
     """
-    places = {config.get("module_input_name") or "sentence_embedding", config.get("module_output_name") or "sentence_embedding"}
-    if config.get("use_residual") or places != {"sentence_embedding"}:
+    places = {config.get("module_input_name") or of, config.get("module_output_name") or config.get("module_input_name") or of}
+    if of == SENTENCE and (config.get("use_residual") or places != {of}):
         raise UserError(f"model {name!r}: {folder} is a Dense module with a residual, on token vectors or for another output, which is not known here")
+    if places != {of}:
+        raise UserError(f"model {name!r}: {folder} is a Dense module of {', '.join(sorted(places - {of}))} between token vectors, which is not computed here")
     given = config.get("activation_function") or "torch.nn.modules.activation.Tanh"
     if (activation := _activation(given)) not in ACTIVATIONS:
         raise UserError(f"model {name!r}: activation {activation} ({given}) of its Dense module is not known; known are {', '.join(ACTIVATIONS)} of torch.nn")
@@ -274,7 +322,8 @@ def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *
         text = as_dict(as_dict(modalities).get("text"))
         if text.get("method") != "forward" or text.get("method_output_name") != output or settings.get("module_output_name") not in (None, module_output):
             raise UserError(f"model {name!r}: modality_config or module_output_name asks for other outputs than {output}, which is not computed here")
-    for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
+    sides = () if role == LATE else ("query_length", "document_length", "query_expansion")
+    for key in (*sides, "processing_kwargs"):
         value = settings.get(key)
         if value and (not isinstance(value, dict) or any(value.values())):
             raise UserError(f"model {name!r}: {key} in its Transformer's settings is {value!r}, which is not done here")
@@ -286,7 +335,7 @@ def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *
 def _settings(root: Path, name: str) -> dict[str, Any]:
     for file in SETTINGS:
         if settings := read_json(root / file):
-            _only(settings, file, "Transformer", name)
+            only_known(settings, file, "Transformer", name)
             return settings
     return {}
 
@@ -298,13 +347,13 @@ def _length(settings: Mapping[str, Any], root: Path) -> int | None:
     return value
 
 
-def _only(config: Mapping[str, Any], file: str, kind: str, name: str) -> None:
-    """Refuses keys that are not known for this kind of module."""
-    if unknown := sorted(set(config) - KEYS[kind]):
+def only_known(config: Mapping[str, Any], file: str, kind: str, name: str, known: AbstractSet[str] | None = None) -> None:
+    """Refuses keys that are not known for this kind of module; `known` are those of a kind that KEYS lacks."""
+    if unknown := sorted(set(config) - (KEYS[kind] if known is None else known)):
         raise UserError(f"model {name!r}: {file} has {', '.join(unknown)}, which is not understood here and may change scores; remove it if it does not")
 
 
-def _prompts(about: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def prompts_of(about: Mapping[str, Any], folder: Path) -> dict[str, str]:
     prompts, chosen = about.get("prompts") or {}, about.get("default_prompt_name")
     place = folder / "config_sentence_transformers.json"
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):

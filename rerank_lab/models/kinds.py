@@ -11,9 +11,9 @@ import torch
 
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
-from rerank_lab.models import bi_encoder, cross_encoder, one_way
+from rerank_lab.models import bi_encoder, cross_encoder, late_interaction, one_way
 from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
-from rerank_lab.models.families import BI, CROSS
+from rerank_lab.models.families import BI, CROSS, LATE, family
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, FETCHED, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
 
@@ -59,7 +59,10 @@ class ScorerKind:
 
 
 # The last kind that takes a model loads it. The first kind takes every model.
-ENCODERS = {"bi-encoder": EncoderKind(lambda source: True, bi_encoder.load)}
+ENCODERS = {
+    "bi-encoder": EncoderKind(lambda source: True, bi_encoder.load),
+    "late-interaction": EncoderKind(lambda source: family(source.folder)[0] == LATE, late_interaction.load, pools=False),
+}
 SCORERS = {
     "cross-encoder": ScorerKind(lambda source: True, cross_encoder.load),
     # It goes by names alone, and stands last, so that its names are not looked for on the hub.
