@@ -324,9 +324,11 @@ class Reranker:
 
     @exactly(tensors=True)
     def pooled(self, texts: Sequence[str], *, kind: str = "document", progress: ProgressCallback = lambda done, total: None) -> Tensor:
-        """Pooled vectors of N texts of a kind ("document" or "query"), N × d, fp32, from the cache or encoded now. UserError without a bi-encoder."""
+        """Pooled vectors of N texts of a kind ("document" or "query"), N × d, fp32, from the cache or encoded now. UserError if no encoder pools."""
         if self.encoder is None or self.cache is None:
             raise UserError("a bi-encoder is needed for pooled vectors: name one as model")
+        if not self.encoder.pools:
+            raise UserError(f"model {self.encoder.name!r} has no vector of a whole text, only one for each token; name a bi-encoder as model")
         limit = self.max_tokens if kind == "document" else self.encoder.limit
         keys = ensure(self.encoder, self.cache, texts, max_tokens=limit, detail=Detail.POOLED, kind=kind, progress=progress)
         return self.cache.gather(keys, Detail.POOLED).pooled

@@ -57,6 +57,7 @@ EDGES = {
     "models/after.py": "a module's JSON",
     "models/checkpoint.py": "a checkpoint's JSON",
     "models/folder.py": "a checkpoint's JSON",
+    "models/late_checkpoint.py": "a checkpoint's JSON",
     "models/families.py": "a checkpoint's JSON",
     "replay/recorded.py": "requests and --json",
     "replay/answers.py": "bodies of answers",
@@ -178,14 +179,14 @@ def test_kernels_know_nothing_of_the_house() -> None:
 
 
 def test_nobody_but_models_imports_a_kind_of_model() -> None:
-    kinds = {f"rerank_lab.models.{name}" for name in ("bi_encoder", "cross_encoder", "one_way", "static")}
+    kinds = {f"rerank_lab.models.{name}" for name in ("bi_encoder", "cross_encoder", "late_interaction", "one_way", "static")}
     assert kinds <= MODULES.keys()
     nothing([f"{module} imports {kind}" for module in MODULES if room(module) != "models" for kind in sorted(kinds & imports(module).keys())])
 
 
 def test_nobody_but_models_asks_what_kind_a_model_is() -> None:
     kinds = {node.name for path in (PACKAGE / "models").rglob("*.py") if path.name != "base.py" for node in tree(path).body if isinstance(node, ast.ClassDef)}
-    assert {"BiEncoder", "CrossEncoder", "OneWayCrossEncoder", "StaticEncoder"} <= kinds
+    assert {"BiEncoder", "CrossEncoder", "LateInteraction", "OneWayCrossEncoder", "StaticEncoder"} <= kinds
     found = []
     for path in MODULES.values():
         if path.is_relative_to(PACKAGE / "models"):

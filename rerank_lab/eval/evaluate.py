@@ -35,11 +35,12 @@ from rerank_lab.eval.system import System, names
 from rerank_lab.eval.table import table
 from rerank_lab.eval.work import RankingWork
 from rerank_lab.files import Json, expanded, file_hash
-from rerank_lab.first_stage import file_of
+from rerank_lab.first_stage import file_of, find, usages
 from rerank_lab.first_stage.base import TopK
 from rerank_lab.first_stage.candidates import Candidates, make_candidates
 from rerank_lab.measures.quality import check_grades, parse_measures
 from rerank_lab.methods import METHODS
+from rerank_lab.models import kinds
 from rerank_lab.models.base import Detail
 from rerank_lab.reranker import EXACT, Reranker
 
@@ -63,8 +64,8 @@ def evaluate(options: EvalSettings, executor: Executor) -> str:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     systems, baseline = checked(options)
-    if options.methods is None and options.model_cross == "none":
-        print(f"{', '.join(name for name in METHODS if name not in systems)} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
+    if options.methods is None:
+        _tell_what_is_left_out(options)
     out = out_folder(options, stem(options.dataset))
     journal = Journal(out, resume=options.resume, overwrite=options.overwrite)
     config = effective(options) | {"methods": list(systems), "baseline": baseline}
@@ -116,7 +117,13 @@ def checked(options: EvalSettings) -> tuple[dict[str, System], str]:
     except UserError as error:
         problems.append(str(error))
     problems += _unread(options, list(systems.values()))
-    problems += sweep.problems(options.sweep, [system for system in systems.values() if not system.remote])
+    pools = model_pools(options.model)
+    problems += sweep.problems(options.sweep, [system for system in systems.values() if not system.remote], pools)
+    if not pools and find(options.candidates)[0].pooled:
+        problems.append(
+            f"--candidates {options.candidates} searches by vectors of whole texts, and model {options.model!r} has one for each token alone (late interaction); "
+            f"give another first stage: {usages(', ', pooled=False)}"
+        )
     if problems:
         raise UserError("; ".join(problems))
     baseline = options.baseline or next(iter(systems))
@@ -189,16 +196,19 @@ def _evaluate(
 
 def _systems(options: EvalSettings) -> tuple[dict[str, System], list[str]]:
     """Label → system, and one problem for each wrong name or setting."""
-    cross = options.model_cross != "none"
+    cross, pools = options.model_cross != "none", model_pools(options.model)
     systems: dict[str, System] = {}
     problems: list[str] = []
-    for label in names(cross) if options.methods is None else options.methods:
+    able = [name for name in names(cross) if System(name, name).method.refusal(pools) is None]
+    for label in able if options.methods is None else options.methods:
         try:
             system = System.parse(label, options.top_k)
             if system.method:
                 systems[label] = system
             if system.crossed and not cross:
                 raise UserError(f"method {label!r} needs a cross-encoder, and --model-cross is none")
+            if not system.remote and (why := system.method.refusal(pools)):
+                raise UserError(f"method {label!r}: {why}, and model {options.model!r} has none (late interaction); it has maxsim and best")
             if system.remote and options.fuse_first_stage:
                 raise UserError(f"method {label!r}: a server does not know the first stage's scores; leave out --fuse-first-stage or this row")
         except UserError as error:
@@ -209,12 +219,30 @@ def _systems(options: EvalSettings) -> tuple[dict[str, System], list[str]]:
 def _unread(options: EvalSettings, systems: Sequence[System]) -> Iterator[str]:
     """A problem for each prompt, instruction and number of dimensions that no row's model here would read."""
     local = [system for system in systems if not system.remote]
-    encodes = options.candidates == "dense" or any("bi-encoder" in system.method.roles for system in local)
+    encodes = find(options.candidates)[0].pooled or any("bi-encoder" in system.method.roles for system in local)
     for name in OVERRIDES:
         read = any(system.crossed for system in local) if name == "instruction" else encodes
         if systems and getattr(options, name) is not None and not read:
             raw = f"--{name.replace('_', '-')}"
             yield f"{raw}: no model here reads it; start the server with it" if len(local) < len(systems) else f"{raw}: no row runs a model that reads it"
+
+
+def _tell_what_is_left_out(options: EvalSettings) -> None:
+    """Says which methods do not run by default, and why."""
+    crossed = [name for name in METHODS if System(name, name).crossed] if options.model_cross == "none" else []
+    if crossed:
+        print(f"{', '.join(crossed)} left out: they need a cross-encoder, and --model-cross is none", file=sys.stderr)
+    for name, kind in METHODS.items():
+        if name not in crossed and (why := kind().refusal(model_pools(options.model))):
+            print(f"{name} left out: {why}, and model {options.model!r} has none (late interaction)", file=sys.stderr)
+
+
+def model_pools(name: str) -> bool:
+    """Whether the model of a name makes vectors of whole texts. True if that cannot be told; loading it then says why."""
+    try:
+        return kinds.pools(name)
+    except UserError:
+        return True
 
 
 def stem(dataset: str) -> str:
@@ -253,7 +281,7 @@ def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool =
     elsewhere = options.executor == "ray"  # the models here then only describe those on the workers; this machine may lack the workers' device
     made = Reranker(
         options.model,
-        systems[0].method if systems else "fast",
+        systems[0].method if systems else "maxsim",
         options.model_cross if needs_cross else None,
         max_tokens_per_doc=options.max_tokens_per_doc,
         fuse_first_stage=options.fuse_first_stage,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rerank_lab.errors import UserError
 from rerank_lab.eval.records import Record
 from rerank_lab.eval.settings import COMMON_SETTINGS
 from rerank_lab.eval.system import System
@@ -31,12 +32,13 @@ class SweepRecords:
     records: Sequence[Record]
 
 
-def problems(sweeps: Sweeps, systems: Sequence[System]) -> list[str]:
+def problems(sweeps: Sweeps, systems: Sequence[System], pools: bool) -> list[str]:
     """Lists what is wrong with the sweeps.
 
     Args:
         sweeps: setting → values.
         systems: those that run here.
+        pools: whether the model makes vectors of whole texts.
     """
     found = []
     for name, values in sweeps.items():
@@ -46,7 +48,8 @@ def problems(sweeps: Sweeps, systems: Sequence[System]) -> list[str]:
         for value in values if name not in COMMON_SETTINGS else ():
             try:
                 for system in varied:
-                    replace(system.method, **{name: value})
+                    if why := replace(system.method, **{name: value}).refusal(pools):
+                        raise UserError(f"{why}, and the model has none (late interaction)")
             except ValueError as error:
                 found.append(f"--sweep {name}={value}: {error}")
     return found

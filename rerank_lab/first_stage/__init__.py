@@ -26,12 +26,14 @@ class FirstStageKind:
             `about` then has the file's SHA-256 as file_sha256.
         help: a short description for --help.
         implementation: MODULE:CLASS of the FirstStage. The module is imported on first use.
+        pooled: whether it searches by pooled vectors of --model.
     """
 
     name: str
     argument: str | None
     help: str
     implementation: str
+    pooled: bool = False
 
     @property
     def usage(self) -> str:
@@ -48,16 +50,16 @@ FIRST_STAGES = {
     stage.name: stage
     for stage in [
         FirstStageKind("bm25", None, "words in common", "rerank_lab.first_stage.bm25:BM25Stage"),
-        FirstStageKind("dense", None, "nearest by --model's pooled vectors", "rerank_lab.first_stage.dense:DenseStage"),
+        FirstStageKind("dense", None, "nearest by --model's pooled vectors", "rerank_lab.first_stage.dense:DenseStage", pooled=True),
         FirstStageKind("splade", "MODEL", "a sparse encoder's words in common", "rerank_lab.first_stage.splade:SpladeStage"),
         FirstStageKind("run", FILE, "a TREC run, Parquet, or JSON as of ranx and MTEB", "rerank_lab.first_stage.from_run:RunStage"),
     ]
 }
 
 
-def usages(separator: str) -> str:
-    """The usage of every first stage, joined by a separator."""
-    return separator.join(stage.usage for stage in FIRST_STAGES.values())
+def usages(separator: str, *, pooled: bool = True) -> str:
+    """The usage of every first stage, joined by a separator; pooled=False leaves out those that search by pooled vectors."""
+    return separator.join(stage.usage for stage in FIRST_STAGES.values() if pooled or not stage.pooled)
 
 
 def find(source: str) -> tuple[FirstStageKind, str]:

@@ -67,6 +67,6 @@ class Best(Method):
                 alpha=self.alpha,
                 terms=terms,
                 gamma=self.gamma,
-                embeddings=documents.pooled,
+                embeddings=documents.pooled if self.gamma else None,
             )
         return pool.scatter(kept, scores)

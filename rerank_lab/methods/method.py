@@ -106,10 +106,14 @@ class Method:
             UserError: one is missing, or the encoder does not make the vectors that the method, as it is set, compares.
         """
         self.check_roles(encoder, cross)
-        if encoder is not None and not encoder.pools and "bi-encoder" in self.roles and (why := self.needs_pooled()):
+        if encoder is not None and (why := self.refusal(encoder.pools)):
             raise UserError(
                 f"{why}, and model {encoder.name!r} has none: it has a vector for each token alone (late interaction), which maxsim and best compare"
             )
+
+    def refusal(self, pools: bool) -> str | None:
+        """Why the method, as it is set, cannot run with an encoder that makes vectors of whole texts (pools) or does not; None: it can."""
+        return None if pools or "bi-encoder" not in self.roles else self.needs_pooled()
 
     def needs_pooled(self) -> str | None:
         """Why the method, as it is set, cannot do without a vector of each whole text; None: it can. Stage 1 then keeps the documents' own order."""

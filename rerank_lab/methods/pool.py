@@ -138,7 +138,8 @@ class Pool:
     def keep_query(self, encoder: Encoder, query: EncodedQuery, detail: Detail) -> None:
         """Keeps an encoded query, and counts the FLOPs of encoding it in this detail."""
         self._queries[id(encoder)] = EncodedQuery(query.vectors.to(encoder.device), query.own, query.start, query.last)
-        self.flops.seen += encoder.flops(query.vectors.lengths.cpu(), self.query_detail(encoder, detail))
+        read = torch.tensor([len(query.own) - encoder.specials], dtype=torch.int64, device="cpu")
+        self.flops.seen += encoder.flops(read, self.query_detail(encoder, detail))
 
     def query_detail(self, encoder: Encoder, detail: Detail) -> Detail:
         """The detail in which to encode the query if the method asks for `detail` first: enough for all that will be asked of this encoder.

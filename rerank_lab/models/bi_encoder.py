@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,16 +19,22 @@ from rerank_lab.models.after import Normalize, after_pooling, width_after
 from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Overrides, Tokens, Vectors
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_lab.models.exported import choose, network
-from rerank_lab.models.families import BI, T5_ENCODERS, WEIGHTS, weights_of
+from rerank_lab.models.families import BI, T5_ENCODERS, weights_of
 from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.registry import Placement, Source, pick_device
+from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets
 
 log = logging.getLogger(__name__)
 
 
-class BiEncoder:
+class BiEncoder(TransformerEncoder):
     """An encoder from a checkpoint folder in the layout of sentence-transformers (modules.json), or from a bare transformer (mean pooling).
+
+    An empty text has no token vectors. Its pooled vector is that of the special tokens, or zeros if the model has none.
+
+    If the folder has a head for token vectors (bge-m3's colbert_linear.pt), they are FlagEmbedding's: the head of the last hidden states
+    of all tokens but the first, the last special one included, at unit length.
 
     Args:
         folder: the checkpoint.
@@ -74,7 +77,10 @@ class BiEncoder:
         self.special_ids = frozenset(tokenizer.all_special_ids)
         self.after = after_pooling(found.after, name).to(self.device)
         self.fingerprint, self.weights = fingerprint(folder), fingerprint(found.root, weights_of(found.root))
-        self.subspace = subspace if subspace is not None else shipped_subspace(self.weights)
+        self.head = _token_head(folder / found.token_head, name, self.config.hidden_size).to(self.device) if found.token_head else None
+        if self.head is not None and subspace is not None:
+            raise UserError(f"model {name!r} takes no subspace: it has a head of its own for token vectors ({found.token_head})")
+        self.subspace = subspace if subspace is not None or self.head is not None else shipped_subspace(self.weights)
         if self.subspace is not None:
             if self.subspace.ndim != 2 or self.subspace.shape[0] != self.config.hidden_size:
                 raise UserError(f"subspace of shape {tuple(self.subspace.shape)} does not fit {name!r}: it needs {self.config.hidden_size} rows")
@@ -93,7 +99,9 @@ class BiEncoder:
 
     @cached_property
     def token_dimensions(self) -> int:
-        """Columns of the token vectors: r, or d without a subspace."""
+        """Columns of the token vectors: r, or d without a subspace or head."""
+        if self.head is not None:
+            return self.head.out_features
         return int(self.config.hidden_size if self.subspace is None else self.subspace.shape[1])
 
     def reading(self) -> str:
@@ -102,73 +110,37 @@ class BiEncoder:
 
     def key(self) -> str:
         """As Encoder.key: 24 hexadecimal digits."""
+        head = self.checkpoint.token_head
         subspace = b"" if self.subspace is None else self.subspace.cpu().numpy().tobytes()
         parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type, *self.checkpoint.newly_read]
         parts += ["truncated from the left"] * (self.truncation_side == "left") + ["no tokens, no vector"] * (not self.specials)
         parts += ["no padding"] * self.network.equal_lengths
+        parts += [head, fingerprint(self.folder, (head,))] if head else []
         parts += [f"{name} asked for: {value!r}" for name in ("document_prompt", "truncate_dim") if (value := getattr(self.overrides, name)) is not None]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-    def about(self) -> dict[str, str]:
-        """As Encoder.about."""
-        return {"model": self.name, "arithmetic": self.arithmetic, "token_dimensions": str(self.token_dimensions), "weights": self.weights}
-
-    @property
-    def arithmetic(self) -> str:
-        """The precision, and the runtime unless it is torch: each runtime rounds differently."""
-        return self.precision if self.runtime == "torch" else f"{self.precision}, {self.runtime}"
 
     def prompt(self, kind: str) -> str:
         """What the model puts before a text of a kind, "query" or "document"."""
         return self.checkpoint.query_prompt if kind == "query" else self.checkpoint.document_prompt
 
-    def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        kind: str = "document",
-        max_tokens: int = 512,
-        detail: Detail = Detail.TOKENS,
-        progress: Callable[[int], object] = lambda done: None,
-    ) -> Vectors:
-        """Encodes N texts.
-
-        An empty text has no token vectors. Its pooled vector is that of the special tokens, or zeros if the model has none.
-
-        Args:
-            texts: any strings.
-            kind: "document" or "query", which chooses the model's prompt.
-            max_tokens: tokens kept of each text, special ones not counted; the model's limit applies too.
-            detail: how much is kept; STATES works only for models of BERT's kind.
-            progress: called after each batch with its number of texts.
-
-        Raises:
-            ModelError: the model gave a NaN or an infinite value.
-        """
-        return self.encode_tokens(self.tokenize(texts, kind, max_tokens), detail=detail, progress=progress)
-
     @exactly(tensors=True)
     def encode_tokens(self, texts: Sequence[Tokens], *, detail: Detail = Detail.TOKENS, progress: Callable[[int], object] = lambda done: None) -> Vectors:
         """`encode` for texts that are tokenised already."""
-        kept = [len(t) - int(t.special.sum()) if detail else 0 for t in texts]
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(kept)]).astype(np.int64))
+        offsets = row_offsets(texts, detail)
         nnz, width = int(offsets[-1]), 2 * self.config.hidden_size * len(self.state_layers)
         pooled = torch.zeros(len(texts), self.dimensions, dtype=torch.float32, device="cpu")
-        packed = {"tokens": torch.zeros(nnz, self.token_dimensions, dtype=torch.float16, device="cpu")}
+        packed = {"tokens": torch.zeros(nnz, self.token_dimensions, dtype=self.token_dtype, device="cpu")}
         packed["states"] = torch.zeros(nnz if detail >= Detail.STATES else 0, width, dtype=torch.float16, device="cpu")
         wanted = self.state_layers if detail >= Detail.STATES else range(0)
         for batch, ends, states in forward(self.network, texts, self.device, keys_values=wanted):
             pooled[torch.from_numpy(batch)] = self._pool(states.last, ends, [texts[i].unpooled for i in batch]).float().cpu()
             if detail:
-                own = torch.from_numpy(~np.concatenate([texts[i].special for i in batch])).to(self.device)
-                rows = {"tokens": project_normalize(states.last[own], self.subspace, torch.float16).cpu()}
+                own = own_rows(texts, batch).to(self.device)
+                rows = {"tokens": self._token_vectors(states.last[own]).cpu()}
                 if states.keys_values is not None:
                     rows["states"] = states.keys_values[own].half().cpu()
-                start = 0
-                for i in batch:
-                    for name, part in rows.items():
-                        packed[name][offsets[i] : offsets[i + 1]] = part[start : start + kept[i]]
-                    start += kept[i]
+                for name, part in rows.items():
+                    put_rows(packed[name], part, batch, offsets)
             progress(len(batch))
         if not bool(pooled.isfinite().all() and packed["tokens"].isfinite().all() and packed["states"].isfinite().all()):
             raise ModelError(f"model {self.name!r} gave a NaN or infinite vector")
@@ -178,15 +150,14 @@ class BiEncoder:
     def encode_queries(self, queries: Sequence[Tokens], *, detail: Detail = Detail.TOKENS) -> list[EncodedQuery]:
         """As Encoder.encode_queries."""
         if detail < Detail.STATES:
-            vectors = self.encode_tokens(queries, detail=detail)
-            return [EncodedQuery(vectors.row(i), torch.from_numpy(~query.special)) for i, query in enumerate(queries)]
+            return super().encode_queries(queries, detail=detail)
         found: dict[int, EncodedQuery] = {}
         nothing = torch.zeros(0, 0, dtype=torch.float16, device=self.device)
         for batch, ends, states in forward(self.network, queries, self.device, keep=self.state_layers.start):
             for i, a, b in zip(batch.tolist(), ends[:-1].tolist(), ends[1:].tolist()):
                 start, last = states.kept[self.state_layers.start][a:b], states.last[a:b]
                 own = torch.from_numpy(~queries[i].special).to(self.device)
-                tokens = project_normalize(last[own], self.subspace, torch.float16)
+                tokens = self._token_vectors(last[own])
                 pooled = self._pool(last, torch.tensor([0, b - a], dtype=torch.int64, device=self.device), [queries[i].unpooled]).float()
                 offsets = torch.tensor([0, len(tokens)], dtype=torch.int64, device=self.device)
                 found[i] = EncodedQuery(
@@ -205,7 +176,8 @@ class BiEncoder:
     def flops(self, lengths: Tensor, detail: Detail) -> int:
         """As Encoder.flops. Above Detail.POOLED the projection of token vectors is included."""
         lengths = lengths.clamp(max=self.limit)
-        project = 2 * int(lengths.sum()) * self.subspace.numel() if detail and self.subspace is not None else 0
+        by = self.subspace if self.head is None else self.head.weight
+        project = 2 * int(lengths.sum()) * by.numel() if detail and by is not None else 0
         return encoder_flops(self.config, lengths + self.specials) + project
 
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
@@ -216,7 +188,20 @@ class BiEncoder:
             wanted = len(encoding)
             encoding.truncate(limit, direction=self.truncation_side)
             found.append(Tokens.of(self.tokenizer.post_process(encoding), wanted, unpooled))
+        if self.head is not None:
+            for tokens in found:
+                tokens.special[:] = False
+                tokens.special[:1] = True
         return found
+
+    @property
+    def token_dtype(self) -> torch.dtype:
+        """Of token vectors: fp16, or fp32 if a head was trained to make them."""
+        return torch.float16 if self.head is None else torch.float32
+
+    def _token_vectors(self, h: Tensor) -> Tensor:
+        """Hidden states of the tokens that have vectors (nnz × d) → their vectors (nnz × r)."""
+        return project_normalize(h if self.head is None else self.head(h.float()), self.subspace, self.token_dtype)
 
     def _prompt_length(self, prompt: str, limit: int) -> int:
         """Tokens of a prompt alone, special ones before it counted and one behind it not: sentence-transformers pools what follows so many."""
@@ -224,10 +209,6 @@ class BiEncoder:
         encoding.truncate(limit, direction=self.truncation_side)
         ids = self.tokenizer.post_process(encoding).ids
         return len(ids) - (bool(ids) and ids[-1] in self.special_ids)
-
-    def words(self, tokens: Tokens) -> list[str]:
-        """As Encoder.words."""
-        return [self.tokenizer.id_to_token(int(i)) or "" for i, special in zip(tokens.ids, tokens.special) if not special]
 
     def _pool(self, h: Tensor, offsets: Tensor, unpooled: Sequence[int]) -> Tensor:
         """Pooled vectors of B texts, of their tokens' states h. The first tokens, `unpooled` of each text, are left out."""
@@ -283,30 +264,6 @@ def warn(found: Checkpoint) -> None:
         log.warning("model %r: %s", found.name, note)
 
 
-DECIDING = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")
-# The tokenizer of a folder without tokenizer.json.
-TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")
-
-
-def fingerprint(folder: Path, names: Sequence[str] = DECIDING) -> str:
-    """SHA-256 over the files that a checkpoint's output depends on: weights, configurations, tokenizer.
-
-    Args:
-        folder: the checkpoint.
-        names: patterns of the files' names.
-    """
-    digest = hashlib.sha256()
-    files = {Path(place) / name for place, _, found in os.walk(folder, followlinks=True) for name in found}
-    if names is DECIDING and not any(path.name == "tokenizer.json" for path in files):
-        names = (*DECIDING, *TOKENIZER_FILES)
-    for path in sorted(path for path in files if any(fnmatch(path.name, name) for name in names)):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
 def shipped_subspace(model_fingerprint: str) -> Tensor | None:
     """The projection V (d × r) that the package ships for a model with this fingerprint; None: it ships none."""
     from safetensors import safe_open
@@ -317,6 +274,17 @@ def shipped_subspace(model_fingerprint: str) -> Tensor | None:
                 V: Tensor = file.get_tensor("V")
                 return V
     return None
+
+
+def _token_head(path: Path, name: str, width: int) -> nn.Linear:
+    """The linear map in a file that torch wrote, as FlagEmbedding keeps it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        head = nn.Linear(width, len(state["weight"]), bias="bias" in state, device="cpu", dtype=torch.float32)
+        head.load_state_dict(state)
+    except Exception as error:  # torch and pickle raise errors of their own
+        raise UserError(f"model {name!r}: {path} is no linear map of {width} components: {' '.join(str(error).split()):.200}; copy it again") from error
+    return head.eval()
 
 
 def load(source: Source, placement: Placement, subspace: str | None = None) -> BiEncoder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +18,21 @@ from typing import Any, TypeVar
 from rerank_lab.errors import UserError
 from rerank_lab.models.after import activation_name
 from rerank_lab.models.base import Overrides
-from rerank_lab.models.families import BI, CROSS, INSTEAD, SPARSE, CardPrompts, card_prompts, family, refuse_foreign, refuse_headless, refuse_parts, wrong_role
-from rerank_lab.models.folder import Folder, as_dict, last_part, read_json
+from rerank_lab.models.families import (
+    BI,
+    CROSS,
+    INSTEAD,
+    LATE,
+    SPARSE,
+    CardPrompts,
+    card_prompts,
+    family,
+    refuse_foreign,
+    refuse_headless,
+    refuse_parts,
+    wrong_role,
+)
+from rerank_lab.models.folder import ABOUT, Folder, as_dict, last_part, read_json
 
 POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len")
 RISING = ("Identity", "Sigmoid", "Tanh")  # increasing activations: they do not change a cross-encoder's order
@@ -53,10 +67,12 @@ KEYS = {
     "Dropout": {"dropout"},
 }  # fmt: skip
 # Role → transformer_task, the output of `forward`, and the module's name for it.
+STATES = ("feature-extraction", "last_hidden_state", "token_embeddings")
 TASKS = {
-    BI: ("feature-extraction", "last_hidden_state", "token_embeddings"), CROSS: ("sequence-classification", "logits", "scores"),
+    BI: STATES, LATE: STATES, CROSS: ("sequence-classification", "logits", "scores"),
     SPARSE: ("fill-mask", "logits", "token_embeddings"),
 }  # fmt: skip
+TOKEN_HEAD, WORD_HEAD = "colbert_linear.pt", "sparse_linear.pt"  # two more heads of bge-m3, beside its bi-encoder
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 MODULE_FOLDER = re.compile(rf"\d_(Transformer|Pooling|{'|'.join(AFTER)})")
 
@@ -70,11 +86,12 @@ class Checkpoint:
         folder: the checkpoint.
         root: the folder inside that holds the transformer.
         role: its family: BI, CROSS, STATIC or SPARSE.
-        pooling: one of POOLINGS; only for models that make vectors, as the next seven.
+        pooling: one of POOLINGS; only for models that make vectors, as the next eight.
         prompt_pooled: whether the pooling counts the prompt's tokens.
         after: what follows the pooling, in order: one of AFTER, and its folder.
         similarity: "cosine" or "dot".
         truncate_dim: how many components of a pooled vector are kept; None: all.
+        token_head: the file of a linear map that makes token vectors of hidden states, as bge-m3 has it; "": none.
         query_prompt, document_prompt: put before a text; "" for no prompt.
         pair_prompt: put before a cross-encoder's query.
         max_seq_length: tokens of an input, special ones counted; None: as many as tokenizer and transformer allow.
@@ -93,6 +110,7 @@ class Checkpoint:
     after: tuple[tuple[str, Path], ...] = ()
     similarity: str = "cosine"
     truncate_dim: int | None = None
+    token_head: str = ""
     query_prompt: str = ""
     document_prompt: str = ""
     pair_prompt: str = ""
@@ -127,8 +145,8 @@ class Checkpoint:
         return replace(self, **changed)
 
     def reading(self) -> str:
-        """Settings that differ from the defaults (similarity, prompts, dimensions), as JSON for results; "" without any."""
-        usual = {"similarity": "cosine", "truncate_dim": None, "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
+        """Settings that differ from the defaults (similarity, prompts, dimensions, heads), as JSON for results; "" without any."""
+        usual = {"similarity": "cosine", "truncate_dim": None, "token_head": "", "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
         asked = {key: value for key, before in usual.items() if (value := getattr(self, key)) != before}
         if not self.prompt_pooled and (self.query_prompt or self.document_prompt):
             asked["include_prompt"] = False
@@ -177,7 +195,7 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
     check_modules(path, [] if ordered else kinds)
     if found != role:
         raise wrong_role(name, found, sign, role)
-    _only(about, "config_sentence_transformers.json", "about", name)
+    only_known(about, "config_sentence_transformers.json", "about", name)
     read = _read_cross if found == CROSS else _read_bi if types else _read_bare
     return read(Checkpoint(name, path, root, found, **transformer_settings(folder, found)), folder, config)
 
@@ -187,13 +205,13 @@ def transformer_settings(folder: Folder, role: str, task: str | None = None) -> 
 
     Args:
         folder: the checkpoint.
-        role: BI, CROSS or SPARSE.
+        role: BI, CROSS, LATE or SPARSE.
         task: what the Transformer does where its settings do not say; None: what the role asks for.
 
     Raises:
         UserError: the settings ask for something that is not done.
     """
-    settings = _settings(folder.root, folder.name) if folder.types else {}
+    settings = settings_of(folder)
     _check_task(({} if task is None else {"transformer_task": task}) | settings, folder.root, folder.name, role, bare=not folder.types)
     return {"max_seq_length": _length(settings, folder.root), "lower": bool(settings.get("do_lower_case"))}
 
@@ -219,13 +237,13 @@ def _read_cross(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) ->
     )
     if activation is not None and activation_name(activation) not in RISING:
         raise UserError(f"model {found.name!r} shows its logits through {activation}, which may change their order; known are {', '.join(RISING)} of torch.nn")
-    return replace(found, pair_prompt=_prompts(about, found.folder).get(about.get("default_prompt_name") or "", ""))
+    return replace(found, pair_prompt=prompts_of(folder).get(about.get("default_prompt_name") or "", ""))
 
 
 def _read_bare(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
     refuse_leftovers(folder)
     said = "it has no modules.json: the states of its tokens are mean-pooled, as sentence-transformers does"
-    return replace(found, card=card_prompts(folder), said=(said,))
+    return replace(_heads(found, folder), card=card_prompts(folder), said=(said, *_heads(found, folder).said))
 
 
 def _read_bi(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
@@ -233,11 +251,18 @@ def _read_bi(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Ch
     if not (file := found.folder / place / "config.json").is_file():
         raise UserError(f"model {name!r}: {file} is missing, which says how the model pools; copy the whole model")
     pooling = read_json(file)
-    _only({key: value for key, value in pooling.items() if not key.startswith("pooling_mode_")}, f"{place}/config.json", "Pooling", name)
+    only_known({key: value for key, value in pooling.items() if not key.startswith("pooling_mode_")}, f"{place}/config.json", "Pooling", name)
     found = replace(found, pooling=_pooling_mode(pooling, name), prompt_pooled=pooling.get("include_prompt") is not False)
-    if any((folder.root / head).is_file() for head in ("sparse_linear.pt", "colbert_linear.pt")):  # the hub is not asked for the first
-        found = replace(found, said=("its sparse head (sparse_linear.pt) is not computed",))
-    return read_pooled(found, folder, 2)
+    return read_pooled(_heads(found, folder), folder, 2)
+
+
+def _heads(found: Checkpoint, folder: Folder) -> Checkpoint:
+    """Adds bge-m3's head for token vectors, and says that its head for words is left out."""
+    if not any((folder.path / head).is_file() for head in (TOKEN_HEAD, WORD_HEAD)):
+        return found
+    said = f"its head for words of a sparse search ({WORD_HEAD}) is left out; its head for token vectors ({TOKEN_HEAD}) serves maxsim and best"
+    head = TOKEN_HEAD if (folder.path / TOKEN_HEAD).is_file() else ""
+    return replace(found, token_head=head, said=(*found.said, said.partition(";")[0] if not head else said))
 
 
 def read_pooled(found: Checkpoint, folder: Folder, first: int) -> Checkpoint:
@@ -254,7 +279,7 @@ def read_pooled(found: Checkpoint, folder: Folder, first: int) -> Checkpoint:
     name, about, after = found.name, folder.about, tuple((last_part(kind), found.folder / path) for kind, path in folder.modules[first:])
     for kind, place in after:
         config = read_json(place / "config.json")
-        _only(config, f"{place.name}/config.json", kind, name)
+        only_known(config, f"{place.name}/config.json", kind, name)
         if kind == "Normalize" and (odd := set(config.values()) - {None, "sentence_embedding"}):
             raise UserError(f"model {name!r}: {place.name} normalises {', '.join(map(str, odd))}, which is not known here")
     found = read_prompts(found, folder)
@@ -274,18 +299,28 @@ def read_prompts(found: AnyCheckpoint, folder: Folder) -> AnyCheckpoint:
     Raises:
         UserError: config_sentence_transformers.json holds no prompts where it should.
     """
-    prompts, chosen = _prompts(folder.about, found.folder), folder.about.get("default_prompt_name")
-    query, document = prompts.get("query", ""), prompts.get("document", "")
+    prompts = prompts_of(folder)
+    query, document, said = side_prompts(folder)
+    before = next((prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key)), "")
+    return replace(
+        found, query_prompt=query, document_prompt=document, card=None if query or document else card_prompts(folder),
+        said=(*found.said, *said), newly_read=(f"document prompt {document!r}",) if document != before else (),
+    )  # fmt: skip
+
+
+def side_prompts(folder: Folder) -> tuple[str, str, tuple[str, ...]]:
+    """The prompts of queries and documents, as encode_query and encode_document of sentence-transformers choose them, and what is to be said of others.
+
+    Raises:
+        UserError: config_sentence_transformers.json holds no prompts where it should.
+    """
+    prompts, chosen = prompts_of(folder), folder.about.get("default_prompt_name")
     unused = {key for key in ("passage", "corpus", chosen) if key not in ("query", "document") and prompts.get(key or "")}
     said = (
         f"its prompts called {', '.join(sorted(map(str, unused)))} are not used: queries get the one called query and documents the one called document, as "
         "sentence-transformers' encode_query and encode_document have it; rename them in config_sentence_transformers.json if they are meant"
     )
-    before = next((prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key)), "")
-    return replace(
-        found, query_prompt=query, document_prompt=document, card=None if query or document else card_prompts(folder),
-        said=(*found.said, *([said] if unused else [])), newly_read=(f"document prompt {document!r}",) if document != before else (),
-    )  # fmt: skip
+    return prompts.get("query", ""), prompts.get("document", ""), (said,) if unused else ()
 
 
 def check_modules(folder: Path, odd: Sequence[str]) -> None:
@@ -328,7 +363,8 @@ def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *
         text = as_dict(as_dict(modalities).get("text"))
         if text.get("method") != "forward" or text.get("method_output_name") != output or settings.get("module_output_name") not in (None, module_output):
             raise UserError(f"model {name!r}: modality_config or module_output_name asks for other outputs than {output}, which is not computed here")
-    for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
+    sides = () if role == LATE else ("query_length", "document_length", "query_expansion")
+    for key in (*sides, "processing_kwargs"):
         value = settings.get(key)
         if value and (not isinstance(value, dict) or any(value.values())):
             raise UserError(f"model {name!r}: {key} in its Transformer's settings is {value!r}, which is not done here")
@@ -337,10 +373,15 @@ def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *
             raise UserError(f"model {name!r}: {key} in its Transformer's settings gives {', '.join(odd)}, which is not done here")
 
 
-def _settings(root: Path, name: str) -> dict[str, Any]:
-    for file in SETTINGS:
-        if settings := read_json(root / file):
-            _only(settings, file, "Transformer", name)
+def settings_of(folder: Folder) -> dict[str, Any]:
+    """The settings of a folder's Transformer module; empty without modules.json.
+
+    Raises:
+        UserError: a key is not known.
+    """
+    for file in SETTINGS if folder.types else ():
+        if settings := read_json(folder.root / file):
+            only_known(settings, file, "Transformer", folder.name)
             return settings
     return {}
 
@@ -352,15 +393,20 @@ def _length(settings: Mapping[str, Any], root: Path) -> int | None:
     return value
 
 
-def _only(config: Mapping[str, Any], file: str, kind: str, name: str) -> None:
-    """Refuses keys that are not known for this kind of module."""
-    if unknown := sorted(set(config) - KEYS[kind]):
+def only_known(config: Mapping[str, Any], file: str, kind: str, name: str, known: AbstractSet[str] | None = None) -> None:
+    """Refuses keys that are not known for this kind of module; `known` are those of a kind that KEYS lacks."""
+    if unknown := sorted(set(config) - (KEYS[kind] if known is None else known)):
         raise UserError(f"model {name!r}: {file} has {', '.join(unknown)}, which is not understood here and may change scores; remove it if it does not")
 
 
-def _prompts(about: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    prompts, chosen = about.get("prompts") or {}, about.get("default_prompt_name")
-    place = folder / "config_sentence_transformers.json"
+def prompts_of(folder: Folder) -> dict[str, str]:
+    """The prompts in config_sentence_transformers.json, by name.
+
+    Raises:
+        UserError: they are no strings, or default_prompt_name is none of them.
+    """
+    prompts, chosen = folder.about.get("prompts") or {}, folder.about.get("default_prompt_name")
+    place = folder.path / ABOUT
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise UserError(f"{place}: prompts must be an object of strings")
     if chosen is not None and chosen not in ("query", "document") and chosen not in prompts:

@@ -15,7 +15,6 @@ from torch import Tensor
 from rerank_kernels import exactly
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import AS_IT_IS, Encoder, Inputs, Needs, Overrides, Tokens, WorkItem
-from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import read_checkpoint
 from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import CROSS
@@ -24,6 +23,7 @@ from rerank_lab.models.forward import TokenBatch, batches, encoder_flops, encodi
 from rerank_lab.models.packed import Packed
 from rerank_lab.models.padded import Padded
 from rerank_lab.models.registry import Placement, Source, pick_device
+from rerank_lab.models.transformer_encoder import fingerprint
 
 
 @dataclass(frozen=True, eq=False)

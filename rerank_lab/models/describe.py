@@ -9,9 +9,10 @@ import torch
 
 from rerank_lab.models.base import Overrides
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
-from rerank_lab.models.families import BI, CROSS, STATIC
+from rerank_lab.models.families import BI, CROSS, LATE, STATIC
 from rerank_lab.models.folder import Folder, read_json
 from rerank_lab.models.forward import limit_of
+from rerank_lab.models.late_checkpoint import read_late
 from rerank_lab.models.registry import REGISTRY, Source
 from rerank_lab.models.static import read_static
 
@@ -22,6 +23,27 @@ def bi_encoder(source: Source, asked: Overrides) -> Mapping[str, str]:
     """A bi-encoder, by title."""
     found = read_checkpoint(source.folder, BI).overridden(asked)
     return {"kind": BI, "transformer": transformer(source.folder), **_pooled(found, found.pooling), "reads": limit(found, pair=False), **notes(found.notes)}
+
+
+def late_interaction(source: Source, asked: Overrides) -> Mapping[str, str]:
+    """A late-interaction model, by title."""
+    found = read_late(source.folder)
+    markers = found.markers or ("", "")  # a prompt that is asked for stands after the marker
+    query_prompt = found.query_prompt if asked.query_prompt is None else markers[0] + asked.query_prompt
+    document_prompt = found.document_prompt if asked.document_prompt is None else markers[1] + asked.document_prompt
+    query = found.query_length or (found.expansion.length if found.expansion is not None and found.expansion.fixed else found.max_seq_length)
+    expanded = "" if found.expansion is None else f"; queries are expanded to {found.expansion.length} tokens by mask tokens"
+    attend = "" if found.expansion is None else f", which {'are' if found.expansion.attend else 'are not'} attended to"
+    return {
+        "kind": f"{LATE} (ColBERT), in the layout of {found.layout}",
+        "transformer": transformer(source.folder),
+        "query prompt": _prompt(query_prompt),
+        "document prompt": _prompt(document_prompt),
+        "reads": f"{query} tokens of a query and {found.document_length or found.max_seq_length} of a document, special ones counted{expanded}{attend}",
+        "no vector for": f"{len(found.skiplist)} skipped tokens of {' and '.join(f'a {side}' for side in found.skipped_in)}" if found.skiplist else "nothing",
+        "score": "maxsim: the sum of each query token's best match",
+        **notes(found.notes),
+    }
 
 
 def static(source: Source, asked: Overrides) -> Mapping[str, str]:

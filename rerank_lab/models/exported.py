@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rerank_lab.errors import UserError
 from rerank_lab.models.packed import Packed
-from rerank_lab.models.padded import ForwardOutput, Padded, reads_padding
+from rerank_lab.models.padded import ForwardOutput, Padded, first_of, reads_padding
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 
 NEEDED_PACKAGES = {("compile", "int8"): ("torchao",), ("onnx", "fp32"): ("onnxruntime", "onnx"), ("onnx", "int8"): ("onnxruntime", "onnx")}
@@ -133,14 +133,23 @@ class Exported(Padded):
         super().__init__(model, pad_id, token_types, equal_lengths)
         self.outputs, self._run = outputs, run
 
-    def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> Tensor:
-        return self._run(self.inputs(ids, types, lengths), False)[0]
+    def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int], attended: Sequence[int] | None = None) -> Tensor:
+        return self._run(self.inputs(ids, types, lengths, attended), False)[0]
 
-    def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> ForwardOutput:
-        inputs, upper = self.inputs(ids, types, lengths), self.outputs.upper
+    def __call__(
+        self,
+        ids: Tensor,
+        types: Tensor,
+        lengths: Sequence[int],
+        attended: Sequence[int] | None = None,
+        *,
+        keep: int | None = None,
+        keys_values: range = range(0),
+    ) -> ForwardOutput:
+        inputs, upper = self.inputs(ids, types, lengths, attended), self.outputs.upper
         if keep not in (None, upper.start) or keys_values not in (range(0), upper):
             raise ValueError(f"only the layers {upper} were handed to the runtime")
-        inside = inputs["attention_mask"].bool()
+        inside = first_of(lengths, inputs["input_ids"].shape[1], inputs["input_ids"].device)
         found = [part.to(inside.device)[inside].float() for part in self._run(inputs, keep is not None or len(keys_values) > 0)]
         return ForwardOutput(found[0], {} if keep is None else {keep: found[1]}, found[2] if len(keys_values) else None)
 

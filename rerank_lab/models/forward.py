@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import Tokens
 from rerank_lab.models.checkpoint import Checkpoint
+from rerank_lab.models.late_checkpoint import LateCheckpoint
 from rerank_lab.models.packed import Packed
 from rerank_lab.models.padded import ForwardOutput, Padded
 
@@ -52,7 +54,7 @@ def in_advance(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
             yield waiting.result()
 
 
-def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None) -> tuple[Any, Any]:
+def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None, apart: AbstractSet[str] = frozenset()) -> tuple[Any, Any]:
     """Loads a Hugging Face model in fp32, in eval mode, and its tokenizer. Code in the folder is never run.
 
     Args:
@@ -60,6 +62,7 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
         folder: the checkpoint.
         name: what messages call the model.
         spare: weights with this in their name may be missing; transformers initialises them.
+        apart: names of weights that the caller reads itself.
 
     Raises:
         UserError: the folder does not load, weights are missing or unused, or there is no fitting fast tokenizer.
@@ -77,7 +80,7 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
         raise UserError(f"model {name!r}: {folder} does not load: the weights {key} are {shapes}; name a checkpoint that its config.json describes")
     if missing := sorted(key for key in info["missing_keys"] if spare is None or spare not in key):
         raise UserError(f"model {name!r}: the weights {_some(missing)} are not in {folder}")
-    left = {key for key in info["unexpected_keys"] if not SPARE.fullmatch(key)}
+    left = {key for key in info["unexpected_keys"] if not SPARE.fullmatch(key)} - apart
     if left and not left <= _heads(model.config):
         raise UserError(
             f"model {name!r}: nothing takes the weights {_some(sorted(left))} in {folder}, so {type(model).__name__} is not all of it; "
@@ -139,7 +142,7 @@ def padding(model: Any, tokenizer: Any) -> Padding:
     return Padding(own, "token_type_ids" in tokenizer.model_input_names)
 
 
-def limit_of(found: Checkpoint, model: Any, tokenizer: Any, specials: int) -> int:
+def limit_of(found: Checkpoint | LateCheckpoint, model: Any, tokenizer: Any, specials: int) -> int:
     """How many tokens one input may have, special ones counted.
 
     This is the folder's limit, or else the tokenizer's, and at most the number of positions that the model has.
@@ -221,11 +224,13 @@ class TokenBatch(NamedTuple):
     Attributes:
         ids, types: T, int64, one text after another.
         lengths: tokens of each of the B texts.
+        attended: how many of them, from the first, a text's tokens attend to; None: all of every text.
     """
 
     ids: Tensor
     types: Tensor
     lengths: list[int]
+    attended: list[int] | None
 
 
 def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.device) -> Iterator[tuple[np.ndarray, TokenBatch]]:
@@ -246,7 +251,8 @@ def batches(tokens: Sequence[Tokens], network: Padded | Packed, device: torch.de
                 f"model {network.model.name_or_path!r}: a text holds the token number {int(ids.max())}, and it has embeddings for {embedded}: tokens were added to its "
                 "tokenizer alone; name a checkpoint whose model was resized with it"
             )
-        yield batch, TokenBatch(ids, types, [len(t) for t in chosen])
+        attended = [len(t) if t.attended is None else t.attended for t in chosen] if any(t.attended is not None for t in chosen) else None
+        yield batch, TokenBatch(ids, types, [len(t) for t in chosen], attended)
 
 
 def encoder_flops(config: Any, lengths: Tensor, *, first: bool = False) -> int:

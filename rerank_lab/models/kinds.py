@@ -11,9 +11,9 @@ import torch
 
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
-from rerank_lab.models import bi_encoder, cross_encoder, describe, one_way, static
+from rerank_lab.models import bi_encoder, cross_encoder, describe, late_interaction, one_way, static
 from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
-from rerank_lab.models.families import BI, CROSS, OPTIONS, STATIC, family
+from rerank_lab.models.families import BI, CROSS, LATE, OPTIONS, STATIC, family
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
 
@@ -62,6 +62,7 @@ class ScorerKind:
 ENCODERS = {
     "bi-encoder": EncoderKind(lambda source: True, bi_encoder.load, describe=describe.bi_encoder),
     "static": EncoderKind(lambda source: family(source.folder)[0] == STATIC, static.load, describe=describe.static),
+    "late-interaction": EncoderKind(lambda source: family(source.folder)[0] == LATE, late_interaction.load, False, describe.late_interaction),
 }
 SCORERS = {
     "cross-encoder": ScorerKind(lambda source: True, cross_encoder.load, describe=describe.cross_encoder),

@@ -52,13 +52,22 @@ class Packed:
         return type(model).__name__ in ARCHITECTURES and plain and on_cpu
 
     def __call__(
-        self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, first: bool = False, keep: int | None = None, keys_values: range = range(0)
+        self,
+        ids: Tensor,
+        types: Tensor,
+        lengths: Sequence[int],
+        attended: Sequence[int] | None = None,
+        *,
+        first: bool = False,
+        keep: int | None = None,
+        keys_values: range = range(0),
     ) -> ForwardOutput:
         """Runs the model on B texts with T tokens together.
 
         Args:
             ids, types: T, int64, one text after another.
             lengths: of each text, at least 1.
+            attended: how many tokens of each text, from the first, its tokens attend to; None: all of them.
             first: whether only each text's first token of the last layer is wanted.
             keep: a layer whose input is wanted too; None: no layer.
             keys_values: layers whose keys and values are wanted too.
@@ -67,6 +76,11 @@ class Packed:
         types = types if self.token_types else torch.zeros_like(types)
         starts = torch.repeat_interleave(ends[:-1], ends.diff())
         positions = torch.arange(len(ids), dtype=torch.int64, device=ids.device) - starts
+        key_ends, keys = ends, None
+        if attended is not None:
+            counts = torch.tensor(attended, dtype=torch.int64, device=ids.device)
+            keys = positions < torch.repeat_interleave(counts, ends.diff())
+            key_ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         if self.pad_id is not None:  # RoBERTa's positions begin after pad_id; a padding token inside a text gets pad_id and is not counted
             present = (ids != self.pad_id).long()
             before = torch.cat([present.new_zeros(1), present.cumsum(0)])
@@ -87,8 +101,9 @@ class Packed:
                 queries, joined = joined[:, :d], joined[:, d:]
             if n in keys_values:
                 seen.append(joined)
-            attended = packed_attention(queries, joined[:, :d], joined[:, d:], asked, ends, self.heads, bias[:d] if bare else None)
-            x = self._after(layer, attended, rows, layer.behind if bare else layer.attended.bias)
+            read_by = joined if keys is None else joined[keys]
+            mixed = packed_attention(queries, read_by[:, :d], read_by[:, d:], asked, key_ends, self.heads, bias[:d] if bare else None)
+            x = self._after(layer, mixed, rows, layer.behind if bare else layer.attended.bias)
         return ForwardOutput(x, kept, torch.cat(seen, 1) if seen else None)
 
     def _after(self, layer: _Layer, attended: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:

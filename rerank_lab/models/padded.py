@@ -38,30 +38,40 @@ class Padded:
     def __init__(self, model: Any, pad_id: int, token_types: bool, equal_lengths: bool = False):
         self.model, self.pad_id, self.token_types, self.equal_lengths = model, pad_id, token_types, equal_lengths
 
-    def inputs(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
+    def inputs(self, ids: Tensor, types: Tensor, lengths: Sequence[int], attended: Sequence[int] | None = None) -> dict[str, Tensor]:
         """The model's inputs by name, each B × L, on its device.
 
         Args:
             ids, types: T, int64, of B texts one after another.
             lengths: of each text.
+            attended: as Packed takes it.
         """
-        mask = torch.arange(max(1, *lengths), dtype=torch.int64, device=ids.device) < torch.tensor(lengths, dtype=torch.int64, device=ids.device)[:, None]
+        mask = first_of(lengths, max(1, *lengths), ids.device)
         padded = {
             "input_ids": torch.full(mask.shape, self.pad_id, dtype=torch.int64, device=ids.device).masked_scatter_(mask, ids),
-            "attention_mask": mask.long(),
+            "attention_mask": (mask if attended is None else first_of(attended, mask.shape[1], ids.device)).long(),
         }
         if self.token_types:
             padded["token_type_ids"] = torch.zeros_like(padded["input_ids"]).masked_scatter_(mask, types)
         return {name: tensor.to(self.model.device) for name, tensor in padded.items()}
 
-    def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int]) -> Tensor:
+    def logits(self, ids: Tensor, types: Tensor, lengths: Sequence[int], attended: Sequence[int] | None = None) -> Tensor:
         """Logits of a model with a head: B × labels. Arguments as for `inputs`."""
-        logits: Tensor = self.model(**self.inputs(ids, types, lengths)).logits
+        logits: Tensor = self.model(**self.inputs(ids, types, lengths, attended)).logits
         return logits
 
-    def __call__(self, ids: Tensor, types: Tensor, lengths: Sequence[int], *, keep: int | None = None, keys_values: range = range(0)) -> ForwardOutput:
+    def __call__(
+        self,
+        ids: Tensor,
+        types: Tensor,
+        lengths: Sequence[int],
+        attended: Sequence[int] | None = None,
+        *,
+        keep: int | None = None,
+        keys_values: range = range(0),
+    ) -> ForwardOutput:
         """As Packed.__call__, without `first`, which only saves work there."""
-        inputs, seen, hooks = self.inputs(ids, types, lengths), [], []
+        inputs, seen, hooks = self.inputs(ids, types, lengths, attended), [], []
         for part in [getattr(self.model.encoder.layer[n].attention.self, name) for n in keys_values for name in ("key", "value")]:
             hooks.append(part.register_forward_hook(lambda _, __, output: seen.append(output)))
         try:
@@ -69,9 +79,14 @@ class Padded:
         finally:
             for hook in hooks:
                 hook.remove()
-        inside = inputs["attention_mask"].bool()
+        inside = first_of(lengths, inputs["input_ids"].shape[1], self.model.device)
         kept = {} if keep is None else {keep: output.hidden_states[keep][inside].float()}
         return ForwardOutput(output.last_hidden_state[inside].float(), kept, torch.cat([part[inside] for part in seen], 1) if seen else None)
+
+
+def first_of(counts: Sequence[int], width: int, device: torch.device) -> Tensor:
+    """B × width, bool: true for the first so many of each row."""
+    return torch.arange(width, dtype=torch.int64, device=device) < torch.tensor(counts, dtype=torch.int64, device=device)[:, None]
 
 
 @torch.inference_mode()

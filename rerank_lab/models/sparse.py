@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from rerank_kernels import exactly
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import Tokens
-from rerank_lab.models.bi_encoder import fingerprint
 from rerank_lab.models.checkpoint import Checkpoint, read_config, read_prompts, refuse_leftovers, transformer_settings
 from rerank_lab.models.exported import network
 from rerank_lab.models.families import MASKED, SPARSE, family, refuse_foreign, wrong_role
@@ -24,6 +23,7 @@ from rerank_lab.models.folder import Folder, last_part
 from rerank_lab.models.forward import encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.padded import Padded
 from rerank_lab.models.registry import Source, pick_device
+from rerank_lab.models.transformer_encoder import fingerprint
 
 # Tokens whose logits over the whole vocabulary are held at once.
 HEAD_TOKENS = {"cpu": 256, "cuda": 8192, "mps": 1024}

@@ -177,7 +177,7 @@ def _alignment(one: ResultsFolder, source: ExampleSource, label: str, q: str, ra
     with torch.inference_mode():
         pool = source.reranker.pool(Pool, query, [source.dataset.corpus[d] for d in pool_ids])
         read = pool.query_vectors(detail=Detail.TOKENS)
-        kept = pool.nearest(read, pool.vectors(detail=Detail.POOLED), method.stage1_top_k)[1]
+        kept = pool.stage1(method.stage1_top_k)[1]
         if not len(read.tokens):
             return Paragraph([Quoted(q), " has no tokens."])
         A = pool.attention(read, pool.vectors(kept, detail=Detail.TOKENS), method.tau).view(len(kept), len(read.tokens)).cpu()

@@ -1,6 +1,6 @@
 """The forms of other services: requests of Cohere, Jina, Voyage and TEI clients become a Call, and a Ranking becomes the answer that they expect.
 
-The model in a request decides the method: a bi-encoder runs fast, a cross-encoder runs standard. Without a model, the server's first one runs.
+The model in a request decides the method: a bi-encoder runs fast, a late-interaction model maxsim, a cross-encoder standard. Without a model, the server's first one runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FieldsDocument = Annotated[
     Discriminator(document_kind, custom_error_type="document_type", custom_error_message=NOT_A_FIELDS_DOCUMENT),
 ]
 BETWEEN_FIELDS = "\n"
-BI_METHOD, CROSS_METHOD = "fast", "standard"
+BI_METHOD, LATE_METHOD, CROSS_METHOD = "fast", "maxsim", "standard"
 
 
 class QueryRequest(BaseModel):
@@ -39,7 +39,10 @@ class QueryRequest(BaseModel):
 class ClientOptions(QueryRequest):
     """The fields that Cohere, Jina and Voyage clients send beside the documents."""
 
-    model: str | None = Field(None, description=f"A bi-encoder runs {BI_METHOD}, a cross-encoder {CROSS_METHOD}; none: the server's first model.")
+    model: str | None = Field(
+        None,
+        description=f"A bi-encoder runs {BI_METHOD}, a late-interaction model {LATE_METHOD}, a cross-encoder {CROSS_METHOD}; none: the server's first model.",
+    )
     top_n: Count | None = Field(None, description="Results wanted; more than there are: all of them.")
     top_k: Count | None = Field(None, description="The same, as Voyage calls it; top_n wins.")
     return_documents: bool | None = Field(None, description="Echo each document, a string as an object that holds it under `text`.")
@@ -201,6 +204,6 @@ def _call(
 ) -> Call:
     model = service.settings.default_model if named is None else named
     crossing = service.roles.get(model) == "cross-encoder"
-    method = make_method(CROSS_METHOD if crossing else BI_METHOD)
+    method = make_method(CROSS_METHOD if crossing else BI_METHOD if service.pools(model) else LATE_METHOD)
     most = max_tokens or (MAX_INT64 if forbids_cut else 512)
     return Call(model, query, texts, method, echo, model if crossing else None, top_n, most, form=form, forbids_cut=forbids_cut)

@@ -84,9 +84,11 @@ class Fleet:
         return next(iter([*self.encoders.values(), *self.crosses.values()])).device
 
     def warm(self) -> None:
-        """Runs every method once with every model, so that no request pays for one-time work."""
+        """Runs every method once with every model that it can run with, so that no request pays for one-time work."""
         for method, kind in METHODS.items():
-            models: Sequence[str | None] = list(self.encoders) if "bi-encoder" in kind.roles else [None]
+            models: Sequence[str | None] = [None]
+            if "bi-encoder" in kind.roles:
+                models = [name for name, encoder in self.encoders.items() if kind().refusal(encoder.pools) is None]
             for model in models:
                 for cross in list(self.crosses) if "cross-encoder" in kind.roles else [None]:
                     self.reranker(method, model, cross).without_cache().score("dot product", WARM_UP_TEXTS)

@@ -16,7 +16,7 @@ from rerank_lab.errors import ModelError
 from rerank_lab.methods import METHODS
 from rerank_lab.models.forward import token_budget
 from rerank_lab.reranker import Ranking, Reranker
-from rerank_lab.server.contract import Call, Refusal, invalid
+from rerank_lab.server.contract import Call, Refusal, in_words, invalid
 from rerank_lab.server.fleet import Fleet
 from rerank_lab.server.metrics import Metrics
 from rerank_lab.server.scheduler import Job, Scheduler
@@ -24,7 +24,13 @@ from rerank_lab.server.steps import Steps
 
 log = logging.getLogger(__name__)
 REQUEST: ContextVar[str] = ContextVar("request_id", default="-")
-SCALES = {"bi-encoder": "cosine, -1 to 1", "cross-encoder": "sigmoid of the logit, 0 to 1"}
+# Of a model's score in its first method: by how an encoder compares, and of a cross-encoder.
+SCALES = {
+    "cosine": "cosine, -1 to 1",
+    "dot": "dot product, without bounds",
+    "maxsim": "maxsim, the sum of the query's tokens' largest cosines: at most their number",
+}
+LOGIT_SCALE = "sigmoid of the logit, 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -137,13 +143,19 @@ class Service:
         for name in self.roles:
             target = self.settings.aliases.get(name, name)
             encoder, cross = self.fleet.encoders.get(target), self.fleet.crosses.get(target)
-            about: dict[str, Any] = {"id": name, "role": self.roles[name], "score_scale": SCALES[self.roles[name]]}
+            scale = LOGIT_SCALE if encoder is None else SCALES[encoder.similarity]
+            about: dict[str, Any] = {"id": name, "role": self.roles[name], "score_scale": scale}
             if encoder is not None:
                 about |= {"token_limit": encoder.limit, "dimensions": encoder.dimensions, "token_dimensions": encoder.token_dimensions}
             elif cross is not None:
                 about |= {"token_limit": cross.limit, "dimensions": 1}
             found.append(about | ({"alias_of": target} if target != name else {}))
         return found
+
+    def pools(self, name: str) -> bool:
+        """Whether the model of an id makes vectors of whole texts, so that fast can compare them. True as long as models are loading."""
+        encoder = None if self.fleet is None else self.fleet.encoders.get(self.settings.aliases.get(name, name))
+        return encoder is None or encoder.pools
 
     def ids(self, role: str) -> list[str]:
         """The ids of this role, the default model first."""
@@ -154,7 +166,7 @@ class Service:
         """A Reranker with the models and the method of a call.
 
         Raises:
-            Refusal: 404, an id is unknown; 422, a model has another role.
+            Refusal: 404, an id is unknown; 422, a model has another role, or the method cannot run with it.
         """
         assert self.fleet is not None
         named = {"model": call.model, "model_cross": call.cross}
@@ -166,6 +178,10 @@ class Service:
             own = self.roles[named[place] or call.model]
             if wanted and own != role:
                 raise invalid([place], f"Input should be the id of a {role}, and this is a {own}; {role}s: {', '.join(self.ids(role))}", "wrong_role")
+        if needs_model and (why := call.method.refusal(self.pools(call.model))):
+            able = in_words([name for name, kind in METHODS.items() if kind().refusal(pools=False) is None], "or")
+            message = f"Input should be {able} for this model: {why}, and it has a vector for each token alone (late interaction)"
+            raise invalid(["method"], message, "wrong_method")
         model, cross = (None if name is None else self.settings.aliases.get(name, name) for name in named.values())
         return self.fleet.reranker(call.method, model if needs_model else None, cross, max_tokens_per_doc=call.max_tokens_per_doc)
 
@@ -208,7 +224,10 @@ def _query_cut(reranker: Reranker, query: str) -> bool:
     """Whether an encoder reads only a part of the query. If a cross-encoder reads pairs, the ranking itself tells."""
     needs = None if reranker.scorer is None else reranker.scorer.needs
     encoder = reranker.encoder if needs is None else needs.encoder
-    return encoder is not None and encoder.tokenize([query], "query", encoder.limit)[0].full_length > encoder.limit
+    if encoder is None:
+        return False
+    (tokens,) = encoder.tokenize([query], "query", encoder.limit)
+    return tokens.full_length > len(tokens) - encoder.specials
 
 
 def _digest(key: str) -> bytes:

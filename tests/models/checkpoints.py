@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,67 @@ def add_weights(folder: Path, *names: str) -> Path:
 def st_about(**keys: Any) -> dict[str, Any]:
     """Writes config_sentence_transformers.json with these keys."""
     return {"__version__": {"sentence_transformers": "5.0.0"}} | keys
+
+
+def late_interaction(
+    folder: Path,
+    *dense: dict[str, Any],
+    architecture: str = "BertModel",
+    about: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """A late-interaction model as PyLate saves it, with the markers [Q] and [D].
+
+    Args:
+        folder: where it goes.
+        dense: the configuration of each Dense module, with weights of its own; none: one that maps to 16 dimensions.
+        architecture: of the transformer.
+        about: keys of config_sentence_transformers.json in place of PyLate's usual ones; None removes one.
+        settings: of the Transformer.
+        config: of the transformer.
+    """
+    transformer(folder, architecture, **{"vocab_size": 30524} | config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    tokenizer.save_pretrained(folder)
+    if architecture != "BertModel":
+        change(folder, "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    g = torch.Generator().manual_seed(3)
+    for i, own in enumerate(dense or ({},), 1):
+        usual: dict[str, Any] = {"in_features": WIDTH, "out_features": 16, "bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+        asked = usual | own
+        ins, outs, shapes = asked["in_features"], asked["out_features"], {"linear.weight": True}
+        shapes |= {"linear.bias": False} if asked["bias"] else {}
+        shapes |= {"residual.weight": True} if asked.get("use_residual") and ins != outs else {}
+        put(folder, {f"{i}_Dense/config.json": asked})
+        weights = {key: torch.randn(outs, ins, generator=g) * ins**-0.5 if wide else torch.randn(outs, generator=g) for key, wide in shapes.items()}
+        save_file(weights, folder / f"{i}_Dense" / "model.safetensors")
+    kinds = modules("Transformer", *["pylate.models.Dense.Dense"] * max(1, len(dense)))
+    given = {
+        "model_type": "ColBERT", "prompts": {}, "similarity_fn_name": "MaxSim", "query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 16,
+        "document_length": 40, "attend_to_expansion_tokens": False, "skiplist_words": [*string.punctuation], "do_query_expansion": True,
+    }  # fmt: skip
+    own_about = {key: value for key, value in (given | (about or {})).items() if value is not None}
+    return put(
+        folder,
+        {
+            "modules.json": kinds,
+            "config_sentence_transformers.json": st_about(**own_about),
+            "sentence_bert_config.json": {"max_seq_length": 39, "do_lower_case": False} | (settings or {}),
+        },
+    )
+
+
+def stanford(folder: Path, metadata: dict[str, Any] | None = None, binary: bool = False, architecture: str = "HF_ColBERT") -> Path:
+    """A late-interaction model as Stanford's ColBERT saves it: the projection among the weights, the rest in artifact.metadata."""
+    transformer(folder)
+    change(folder, "config.json", architectures=[architecture])
+    weights = {f"bert.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
+    weights["linear.weight"] = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(3)) * WIDTH**-0.5
+    if binary:
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    else:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder if metadata is None else put(folder, {"artifact.metadata": {"query_maxlen": 16, "doc_maxlen": 40} | metadata})

@@ -36,12 +36,6 @@ def own_folder(folder: Path) -> Path:
 # What is refused in both roles: the files that cause it, and the message.
 
 ELSEWHERE: dict[str, tuple[Make, str]] = {
-    "PyLate": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "pylate.models.Dense.Dense")}), SAID[LATE]),
-    "sentence-transformers' MultiVectorEncoder": (lambda f: bi_encoder(f, about=st_about(model_type="MultiVectorEncoder")), SAID[LATE]),
-    "ColBERT by its similarity": (lambda f: bi_encoder(f, about=st_about(similarity_fn_name="MaxSim")), SAID[LATE]),
-    "Stanford's ColBERT": (lambda f: put(transformer(f), {"artifact.metadata": {"query_maxlen": 32}}), SAID[LATE]),
-    "Stanford's ColBERT by its architecture": (lambda f: change(transformer(f), "config.json", architectures=["HF_ColBERT"]), SAID[LATE]),
-    "Dense on tokens": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", BASE + "dense.Dense")}), SAID[LATE]),
     "SPLADE": (
         lambda f: put(transformer(f, "BertForMaskedLM"), {"modules.json": modules("sentence_transformers.sparse_encoder.models.MLMTransformer")}),
         SAID[SPARSE],
@@ -208,9 +202,16 @@ def test_what_a_bi_encoder_does_not_do_is_refused(case: str, tmp_path: Path) -> 
     assert_refused(load_bi_encoder, *BI_REFUSED[case], tmp_path)
 
 
+COLBERT = SAID[LATE].partition("{")[0]
 CROSS_REFUSED: dict[str, tuple[Make, str]] = {
     "static embeddings": (static, "and a cross-encoder is needed here; give it as --model"),
     "model2vec": (model2vec, "is a static embedding model (as sentence_transformers.models.StaticEmbedding in modules.json says)"),
+    "PyLate": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", "pylate.models.Dense.Dense")}), COLBERT),
+    "sentence-transformers' MultiVectorEncoder": (lambda f: bi_encoder(f, about=st_about(model_type="MultiVectorEncoder")), COLBERT),
+    "ColBERT by its similarity": (lambda f: bi_encoder(f, about=st_about(similarity_fn_name="MaxSim")), COLBERT),
+    "Stanford's ColBERT": (lambda f: put(transformer(f), {"artifact.metadata": {"query_maxlen": 32}}), COLBERT),
+    "Stanford's ColBERT by its architecture": (lambda f: change(transformer(f), "config.json", architectures=["HF_ColBERT"]), COLBERT),
+    "Dense on tokens": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", BASE + "dense.Dense")}), COLBERT),
     "a bi-encoder": (lambda f: bi_encoder(f, "Normalize"), "is a bi-encoder (BertModel), and a cross-encoder is needed here; give it as --model"),
     "weights that nothing takes": (lambda f: add_weights(cross_encoder(f), "score.weight"), "nothing takes the weights score.weight in"),
     "a chat template": (lambda f: put(cross_encoder(f), {"chat_template.jinja": "{{ messages }}"}), "reads its input through a chat template"),
