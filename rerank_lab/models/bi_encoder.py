@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +20,9 @@ from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import BI, T5_ENCODERS, weights_of
 from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
+from rerank_lab.models.pooling import pooled
 from rerank_lab.models.registry import Placement, Source, pick_device
-from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets
-
-log = logging.getLogger(__name__)
+from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets, warn
 
 
 class BiEncoder(TransformerEncoder):
@@ -65,7 +62,7 @@ class BiEncoder(TransformerEncoder):
         own = read_checkpoint(Folder(folder, name), BI)
         self.checkpoint = found = own.overridden(overrides)
         self.asked_query_prompt = found.query_prompt if found.query_prompt != own.query_prompt else None
-        warn(found)
+        warn(name, found.notes)
         model, tokenizer = load_checkpoint(_class_of(found), found.root, name, spare="pooler")
         self.model: nn.Module = model.to(self.device)
         self.config: Any = model.config
@@ -231,37 +228,12 @@ class BiEncoder(TransformerEncoder):
         return torch.where(full[:, None], made, 0.0)[:, :kept]
 
 
-def pooled(pooling: str, h: Tensor, before: int) -> Tensor:
-    """One vector (d) of a text's states h (L × d, L ≥ 1).
-
-    Args:
-        pooling: "max", "mean", "mean_sqrt_len" (the sum over √L) or "weightedmean" (a token weighs as much as its place, counted from 1).
-        h: the states.
-        before: tokens before the first of these, which move its place.
-    """
-    match pooling:
-        case "max":
-            return h.amax(0)
-        case "mean_sqrt_len":
-            return h.sum(0) / math.sqrt(len(h))
-        case "weightedmean":
-            weights = torch.arange(before + 1, before + 1 + len(h), dtype=h.dtype, device=h.device)
-            return (h * weights[:, None]).sum(0) / weights.sum()
-    return h.mean(0)
-
-
 def _class_of(found: Checkpoint) -> Any:
     """The class of transformers that a checkpoint's transformer is loaded as."""
     import transformers
 
     architecture = Folder(found.root, found.name).architecture
     return getattr(transformers, architecture) if architecture in T5_ENCODERS else transformers.AutoModel
-
-
-def warn(found: Checkpoint) -> None:
-    """Logs what a person should know of a checkpoint's reading."""
-    for note in found.notes:
-        log.warning("model %r: %s", found.name, note)
 
 
 def shipped_subspace(model_fingerprint: str) -> Tensor | None:
