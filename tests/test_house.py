@@ -55,6 +55,7 @@ EDGES = {
     "eval/executors/ray.py": "keyword arguments of Ray's functions",
     "methods/inputs.py": "documents as people hand them over",
     "models/after.py": "a module's JSON",
+    "models/pooling.py": "a module's JSON",
     "models/checkpoint.py": "a checkpoint's JSON",
     "models/folder.py": "a checkpoint's JSON",
     "models/late_checkpoint.py": "a checkpoint's JSON",

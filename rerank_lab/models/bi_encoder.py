@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import BI, T5_ENCODERS, weights_of
 from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
+from rerank_lab.models.pooling import pooled
 from rerank_lab.models.registry import Placement, Source, pick_device
 from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets
 
@@ -229,25 +229,6 @@ class BiEncoder(TransformerEncoder):
                     vector[i] = pooled(pooling, h[int(starts[i]) : int(ends[i])], first)
         made: Tensor = self.after(vector)
         return torch.where(full[:, None], made, 0.0)[:, :kept]
-
-
-def pooled(pooling: str, h: Tensor, before: int) -> Tensor:
-    """One vector (d) of a text's states h (L × d, L ≥ 1).
-
-    Args:
-        pooling: "max", "mean", "mean_sqrt_len" (the sum over √L) or "weightedmean" (a token weighs as much as its place, counted from 1).
-        h: the states.
-        before: tokens before the first of these, which move its place.
-    """
-    match pooling:
-        case "max":
-            return h.amax(0)
-        case "mean_sqrt_len":
-            return h.sum(0) / math.sqrt(len(h))
-        case "weightedmean":
-            weights = torch.arange(before + 1, before + 1 + len(h), dtype=h.dtype, device=h.device)
-            return (h * weights[:, None]).sum(0) / weights.sum()
-    return h.mean(0)
 
 
 def _class_of(found: Checkpoint) -> Any:

@@ -24,17 +24,16 @@ from rerank_lab.models.families import (
     INSTEAD,
     LATE,
     SPARSE,
-    CardPrompts,
-    card_prompts,
     family,
     refuse_foreign,
     refuse_headless,
     refuse_parts,
     wrong_role,
 )
-from rerank_lab.models.folder import ABOUT, Folder, as_dict, last_part, read_json
+from rerank_lab.models.folder import Folder, as_dict, last_part, read_json
+from rerank_lab.models.pooling import pooling_mode
+from rerank_lab.models.prompts import CardPrompts, card_prompts, prompts_of, side_prompts
 
-POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len")
 RISING = ("Identity", "Sigmoid", "Tanh")  # increasing activations: they do not change a cross-encoder's order
 AFTER = ("Dense", "LayerNorm", "Normalize", "Dropout")  # what may follow the pooling, in any order
 KNOWN_MODULE = re.compile(rf"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(Transformer|Pooling|{'|'.join(AFTER)})")
@@ -252,7 +251,7 @@ def _read_bi(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Ch
         raise UserError(f"model {name!r}: {file} is missing, which says how the model pools; copy the whole model")
     pooling = read_json(file)
     only_known({key: value for key, value in pooling.items() if not key.startswith("pooling_mode_")}, f"{place}/config.json", "Pooling", name)
-    found = replace(found, pooling=_pooling_mode(pooling, name), prompt_pooled=pooling.get("include_prompt") is not False)
+    found = replace(found, pooling=pooling_mode(pooling, name), prompt_pooled=pooling.get("include_prompt") is not False)
     return read_pooled(_heads(found, folder), folder, 2)
 
 
@@ -306,21 +305,6 @@ def read_prompts(found: AnyCheckpoint, folder: Folder) -> AnyCheckpoint:
         found, query_prompt=query, document_prompt=document, card=None if query or document else card_prompts(folder),
         said=(*found.said, *said), newly_read=(f"document prompt {document!r}",) if document != before else (),
     )  # fmt: skip
-
-
-def side_prompts(folder: Folder) -> tuple[str, str, tuple[str, ...]]:
-    """The prompts of queries and documents, as encode_query and encode_document of sentence-transformers choose them, and what is to be said of others.
-
-    Raises:
-        UserError: config_sentence_transformers.json holds no prompts where it should.
-    """
-    prompts, chosen = prompts_of(folder), folder.about.get("default_prompt_name")
-    unused = {key for key in ("passage", "corpus", chosen) if key not in ("query", "document") and prompts.get(key or "")}
-    said = (
-        f"its prompts called {', '.join(sorted(map(str, unused)))} are not used: queries get the one called query and documents the one called document, as "
-        "sentence-transformers' encode_query and encode_document have it; rename them in config_sentence_transformers.json if they are meant"
-    )
-    return prompts.get("query", ""), prompts.get("document", ""), (said,) if unused else ()
 
 
 def check_modules(folder: Path, odd: Sequence[str]) -> None:
@@ -397,30 +381,3 @@ def only_known(config: Mapping[str, Any], file: str, kind: str, name: str, known
     """Refuses keys that are not known for this kind of module; `known` are those of a kind that KEYS lacks."""
     if unknown := sorted(set(config) - (KEYS[kind] if known is None else known)):
         raise UserError(f"model {name!r}: {file} has {', '.join(unknown)}, which is not understood here and may change scores; remove it if it does not")
-
-
-def prompts_of(folder: Folder) -> dict[str, str]:
-    """The prompts in config_sentence_transformers.json, by name.
-
-    Raises:
-        UserError: they are no strings, or default_prompt_name is none of them.
-    """
-    prompts, chosen = folder.about.get("prompts") or {}, folder.about.get("default_prompt_name")
-    place = folder.path / ABOUT
-    if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
-        raise UserError(f"{place}: prompts must be an object of strings")
-    if chosen is not None and chosen not in ("query", "document") and chosen not in prompts:
-        raise UserError(f"{place}: default_prompt_name {chosen!r} is none of its prompts ({', '.join(prompts) or 'it has none'})")
-    return {key: text or "" for key, text in prompts.items()}
-
-
-def _pooling_mode(config: Mapping[str, Any], name: str) -> str:
-    if "pooling_mode" in config:
-        modes = config["pooling_mode"] if isinstance(config["pooling_mode"], list) else [config["pooling_mode"]]
-    else:
-        switched = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
-        modes = [key.removeprefix("pooling_mode_").removesuffix("_token") for key in switched]
-    modes = [str(mode).removesuffix("_tokens") for mode in modes] or ["mean"]
-    if len(modes) > 1 or modes[0] not in POOLINGS:
-        raise UserError(f"model {name!r} pools by {', '.join(modes)}; known are {', '.join(POOLINGS)}, one at a time")
-    return str(modes[0])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -184,60 +182,3 @@ def _decodes_only(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
 
     return model_type in CAUSAL_NAMES and model_type not in MASKED_NAMES
-
-
-@dataclass(frozen=True)
-class CardPrompts:
-    """The prompts that the authors of a family give in the model's card.
-
-    Attributes:
-        family: its name.
-        query, document: the prompts; "" for none.
-    """
-
-    family: str
-    query: str
-    document: str = ""
-
-    @property
-    def note(self) -> str:
-        """What to say where a model of the family gets none."""
-        flags = [f"--{side}-prompt {_in_shell(text)}" for side, text in (("query", self.query), ("document", self.document)) if text]
-        return f"its folder has no prompts, and models of its family ({self.family}) were trained with some: give {' '.join(flags)}"
-
-
-SEARCH, WEB = (
-    "Represent this sentence for searching relevant passages: ",
-    "Instruct: Given a web search query, retrieve relevant passages that answer the query\n",
-)
-# Patterns of a model's name, the owner left out. The first that is found counts.
-CARDS = [
-    (re.compile(r"\be5-.*instruct|gte-qwen2-.*instruct|sfr-embedding", re.IGNORECASE), CardPrompts("instructed embeddings", f"{WEB}Query: ")),
-    (re.compile(r"\be5-(small|base|large)", re.IGNORECASE), CardPrompts("e5", "query: ", "passage: ")),
-    (re.compile(r"\bbge-(small|base|large)-en", re.IGNORECASE), CardPrompts("bge", SEARCH)),
-    (re.compile(r"\bbge-(small|base|large)-zh", re.IGNORECASE), CardPrompts("bge", "为这个句子生成表示以用于检索相关文章：")),
-    (re.compile(r"nomic-embed|modernbert-embed", re.IGNORECASE), CardPrompts("nomic-embed", "search_query: ", "search_document: ")),
-    (re.compile(r"mxbai-embed", re.IGNORECASE), CardPrompts("mxbai-embed", SEARCH)),
-    (re.compile(r"arctic-embed-.*v2", re.IGNORECASE), CardPrompts("arctic-embed v2", "query: ")),
-    (re.compile(r"arctic-embed", re.IGNORECASE), CardPrompts("arctic-embed", SEARCH)),
-    (re.compile(r"uae-large", re.IGNORECASE), CardPrompts("UAE", SEARCH)),
-    (re.compile(r"qwen3-embedding", re.IGNORECASE), CardPrompts("Qwen3-Embedding", f"{WEB}Query:")),
-    (re.compile(r"embeddinggemma", re.IGNORECASE), CardPrompts("EmbeddingGemma", "task: search result | query: ", "title: none | text: ")),
-    (
-        re.compile(r"\binstructor-(base|large|xl)", re.IGNORECASE),
-        CardPrompts("instructor", "Represent the question for retrieving supporting documents: ", "Represent the document for retrieval: "),
-    ),
-]
-
-
-def card_prompts(folder: Folder) -> CardPrompts | None:
-    """The prompts that a model's family is known to want, by the model's name, its folder's name or the name that its config.json has kept."""
-    path = folder.path.resolve()
-    places = [folder.name, path.name, path.parent.parent.name if path.parent.name == "snapshots" else "", str(folder.config.get("_name_or_path") or "")]
-    names = [re.split(r"[/\\]|--", place.rstrip("/"))[-1].replace("_", "-") for place in places]
-    return next((prompts for pattern, prompts in CARDS if any(pattern.search(name) for name in names)), None)
-
-
-def _in_shell(text: str) -> str:
-    """A text as a word of a shell's command, on one line."""
-    return "$" + repr(text) if "\n" in text else shlex.quote(text)

@@ -16,9 +16,10 @@ from typing import Any
 
 from rerank_lab.errors import UserError
 from rerank_lab.models.after import TOKENS, dense_activation
-from rerank_lab.models.checkpoint import KNOWN_MODULE, only_known, read_config, settings_of, side_prompts, transformer_settings
+from rerank_lab.models.checkpoint import KNOWN_MODULE, only_known, read_config, settings_of, transformer_settings
 from rerank_lab.models.families import BI, LATE, family, refuse_foreign, wrong_role
 from rerank_lab.models.folder import ABOUT, Folder, as_dict, last_part, read_json
+from rerank_lab.models.prompts import side_prompts
 
 PYLATE, STANFORD, NATIVE = "PyLate", "Stanford", "sentence-transformers"
 METADATA = "artifact.metadata"

@@ -291,7 +291,7 @@ def test_a_name_that_config_json_has_kept_tells_the_family_and_others_none(tmp_p
 def test_a_head_that_is_not_computed_is_said(tmp_path: Path) -> None:
     folder = bi_encoder(tmp_path, "Normalize")
     torch.save({}, folder / "sparse_linear.pt")
-    assert load_bi(str(folder), device="cpu").checkpoint.notes == ("its sparse head (sparse_linear.pt) is not computed",)
+    assert load_bi(str(folder), device="cpu").checkpoint.notes == ("its head for words of a sparse search (sparse_linear.pt) is left out",)
 
 
 def test_unused_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,7 +38,7 @@ def m3(folder: Path, outs: int = 16) -> Path:
 def test_vectors_and_scores_are_flag_embeddings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = m3(tmp_path / "m3")
     model = load_bi(folder, device="cpu")
-    assert "sparse_linear.pt is left out" in caplog.text
+    assert "(sparse_linear.pt) is left out" in caplog.text
     for kind in ("query", "document"):
         found = model.encode(TEXTS, kind=kind)
         assert found.tokens.dtype == torch.float32 and found.tokens.shape[1] == model.token_dimensions == 16
