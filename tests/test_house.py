@@ -57,6 +57,7 @@ EDGES = {
     "models/checkpoint.py": "a checkpoint's JSON",
     "models/folder.py": "a checkpoint's JSON",
     "models/families.py": "a checkpoint's JSON",
+    "models/tasks.py": "a checkpoint's JSON",
     "replay/recorded.py": "requests and --json",
     "replay/answers.py": "bodies of answers",
     "server/clients.py": "bodies of other services",

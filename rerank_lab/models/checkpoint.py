@@ -19,6 +19,7 @@ from rerank_lab.errors import UserError
 from rerank_lab.models.base import Overrides
 from rerank_lab.models.families import BI, CROSS, INSTEAD, family, refuse_foreign, refuse_headless, refuse_parts, wrong_role
 from rerank_lab.models.folder import Folder, as_dict, last_part, read_json
+from rerank_lab.models.tasks import ARGUMENTS, ChatSettings, check_task
 
 log = logging.getLogger(__name__)
 POOLINGS = ("mean", "cls", "max", "lasttoken")
@@ -27,9 +28,6 @@ RISING = ("Identity", "Sigmoid", "Tanh")  # increasing activations: they do not 
 KNOWN_MODULE = re.compile(r"sentence_transformers\.(?:models|base\.modules|sentence_transformer\.modules)(?:\.\w+)?\.(Transformer|Pooling|Dense|Normalize)")
 # Files in which sentence-transformers keeps a Transformer's settings; the first that exists counts.
 SETTINGS = tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))
-ARGUMENTS = ("model_args", "tokenizer_args", "config_args", "model_kwargs", "processor_kwargs", "config_kwargs")
-# Arguments that change no score.
-HARMLESS = {"attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code", "use_safetensors"}
 KEYS = {
     "about": {  # config_sentence_transformers.json
         "__version__", "activation_fn", "default_prompt_name", "keep_in_fp32_modules", "model_type", "prompts", "requirements", "similarity_fn_name", "truncate_dim",
@@ -41,10 +39,9 @@ KEYS = {
     "Pooling": {"embedding_dimension", "include_prompt", "pooling_mode", "word_embedding_dimension"},  # and pooling_mode_…
     "Dense": {"activation_function", "bias", "in_features", "module_input_name", "module_output_name", "out_features", "use_residual"},
     "Normalize": {"module_input_name", "module_output_name"},
+    "LayerNorm": {"dimension"},
+    "LogitScore": {"false_token_id", "module_input_name", "true_token_id"},
 }  # fmt: skip
-# Role → transformer_task, the output of `forward`, and the module's name for it.
-TASKS = {BI: ("feature-extraction", "last_hidden_state", "token_embeddings"), CROSS: ("sequence-classification", "logits", "scores")}
-TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 MODULE_FOLDER = re.compile(r"\d_(Transformer|Pooling|Dense|Normalize)")
 
 
@@ -62,7 +59,8 @@ class Checkpoint:
         similarity: "cosine" or "dot".
         truncate_dim: how many components of a pooled vector are kept; None: all.
         query_prompt, document_prompt: put before a text; "" for no prompt.
-        pair_prompt: put before a cross-encoder's query.
+        pair_prompt: put before a cross-encoder's query; with a chat template, the message of the role `system`.
+        chat: how a cross-encoder's query and document enter its chat template; None: it reads two plain texts.
         max_seq_length: tokens of an input, special ones counted; None: as many as tokenizer and transformer allow.
         lower: whether texts are lower-cased first.
         newly_read: settings that earlier releases ignored. They go into the cache's key, so that vectors made then are not used now.
@@ -79,6 +77,7 @@ class Checkpoint:
     query_prompt: str = ""
     document_prompt: str = ""
     pair_prompt: str = ""
+    chat: ChatSettings | None = None
     max_seq_length: int | None = None
     lower: bool = False
     newly_read: tuple[str, ...] = ()
@@ -91,7 +90,7 @@ class Checkpoint:
         """
         pair = self.role == CROSS
         odd = [name for name in (("query_prompt", "document_prompt", "truncate_dim") if pair else ("instruction",)) if getattr(asked, name) is not None]
-        odd += ["instruction"] if pair and asked.instruction is not None and not self.pair_prompt else []
+        odd += ["instruction"] if pair and asked.instruction is not None and not self.pair_prompt and self.chat is None else []
         if odd:
             raise UserError(f"model {self.name!r} takes no {odd[0]}: it is a {self.role} without one")
         given = {"pair_prompt": asked.instruction} if pair else {name: getattr(asked, name) for name in ("query_prompt", "document_prompt", "truncate_dim")}
@@ -134,7 +133,7 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
     config = read_config(folder)
     refuse_foreign(folder, role)
     if found == CROSS and len(types) > 1:
-        raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), which are not computed here; {INSTEAD[role]}")
+        raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), and a {role} is needed here; give it as --model-cross")
     refuse_headless(folder, role)
     kinds = [last_part(kind) for kind in types]
     if kinds == ["Transformer"] and found == BI:
@@ -145,11 +144,44 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
         raise wrong_role(name, found, sign, role)
     _only(about, "config_sentence_transformers.json", "about", name)
     settings = _settings(root, name) if types else {}
-    _check_task(settings, root, name, found, bare=not types)
+    chat = check_task(settings, root, name, found, bare=not types)
     read = _read_cross if found == CROSS else _read_bi if types else _read_bare
     return read(
-        Checkpoint(name, path, root, found, max_seq_length=_length(settings, root), lower=bool(settings.get("do_lower_case"))), folder.modules, config, about
-    )
+        Checkpoint(name, path, root, found, chat=chat, max_seq_length=_length(settings, root), lower=bool(settings.get("do_lower_case"))),
+        folder.modules, config, about,
+    )  # fmt: skip
+
+
+def read_scorer(folder: Folder, task: str) -> Checkpoint:
+    """Reads what scorers of pairs have in common, whatever stands behind their transformer. No weight is loaded.
+
+    Args:
+        folder: a checkpoint, with or without modules.json.
+        task: what its transformer does, a key of TASKS.
+
+    Raises:
+        UserError: the folder has something that is not supported.
+    """
+    config, about, root, name = read_config(folder), folder.about, folder.root, folder.name
+    refuse_foreign(folder, CROSS)
+    _only(about, "config_sentence_transformers.json", "about", name)
+    settings = _settings(root, name) if folder.types else {}
+    found = Checkpoint(
+        name, folder.path, root, CROSS, chat=check_task(settings, root, name, task, bare=not folder.types), max_seq_length=_length(settings, root),
+        lower=bool(settings.get("do_lower_case")),
+    )  # fmt: skip
+    return _read_cross(found, folder.modules, config, about)
+
+
+def read_module(folder: Folder, path: str, kind: str) -> dict[str, Any]:
+    """Reads the config.json of the module at this path.
+
+    Raises:
+        UserError: it has keys that are not known for this kind of module.
+    """
+    config = folder.module_config(path)
+    _only(config, f"{path}/config.json", kind, folder.name)
+    return config
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
@@ -258,29 +290,6 @@ def _refuse_leftovers(found: Checkpoint, about: Mapping[str, Any]) -> None:
     ]
     if left:
         raise UserError(f"model {found.name!r}: {found.folder} has {', '.join(left)} but no modules.json, which says how that is used; copy the whole model")
-
-
-def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *, bare: bool) -> None:
-    """Refuses a Transformer module unless it reads plain text and returns the usual output of `forward`."""
-    task, output, module_output = TASKS[role]
-    given = settings.get("transformer_task") or task
-    if given != task:
-        raise UserError(f"model {name!r} runs its transformer for {given} (transformer_task), which is not computed here; {task} is")
-    modalities = settings.get("modality_config")
-    templates = read_json(root / "tokenizer_config.json").get("chat_template") or any((root / file).exists() for file in TEMPLATES)
-    if (isinstance(modalities, dict) and "message" in modalities) or (templates and bare):
-        raise UserError(f"model {name!r} reads its input through a chat template, which is not done here; name a model that reads plain text")
-    if modalities is not None:
-        text = as_dict(as_dict(modalities).get("text"))
-        if text.get("method") != "forward" or text.get("method_output_name") != output or settings.get("module_output_name") not in (None, module_output):
-            raise UserError(f"model {name!r}: modality_config or module_output_name asks for other outputs than {output}, which is not computed here")
-    for key in ("query_length", "document_length", "query_expansion", "processing_kwargs"):
-        value = settings.get(key)
-        if value and (not isinstance(value, dict) or any(value.values())):
-            raise UserError(f"model {name!r}: {key} in its Transformer's settings is {value!r}, which is not done here")
-    for key in ARGUMENTS:
-        if odd := sorted(set(as_dict(settings.get(key))) - HARMLESS):
-            raise UserError(f"model {name!r}: {key} in its Transformer's settings gives {', '.join(odd)}, which is not done here")
 
 
 def _settings(root: Path, name: str) -> dict[str, Any]:
