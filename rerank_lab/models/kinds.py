@@ -11,7 +11,7 @@ import torch
 
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
-from rerank_lab.models import bi_encoder, cross_encoder, describe, late_interaction, one_way, static
+from rerank_lab.models import bi_encoder, causal, cross_encoder, cross_modules, describe, late_interaction, one_way, static
 from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
 from rerank_lab.models.families import BI, CROSS, LATE, OPTIONS, STATIC, family
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
@@ -66,6 +66,8 @@ ENCODERS = {
 }
 SCORERS = {
     "cross-encoder": ScorerKind(lambda source: True, cross_encoder.load, describe=describe.cross_encoder),
+    "cross-encoder of modules": ScorerKind(cross_modules.takes, cross_modules.load, describe=describe.cross_modules),
+    "causal reranker": ScorerKind(causal.takes, causal.load, describe=describe.causal),
     # It goes by names alone, and stands last, so that its names are not looked for on the hub.
     "one-way": ScorerKind(
         lambda source: backbone_of(source.name) is not None, one_way.load, lambda name: (backbone_of(name) or "", Detail.STATES), describe.one_way
