@@ -60,6 +60,7 @@ EDGES = {
     "models/folder.py": "a checkpoint's JSON",
     "models/late_checkpoint.py": "a checkpoint's JSON",
     "models/families.py": "a checkpoint's JSON",
+    "models/tasks.py": "a checkpoint's JSON",
     "replay/recorded.py": "requests and --json",
     "replay/answers.py": "bodies of answers",
     "server/clients.py": "bodies of other services",
@@ -180,7 +181,9 @@ def test_kernels_know_nothing_of_the_house() -> None:
 
 
 def test_nobody_but_models_imports_a_kind_of_model() -> None:
-    kinds = {f"rerank_lab.models.{name}" for name in ("bi_encoder", "cross_encoder", "late_interaction", "one_way", "static")}
+    kinds = {
+        f"rerank_lab.models.{name}" for name in ("bi_encoder", "causal", "cross_encoder", "cross_modules", "late_interaction", "one_way", "sparse", "static")
+    }
     assert kinds <= MODULES.keys()
     nothing([f"{module} imports {kind}" for module in MODULES if room(module) != "models" for kind in sorted(kinds & imports(module).keys())])
 

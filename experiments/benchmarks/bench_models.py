@@ -7,6 +7,9 @@ pairs    a classifier on the same backbone over --pairs pairs, beside
 seen     fast and best over 100 candidates: documents new, then seen before, beside
          one forward of the query
 one-way  standard under minilm-cross, documents new and seen, beside predict
+causal   a causal reranker of Qwen3's kind and of a tiny shape over the candidates of
+         one query, beside CrossEncoder.predict; causal-0.6b, only if it is named, has
+         the shape of Qwen3-Reranker-0.6B, in bf16. Both have random weights
 tokens   ranking 100 candidates whose token vectors are given, for 50 queries one
          after the other, beside pylate's rerank and the scorer of rerankers'
          ColBERT (MaxSim, fp32; all of them sort)
@@ -36,6 +39,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+import causal_rows
 from rerank_kernels import subspace_attention
 from rerank_lab.cli import count
 from rerank_lab.datasets import load_dataset
@@ -53,6 +57,7 @@ from rerank_lab.timing import peak_memory_mb
 
 MODEL = "all-MiniLM-L6-v2"
 QUERIES, CANDIDATES, QUERY_TOKENS, TOKENS, R = 50, 100, 32, 180, 128  # sizes of the row `tokens`
+SLOW = ("causal-0.6b",)  # rows that run only if they are named
 FEW = 2  # number of pools in rows whose documents are new each time
 Action = Callable[[], Any]
 
@@ -89,6 +94,13 @@ class BenchInputs:
     @cached_property
     def checkpoint(self) -> str:
         return str(self.folder) if (self.folder / "config.json").is_file() else str(classifier(self.folder, self.options.tokens))
+
+    def reranker(self, row: str) -> tuple[Path, str, list[str]]:
+        """The causal reranker of a row, and a query with its candidates, cut to --tokens tokens."""
+        folder, (query, pool) = self.folder.parent / row, self.pools[0]
+        if not folder.exists():
+            causal_rows.reranker(folder, row)
+        return folder, query, causal_rows.cut(folder, pool, self.options.tokens)
 
     @cached_property
     def token_vectors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,6 +165,14 @@ def pools_ours(s: BenchInputs, method: str, *, new: bool) -> Action:
     return work
 
 
+def causal_peer(s: BenchInputs, row: str, precision: str) -> Action:
+    return causal_rows.peer(*s.reranker(row), precision)
+
+
+def causal_ours(s: BenchInputs, row: str, precision: str) -> Action:
+    return causal_rows.ours(*s.reranker(row), precision)
+
+
 def tokens_pylate(s: BenchInputs) -> Action:
     from pylate.rank import rerank
 
@@ -199,6 +219,14 @@ def contenders(also: Sequence[str]) -> dict[str, dict[str, Callable[[BenchInputs
             "minilm-cross, documents new": lambda s: pools_ours(s, "standard", new=True),
             "minilm-cross, seen": lambda s: pools_ours(s, "standard", new=False),
         },
+        "causal": {
+            "CrossEncoder.predict": partial(causal_peer, row="causal", precision="fp32"),
+            **{f"ours, {way}": partial(causal_ours, row="causal", precision=way) for way in ways if way in ("fp32", "bf16")},
+        },
+        "causal-0.6b": {
+            "CrossEncoder.predict in bf16": partial(causal_peer, row="causal-0.6b", precision="bf16"),
+            "ours, bf16": partial(causal_ours, row="causal-0.6b", precision="bf16"),
+        },
         "tokens": {"pylate.rank.rerank": tokens_pylate, "rerankers' ColBERT scorer": tokens_rerankers, "ours, MaxSim": tokens_ours},
     }
 
@@ -223,6 +251,8 @@ def flops(s: BenchInputs, row: str) -> float:
         cross = load_cross_encoder(s.checkpoint, device="cpu")
         assert isinstance(cross, CrossEncoder)
         return float(sum(cross.flops(cross.work(Inputs(query, pool, 512))) for query, pool in s.pools))
+    if row in causal_rows.SHAPES:
+        return causal_rows.flops(*s.reranker(row))
     return float("nan")
 
 
@@ -258,7 +288,7 @@ def measure(s: BenchInputs, row: str, bar: tqdm[Any]) -> list[str]:
         seconds, ours = median(times), name.startswith("ours")
         share = "-" if np.isnan(work_flops) or not ours else f"{work_flops / seconds / 1e9 / rate:.2f}"
         ratio = median(taken[peer]) / seconds
-        lines.append(f"{row:<8}{name:<29}{ratio:>8.2f}{largest_difference(row, results[name], results[peer]):>9}{share:>8}{peak(s.options, row, name):>8}")
+        lines.append(f"{row:<12}{name:<29}{ratio:>8.2f}{largest_difference(row, results[name], results[peer]):>9}{share:>8}{peak(s.options, row, name):>8}")
     return lines + (forwards(s) if row == "seen" else [])
 
 
@@ -300,12 +330,12 @@ def run(options: argparse.Namespace) -> str:
             row, name = options.peak
             contenders(options.also)[row][name](s)()
             return f"{peak_memory_mb():.0f}"
-        machine, rows = describe(torch.device("cpu")), options.only or list(contenders(options.also))
+        machine, rows = describe(torch.device("cpu")), options.only or [row for row in contenders(options.also) if row not in SLOW]
         lines = [
             f"{len(s.texts)} documents of {s.name}, {sum(len(pool) for _, pool in s.pools)} pairs, {options.tokens} tokens at most; medians of {options.rounds};",
             f"{machine.threads} threads of {machine.cpu}, torch {machine.packages['torch']}",
             "",
-            f"{'row':<8}{'':<29}{'x first':>8}{'apart':>9}{'GEMM':>8}{'MB':>8}",
+            f"{'row':<12}{'':<29}{'x first':>8}{'apart':>9}{'GEMM':>8}{'MB':>8}",
         ]
         total = sum(len(contenders(options.also)[row]) for row in rows) * (options.rounds + 1)
         with tqdm(total=total, desc="rounds", disable=None) as bar:

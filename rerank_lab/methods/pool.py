@@ -239,7 +239,8 @@ class Pool:
             positions: k positions of documents.
             work: the work item of each of them.
         """
-        sizes = [0 if n and work[n - 1] is part else part.size for n, part in enumerate(work)]  # an item that scores several documents counts once
+        first = {id(part): n for n, part in reversed(list(enumerate(work)))}
+        sizes = [part.size if first[id(part)] == n else 0 for n, part in enumerate(work)]  # an item that scores several documents counts once
         self._tokens[positions] = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         self._cut[positions[torch.tensor([part.cut for part in work], dtype=torch.bool, device="cpu")]] = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,22 @@ class Normalize(nn.Module):
         return normalize(x, dim=-1)
 
 
-def after_pooling(after: Sequence[tuple[str, Path]], name: str) -> nn.Sequential:
+def after_pooling(after: Sequence[tuple[str, Path]], name: str, of: str | None = SENTENCE) -> nn.Sequential:
     """The modules that follow a checkpoint's pooling, in their order, on the CPU.
 
     Args:
         after: kind and folder of each: "Dense", "LayerNorm", "Normalize" or "Dropout".
         name: of the model, for messages.
+        of: what Dense modules map, as dense_activation takes it.
 
     Raises:
         UserError: a module's weights do not fit its configuration.
     """
-    made: dict[str, Callable[[Path, str], nn.Module]] = {"Dense": read_dense, "LayerNorm": _layer_norm, "Normalize": lambda place, name: Normalize()}
+    made: dict[str, Callable[[Path, str], nn.Module]] = {
+        "Dense": partial(read_dense, of=of),
+        "LayerNorm": _layer_norm,
+        "Normalize": lambda place, name: Normalize(),
+    }
     return nn.Sequential(*(made[kind](place, name) for kind, place in after if kind != "Dropout")).eval()
 
 
@@ -47,23 +53,23 @@ def width_after(after: nn.Sequential, width: int) -> int:
     return int(linear[-1] if linear else width)
 
 
-def dense_activation(config: Mapping[str, Any], folder: Path, name: str, of: str = SENTENCE) -> str:
+def dense_activation(config: Mapping[str, Any], folder: Path, name: str, of: str | None = SENTENCE) -> str:
     """The activation of a Dense module, one of ACTIVATIONS.
 
     Args:
         config: the module's config.json.
         folder: of the module, for messages.
         name: of the model, for messages.
-        of: what the module must map: SENTENCE, without a residual, or TOKENS.
+        of: what the module must map: SENTENCE, without a residual, or TOKENS; None: that is known already.
 
     Raises:
         UserError: the activation is unknown, or the module maps something else.
     """
     source = config.get("module_input_name") or of
-    places = {source, config.get("module_output_name") or (source if of == TOKENS else of)}
+    places = {str(source), str(config.get("module_output_name") or (source if of == TOKENS else of))}
     if of == SENTENCE and (config.get("use_residual") or places != {of}):
         raise UserError(f"model {name!r}: {folder} is a Dense module with a residual, on token vectors or for another output, which is not known here")
-    if places != {of}:
+    if of == TOKENS and places != {of}:
         raise UserError(f"model {name!r}: {folder} is a Dense module of {', '.join(sorted(places - {of}))} between token vectors, which is not computed here")
     given = config.get("activation_function") or "torch.nn.modules.activation.Tanh"
     if (activation := activation_name(given)) not in ACTIVATIONS:
@@ -101,13 +107,13 @@ class Dense(nn.Module):
         return made if not self.adds else made + (self.residual(x) if hasattr(self, "residual") else x)
 
 
-def read_dense(place: Path, name: str, of: str = SENTENCE) -> Dense:
+def read_dense(place: Path, name: str, of: str | None = SENTENCE) -> Dense:
     """Loads a Dense module of sentence-transformers or PyLate.
 
     Args:
         place: folder of the module.
         name: of the model, for messages.
-        of: what it maps, SENTENCE or TOKENS.
+        of: what it maps, as dense_activation takes it.
 
     Raises:
         UserError: files are missing or damaged, or the module does something that is not computed here.

@@ -22,17 +22,16 @@ from rerank_lab.models.families import (
     BI,
     CROSS,
     INSTEAD,
-    LATE,
-    SPARSE,
     family,
     refuse_foreign,
     refuse_headless,
     refuse_parts,
     wrong_role,
 )
-from rerank_lab.models.folder import Folder, as_dict, last_part, read_json
+from rerank_lab.models.folder import ABOUT, Folder, as_dict, last_part, read_json
 from rerank_lab.models.pooling import pooling_mode
 from rerank_lab.models.prompts import CardPrompts, card_prompts, prompts_of, side_prompts
+from rerank_lab.models.tasks import ARGUMENTS, ChatSettings, check_task
 
 RISING = ("Identity", "Sigmoid", "Tanh")  # increasing activations: they do not change a cross-encoder's order
 AFTER = ("Dense", "LayerNorm", "Normalize", "Dropout")  # what may follow the pooling, in any order
@@ -48,9 +47,6 @@ OTHER_MODULES = {
 }
 # Files in which sentence-transformers keeps a Transformer's settings; the first that exists counts.
 SETTINGS = tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))
-ARGUMENTS = ("model_args", "tokenizer_args", "config_args", "model_kwargs", "processor_kwargs", "config_kwargs")
-# Arguments that change no score.
-HARMLESS = {"attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code", "use_safetensors"}
 KEYS = {
     "about": {  # config_sentence_transformers.json
         "__version__", "activation_fn", "default_prompt_name", "keep_in_fp32_modules", "model_type", "prompts", "requirements", "similarity_fn_name", "truncate_dim",
@@ -64,15 +60,9 @@ KEYS = {
     "Normalize": {"module_input_name", "module_output_name"},
     "LayerNorm": {"dimension"},
     "Dropout": {"dropout"},
-}  # fmt: skip
-# Role → transformer_task, the output of `forward`, and the module's name for it.
-STATES = ("feature-extraction", "last_hidden_state", "token_embeddings")
-TASKS = {
-    BI: STATES, LATE: STATES, CROSS: ("sequence-classification", "logits", "scores"),
-    SPARSE: ("fill-mask", "logits", "token_embeddings"),
+    "LogitScore": {"false_token_id", "module_input_name", "true_token_id"},
 }  # fmt: skip
 TOKEN_HEAD, WORD_HEAD = "colbert_linear.pt", "sparse_linear.pt"  # two more heads of bge-m3, beside its bi-encoder
-TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 MODULE_FOLDER = re.compile(rf"\d_(Transformer|Pooling|{'|'.join(AFTER)})")
 
 
@@ -92,7 +82,8 @@ class Checkpoint:
         truncate_dim: how many components of a pooled vector are kept; None: all.
         token_head: the file of a linear map that makes token vectors of hidden states, as bge-m3 has it; "": none.
         query_prompt, document_prompt: put before a text; "" for no prompt.
-        pair_prompt: put before a cross-encoder's query.
+        pair_prompt: put before a cross-encoder's query; with a chat template, the message of the role `system`.
+        chat: how a cross-encoder's query and document enter its chat template; None: it reads two plain texts.
         max_seq_length: tokens of an input, special ones counted; None: as many as tokenizer and transformer allow.
         lower: whether texts are lower-cased first.
         card: the prompts that models of this family are known to want, if the folder has none and none are asked for.
@@ -113,6 +104,7 @@ class Checkpoint:
     query_prompt: str = ""
     document_prompt: str = ""
     pair_prompt: str = ""
+    chat: ChatSettings | None = None
     max_seq_length: int | None = None
     lower: bool = False
     card: CardPrompts | None = None
@@ -132,7 +124,7 @@ class Checkpoint:
         """
         pair = self.role == CROSS
         odd = [name for name in (("query_prompt", "document_prompt", "truncate_dim") if pair else ("instruction",)) if getattr(asked, name) is not None]
-        odd += ["instruction"] if pair and asked.instruction is not None and not self.pair_prompt else []
+        odd += ["instruction"] if pair and asked.instruction is not None and not self.pair_prompt and self.chat is None else []
         if odd:
             raise UserError(f"model {self.name!r} takes no {odd[0]}: it is a {self.role} without one")
         given: dict[str, Any] = (
@@ -182,10 +174,10 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
         )
     if about.get("model_type") != "CrossEncoder":
         check_modules(path, [kind for kind in types if not KNOWN_MODULE.fullmatch(kind)])
-    config = read_config(folder)
+    read_config(folder)
     refuse_foreign(folder, role)
     if found == CROSS and len(types) > 1:
-        raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), which are not computed here; {INSTEAD[role]}")
+        raise UserError(f"model {name!r} is a cross-encoder made of modules ({sign}), and a {role} is needed here; give it as --model-cross")
     refuse_headless(folder, role)
     kinds = [last_part(kind) for kind in types]
     if kinds == ["Transformer"] and found == BI:
@@ -194,25 +186,56 @@ def read_checkpoint(folder: Folder, role: str) -> Checkpoint:
     check_modules(path, [] if ordered else kinds)
     if found != role:
         raise wrong_role(name, found, sign, role)
-    only_known(about, "config_sentence_transformers.json", "about", name)
-    read = _read_cross if found == CROSS else _read_bi if types else _read_bare
-    return read(Checkpoint(name, path, root, found, **transformer_settings(folder, found)), folder, config)
+    if found == CROSS:
+        return read_scorer(folder, CROSS)
+    only_known(about, ABOUT, "about", name)
+    return (_read_bi if types else _read_bare)(Checkpoint(name, path, root, found, **transformer_settings(folder, found)), folder)
 
 
 def transformer_settings(folder: Folder, role: str, task: str | None = None) -> dict[str, Any]:
-    """The fields max_seq_length and lower of a Checkpoint, as the Transformer's settings say.
+    """The fields max_seq_length and lower of a Checkpoint, as the settings of a Transformer that reads plain text say.
 
     Args:
         folder: the checkpoint.
-        role: BI, CROSS, LATE or SPARSE.
+        role: a key of TASKS.
         task: what the Transformer does where its settings do not say; None: what the role asks for.
 
     Raises:
         UserError: the settings ask for something that is not done.
     """
     settings = settings_of(folder)
-    _check_task(({} if task is None else {"transformer_task": task}) | settings, folder.root, folder.name, role, bare=not folder.types)
+    check_task(({} if task is None else {"transformer_task": task}) | settings, folder.root, folder.name, role, bare=not folder.types)
     return {"max_seq_length": _length(settings, folder.root), "lower": bool(settings.get("do_lower_case"))}
+
+
+def read_scorer(folder: Folder, task: str) -> Checkpoint:
+    """Reads what scorers of pairs have in common, whatever stands behind their transformer. No weight is loaded.
+
+    Args:
+        folder: a checkpoint, with or without modules.json.
+        task: what its transformer does, a key of TASKS.
+
+    Raises:
+        UserError: the folder has something that is not supported.
+    """
+    config, root, name = read_config(folder), folder.root, folder.name
+    refuse_foreign(folder, CROSS)
+    only_known(folder.about, ABOUT, "about", name)
+    chat = check_task(settings_of(folder), root, name, task, bare=not folder.types)
+    return _read_cross(Checkpoint(name, folder.path, root, CROSS, chat=chat, **transformer_settings(folder, task)), folder, config)
+
+
+def read_module(folder: Folder, path: str, kind: str) -> dict[str, Any]:
+    """Reads the config.json of the module at this path.
+
+    Raises:
+        UserError: it has keys that are not known for this kind of module.
+    """
+    config = folder.module_config(path)
+    only_known(
+        {key: value for key, value in config.items() if kind != "Pooling" or not key.startswith("pooling_mode_")}, f"{path}/config.json", kind, folder.name
+    )
+    return config
 
 
 def read_config(folder: Folder) -> dict[str, Any]:
@@ -239,13 +262,13 @@ def _read_cross(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) ->
     return replace(found, pair_prompt=prompts_of(folder).get(about.get("default_prompt_name") or "", ""))
 
 
-def _read_bare(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
+def _read_bare(found: Checkpoint, folder: Folder) -> Checkpoint:
     refuse_leftovers(folder)
     said = "it has no modules.json: the states of its tokens are mean-pooled, as sentence-transformers does"
     return replace(_heads(found, folder), card=card_prompts(folder), said=(said, *_heads(found, folder).said))
 
 
-def _read_bi(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
+def _read_bi(found: Checkpoint, folder: Folder) -> Checkpoint:
     name, place = found.name, folder.modules[1][1]
     if not (file := found.folder / place / "config.json").is_file():
         raise UserError(f"model {name!r}: {file} is missing, which says how the model pools; copy the whole model")
@@ -331,30 +354,6 @@ def refuse_leftovers(folder: Folder) -> None:
     ]
     if left:
         raise UserError(f"model {folder.name!r}: {folder.path} has {', '.join(left)} but no modules.json, which says how that is used; copy the whole model")
-
-
-def _check_task(settings: Mapping[str, Any], root: Path, name: str, role: str, *, bare: bool) -> None:
-    """Refuses a Transformer module unless it reads plain text and returns the usual output of `forward`."""
-    task, output, module_output = TASKS[role]
-    given = settings.get("transformer_task") or task
-    if given != task:
-        raise UserError(f"model {name!r} runs its transformer for {given} (transformer_task), which is not computed here; {task} is")
-    modalities = settings.get("modality_config")
-    templates = read_json(root / "tokenizer_config.json").get("chat_template") or any((root / file).exists() for file in TEMPLATES)
-    if (isinstance(modalities, dict) and "message" in modalities) or (templates and bare):
-        raise UserError(f"model {name!r} reads its input through a chat template, which is not done here; name a model that reads plain text")
-    if modalities is not None:
-        text = as_dict(as_dict(modalities).get("text"))
-        if text.get("method") != "forward" or text.get("method_output_name") != output or settings.get("module_output_name") not in (None, module_output):
-            raise UserError(f"model {name!r}: modality_config or module_output_name asks for other outputs than {output}, which is not computed here")
-    sides = () if role == LATE else ("query_length", "document_length", "query_expansion")
-    for key in (*sides, "processing_kwargs"):
-        value = settings.get(key)
-        if value and (not isinstance(value, dict) or any(value.values())):
-            raise UserError(f"model {name!r}: {key} in its Transformer's settings is {value!r}, which is not done here")
-    for key in ARGUMENTS:
-        if odd := sorted(set(as_dict(settings.get(key))) - HARMLESS):
-            raise UserError(f"model {name!r}: {key} in its Transformer's settings gives {', '.join(odd)}, which is not done here")
 
 
 def settings_of(folder: Folder) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from rerank_kernels import exactly
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.base import AS_IT_IS, Encoder, Inputs, Needs, Overrides, Tokens, WorkItem
-from rerank_lab.models.checkpoint import read_checkpoint
+from rerank_lab.models.chat import ChatTemplate
+from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import CROSS
 from rerank_lab.models.folder import Folder
@@ -34,7 +36,7 @@ class Pair(WorkItem):
 
 
 class CrossEncoder:
-    """Scores pairs of texts. Logits equal those of sentence_transformers.CrossEncoder, with the folder's prompt and limit.
+    """Scores pairs of texts. Logits equal those of sentence_transformers.CrossEncoder, with the folder's prompt, chat template and limit.
 
     Args:
         folder: the checkpoint, with exactly one label.
@@ -61,30 +63,52 @@ class CrossEncoder:
         precision: str = "fp32",
         overrides: Overrides = AS_IT_IS,
     ):
-        from transformers import AutoModelForSequenceClassification
-
         self.name, self.device = name, torch.device(device)
-        self.checkpoint = found = read_checkpoint(Folder(folder, name), CROSS).overridden(overrides)
-        model, tokenizer = load_checkpoint(AutoModelForSequenceClassification, found.root, name)
-        if model.config.num_labels != 1:
-            raise UserError(f"model {name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
+        self.checkpoint = found = self.read(Folder(folder, name)).overridden(overrides)
+        model, tokenizer = self.open(found)
         self.model = model.to(self.device)
         self.config: Any = model.config
-        self.specials: int = tokenizer.num_special_tokens_to_add(True)
-        self.limit: int = limit_of(found, model, tokenizer, self.specials)
+        self.specials: int = 0 if found.chat else tokenizer.num_special_tokens_to_add(True)
+        longest = limit_of(found, model, tokenizer, self.specials)
         if getattr(self.config, "pad_token_id", None) is None:
             raise UserError(
                 f"model {name!r} names no padding token, by which it finds the end of a text; set pad_token in {found.root / 'tokenizer_config.json'}"
             )
-        self.runtime, self.precision = choose(runtime, precision), precision
-        self.network = network(model, runtime=self.runtime, precision=precision, head=True, **padding(model, tokenizer)._asdict())
         self.tokenizer, self.truncation_side = fast_tokenizer(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
+        self.template = None if found.chat is None else ChatTemplate(found.chat, tokenizer, self.tokenizer, found.pair_prompt, longest, name)
+        if self.template is not None and overrides.instruction is not None and not self.template.has_place_for_instruction():
+            raise UserError(f"model {name!r} takes no instruction: its chat template has no place for one")
+        self.limit: int = longest if self.template is None else self.template.limit
+        self.runtime, self.precision = choose(runtime, precision), precision
+        self.network = network(model, runtime=self.runtime, precision=precision, head=self.headed, **padding(model, tokenizer)._asdict())
         # A second tokenizer: truncation is a state of the tokenizer, and threads share it.
         self.pairing = Tokenizer.from_str(self.tokenizer.to_str())
-        self.pairing.enable_truncation(self.limit, strategy="longest_first", direction=self.truncation_side)
-        self.fingerprint = fingerprint(folder)
-        if overrides.instruction is not None:
-            self.fingerprint = hashlib.sha256(f"{self.fingerprint}\0{overrides.instruction}".encode()).hexdigest()
+        self.pairing.enable_truncation(longest, strategy="longest_first", direction=self.truncation_side)
+        asked = overrides.instruction
+        self.fingerprint = fingerprint(folder) if asked is None else hashlib.sha256(f"{fingerprint(folder)}\0{asked}".encode()).hexdigest()
+
+    headed = True  # whether the transformer's class has the head
+
+    def read(self, folder: Folder) -> Checkpoint:
+        """Reads the checkpoint's JSON files.
+
+        Raises:
+            UserError: it is no checkpoint of this kind.
+        """
+        return read_checkpoint(folder, CROSS)
+
+    def open(self, found: Checkpoint) -> tuple[Any, Any]:
+        """Loads transformer and tokenizer.
+
+        Raises:
+            UserError: they do not load, or the head has more than one label.
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        model, tokenizer = load_checkpoint(AutoModelForSequenceClassification, found.root, found.name)
+        if model.config.num_labels != 1:
+            raise UserError(f"model {found.name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
+        return model, tokenizer
 
     def score(self, query: str, documents: Sequence[str], *, max_tokens: int = 512) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of N documents.
@@ -112,6 +136,9 @@ class CrossEncoder:
 
     def work(self, inputs: Inputs) -> list[Pair]:
         """Tokenises the query with each of N documents: N work items."""
+        if self.template is not None:
+            prompted = self.template.sequences(inputs.query, inputs.texts, inputs.max_tokens)
+            return [Pair([n], len(one.ids), one.cut, _plain(one.ids)) for n, one in enumerate(prompted)]
         own, *_ = encodings(self.tokenizer, [self.checkpoint.pair_prompt + inputs.query])
         pairs: list[Pair] = []
         for document in encodings(self.tokenizer, inputs.texts):
@@ -148,6 +175,11 @@ class CrossEncoder:
         """FLOPs of these pairs, without the head."""
         lengths = torch.tensor([pair.size for pair in work], dtype=torch.int64, device="cpu")
         return encoder_flops(self.config, lengths, first=isinstance(self.network, Packed))
+
+
+def _plain(ids: np.ndarray) -> Tokens:
+    """Tokens of a text of one segment, none of them special."""
+    return Tokens(ids.astype(np.int32), np.zeros(len(ids), dtype=np.int8), np.zeros(len(ids), dtype=bool), len(ids))
 
 
 def _tokens(work: WorkItem) -> Tokens:

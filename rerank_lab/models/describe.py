@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from rerank_lab.models.base import Overrides
+from rerank_lab.models.causal_checkpoint import read_causal
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
-from rerank_lab.models.families import BI, CROSS, LATE, STATIC
+from rerank_lab.models.cross_modules import read_modules
+from rerank_lab.models.families import BI, CAUSAL, CROSS, LATE, STATIC
 from rerank_lab.models.folder import Folder, read_json
 from rerank_lab.models.forward import limit_of
 from rerank_lab.models.late_checkpoint import read_late
@@ -62,6 +64,36 @@ def cross_encoder(source: Source, asked: Overrides) -> Mapping[str, str]:
         "reads": limit(found, pair=True),
         "score": LOGIT,
         **notes(found.notes),
+    }
+
+
+def cross_modules(source: Source, asked: Overrides) -> Mapping[str, str]:
+    """A cross-encoder made of modules, by title."""
+    found = read_modules(source.folder).overridden(asked)
+    return {
+        "kind": f"{CROSS} made of modules",
+        "transformer": transformer(source.folder),
+        "pooling": ", then ".join([found.pooling, *(kind for kind, _ in found.after)]),
+        "prompt": _prompt(found.pair_prompt),
+        "reads": limit(found, pair=True),
+        "score": LOGIT,
+        **notes(found.notes),
+    }
+
+
+def causal(source: Source, asked: Overrides) -> Mapping[str, str]:
+    """A causal reranker, by title."""
+    found = read_causal(source.folder).overridden(asked)
+    return {
+        "kind": CAUSAL,
+        "transformer": transformer(source.folder),
+        "prompt": "its own chat template" if found.template is None else f"that of {found.template.family}",
+        "instruction": _prompt(found.instruction),
+        "reads": limit(found.scorer, pair=True)
+        if found.template is None
+        else f"at most {found.template.room(0, 0)} tokens of query and document, as its authors have it",
+        "score": f"{LOGIT}: of yes less that of no behind the prompt",
+        **notes(found.scorer.notes),
     }
 
 

@@ -13,6 +13,7 @@ from rerank_lab.models.folder import ABOUT, Folder, as_dict, last_part, read_jso
 BI, CROSS, LATE, CAUSAL, STATIC, SPARSE = "bi-encoder", "cross-encoder", "late-interaction model", "causal reranker", "static embedding model", "sparse encoder"
 # The option that takes a family.
 OPTIONS = {BI: "--model", CROSS: "--model-cross", LATE: "--model", CAUSAL: "--model-cross", STATIC: "--model", SPARSE: "--candidates splade:MODEL"}
+LISTWISE = ("JinaForRanking",)
 T5 = ("longt5", "mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "udop", "umt5")
 T5_ENCODERS = ("MT5EncoderModel", "T5EncoderModel", "UMT5EncoderModel")
 LARGE, POINTER = (".safetensors", ".bin", ".json", ".model"), b"version https://git-lfs"  # files that git-lfs may replace by pointers, and how a pointer begins
@@ -65,6 +66,11 @@ def family(folder: Folder) -> tuple[str, str]:
 
 def _family_of_transformer(folder: Folder) -> tuple[str, str]:
     modules, architecture = folder.modules, folder.architecture
+    if architecture in LISTWISE:
+        raise UserError(
+            f"model {folder.name!r} is a listwise reranker ({architecture}): it reads all documents of a query at once, so that a document's score depends on the others, "
+            "which is not computed here; name a model that scores one pair at a time"
+        )
     kinds = ", ".join(map(last_part, folder.types))
     scores = any(last_part(kind) == "Dense" and folder.module_config(path).get("module_output_name") == "scores" for kind, path in modules)
     if folder.about.get("model_type") == "CrossEncoder" or scores:

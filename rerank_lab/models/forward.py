@@ -54,8 +54,10 @@ def in_advance(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
             yield waiting.result()
 
 
-def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None, apart: AbstractSet[str] = frozenset()) -> tuple[Any, Any]:
-    """Loads a Hugging Face model in fp32, in eval mode, and its tokenizer. Code in the folder is never run.
+def load_checkpoint(
+    kind: Any, folder: Path, name: str, spare: str | None = None, apart: AbstractSet[str] = frozenset(), number: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Loads a Hugging Face model in eval mode, and its tokenizer. Code in the folder is never run.
 
     Args:
         kind: AutoModel or another Auto class of transformers.
@@ -63,6 +65,7 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
         name: what messages call the model.
         spare: weights with this in their name may be missing; transformers initialises them.
         apart: names of weights that the caller reads itself.
+        number: the type of its weights.
 
     Raises:
         UserError: the folder does not load, weights are missing or unused, or there is no fitting fast tokenizer.
@@ -71,7 +74,7 @@ def load_checkpoint(kind: Any, folder: Path, name: str, spare: str | None = None
 
     try:
         # Weights that do not fit are reported below; the library's own message is meant for training.
-        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
+        model, info = kind.from_pretrained(folder, dtype=number, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and safetensors raise errors of many types
         raise UserError(f"model {name!r}: {folder} does not load: {str(error).strip().partition(chr(10))[0]}; are its files whole? copy it again") from error

@@ -11,15 +11,15 @@ import torch
 
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
-from rerank_lab.models import bi_encoder, cross_encoder, describe, late_interaction, one_way, static
+from rerank_lab.models import bi_encoder, causal, cross_encoder, cross_modules, describe, late_interaction, one_way, sparse, static
 from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
-from rerank_lab.models.families import BI, CROSS, LATE, OPTIONS, STATIC, family
+from rerank_lab.models.families import BI, CROSS, LATE, OPTIONS, SPARSE, STATIC, family
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
 
 __all__ = [
     "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Overrides", "Placement", "ScorerKind", "Source", "backbone_of", "described",
-    "load_bi_encoder", "load_cross_encoder", "locate", "needs_of", "pick_device", "pools",
+    "load_bi_encoder", "load_cross_encoder", "load_sparse_encoder", "locate", "needs_of", "pick_device", "pools",
 ]  # fmt: skip
 
 
@@ -66,6 +66,8 @@ ENCODERS = {
 }
 SCORERS = {
     "cross-encoder": ScorerKind(lambda source: True, cross_encoder.load, describe=describe.cross_encoder),
+    "cross-encoder of modules": ScorerKind(cross_modules.takes, cross_modules.load, describe=describe.cross_modules),
+    "causal reranker": ScorerKind(causal.takes, causal.load, describe=describe.causal),
     # It goes by names alone, and stands last, so that its names are not looked for on the hub.
     "one-way": ScorerKind(
         lambda source: backbone_of(source.name) is not None, one_way.load, lambda name: (backbone_of(name) or "", Detail.STATES), describe.one_way
@@ -126,6 +128,16 @@ def load_cross_encoder(
     source = Source(expanded(str(name)), CROSS)
     loaded = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {encoder.name: encoder}
     return _kind(SCORERS, source).load(source, Placement(device, runtime, precision, overrides), loaded)
+
+
+@exactly(tensors=True)
+def load_sparse_encoder(name: str | Path, *, device: str = "auto") -> sparse.SparseModel:
+    """Loads a sparse encoder by checkpoint folder or hub name, for a first stage.
+
+    Raises:
+        UserError: the model is not found, or is of another family.
+    """
+    return sparse.load(Source(expanded(str(name)), SPARSE), device)
 
 
 def needs_of(name: str) -> tuple[str, Detail] | None:

@@ -165,6 +165,8 @@ CROSS_LIKE_REFERENCE: dict[str, Make] = {
     "a default prompt under another name": lambda f: cross_encoder(f, about={"prompts": {"mine": "Is it: "}, "default_prompt_name": "mine"}, max_seq_length=64),
     "a prompt that is not the default": lambda f: cross_encoder(f, about={"prompts": {"query": "Find what answers: "}, "default_prompt_name": None}),
     "a chat template that modality_config leaves out": lambda f: put(cross_encoder(f, about={}), {"chat_template.jinja": "{{ messages[0].content }}"}),
+    "a chat template without modules.json": lambda f: put(cross_encoder(f), {"chat_template.jinja": "{{ messages }}"}),
+    "a chat template in the tokenizer": lambda f: change(cross_encoder(f), "tokenizer_config.json", chat_template="{{ messages }}"),
     "do_lower_case": lambda f: lower_casing(cross_encoder(f, about={}, do_lower_case=True)),
     "truncation from the left": lambda f: change(cross_encoder(f), "tokenizer_config.json", truncation_side="left"),
     "a decoder without a padding token in its configuration": lambda f: change(

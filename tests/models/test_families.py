@@ -16,6 +16,8 @@ from rerank_lab.models.families import CAUSAL, LATE, SAID, SPARSE
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from tests.models.checkpoints import BASE, MODELS, Make, add_weights, bi_encoder, change, cross_encoder, model2vec, modules, put, st_about, static, transformer
 
+LOGIT_SCORE = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
+
 
 def assert_refused(load: Callable[..., object], make: Make, message: str, folder: Path) -> None:
     """Loading what is made in the folder fails with this message."""
@@ -43,12 +45,6 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
     "SPLADE by model_type": (lambda f: bi_encoder(f, about=st_about(model_type="SparseEncoder")), SAID[SPARSE]),
     "a causal reranker": (lambda f: transformer(f, "Qwen3ForCausalLM"), SAID[CAUSAL]),
     "a causal model that says nothing of pooling": (lambda f: transformer(f, "Qwen3Model"), SAID[CAUSAL]),
-    "a causal reranker of sentence-transformers": (
-        lambda f: put(
-            transformer(f, "Qwen3ForCausalLM"), {"modules.json": modules("Transformer", "sentence_transformers.cross_encoder.modules.logit_score.LogitScore")}
-        ),
-        SAID[CAUSAL],
-    ),
     "a masked language model": (lambda f: transformer(f, "BertForMaskedLM"), "is a masked language model (BertForMaskedLM) that no file says how to pool"),
     "a tagger": (lambda f: transformer(f, "BertForTokenClassification"), "is a BertForTokenClassification, which is neither"),
     "an encoder-decoder": (
@@ -129,11 +125,15 @@ BI_REFUSED: dict[str, tuple[Make, str]] = {
     "a cross-encoder": (cross_encoder, "is a cross-encoder (BertForSequenceClassification), and a bi-encoder is needed here; give it as --model-cross"),
     "a cross-encoder of modules": (
         lambda f: bi_encoder(f, "Dense", about=st_about(model_type="CrossEncoder")),
-        "is a cross-encoder made of modules (Transformer, Pooling, Dense)",
+        "is a cross-encoder made of modules (Transformer, Pooling, Dense), and a bi-encoder is needed here; give it as --model-cross",
     ),
     "a head of scores": (
         lambda f: change(bi_encoder(f, "Dense"), "2_Dense/config.json", module_output_name="scores"),
-        "is a cross-encoder made of modules (Transformer, Pooling, Dense)",
+        "is a cross-encoder made of modules (Transformer, Pooling, Dense), and a bi-encoder is needed here; give it as --model-cross",
+    ),
+    "a causal reranker of sentence-transformers": (
+        lambda f: put(transformer(f, "Qwen3ForCausalLM"), {"modules.json": modules("Transformer", LOGIT_SCORE)}),
+        "yes or no, and a bi-encoder is needed here; give it as --model-cross",
     ),
     "weights that nothing takes": (lambda f: add_weights(bi_encoder(f), "linear.weight"), "nothing takes the weights linear.weight in"),
     "a head that its architecture does not have": (
@@ -214,9 +214,12 @@ CROSS_REFUSED: dict[str, tuple[Make, str]] = {
     "Dense on tokens": (lambda f: put(bi_encoder(f), {"modules.json": modules("Transformer", BASE + "dense.Dense")}), COLBERT),
     "a bi-encoder": (lambda f: bi_encoder(f, "Normalize"), "is a bi-encoder (BertModel), and a cross-encoder is needed here; give it as --model"),
     "weights that nothing takes": (lambda f: add_weights(cross_encoder(f), "score.weight"), "nothing takes the weights score.weight in"),
-    "a chat template": (lambda f: put(cross_encoder(f), {"chat_template.jinja": "{{ messages }}"}), "reads its input through a chat template"),
-    "a chat template in the tokenizer": (
-        lambda f: change(cross_encoder(f), "tokenizer_config.json", chat_template="{{ messages }}"), "reads its input through a chat template"),
+    "a chat template without both roles": (
+        lambda f: put(cross_encoder(f), {"chat_template.jinja": "{{ messages[0].content }}"}), "its chat template has no place for document (roles"),
+    "a chat template in the tokenizer, without both roles": (
+        lambda f: change(cross_encoder(f), "tokenizer_config.json", chat_template="{{ messages[-1].role }}"), "its chat template has no place for query and document"),
+    "a causal reranker of sentence-transformers that names no token": (
+        lambda f: put(transformer(f, "Qwen3ForCausalLM"), {"modules.json": modules("Transformer", LOGIT_SCORE)}), "must name true_token_id and false_token_id"),
     "no room for a pair": (lambda f: change(cross_encoder(f), "tokenizer_config.json", model_max_length=3), "a limit of 3 tokens leaves none for the text"),
     "two labels that the file does not have": (
         lambda f: change(cross_encoder(f), "config.json", id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1}),
