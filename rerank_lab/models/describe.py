@@ -11,11 +11,12 @@ from rerank_lab.models.base import Overrides
 from rerank_lab.models.causal_checkpoint import read_causal
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_lab.models.cross_modules import read_modules
-from rerank_lab.models.families import BI, CAUSAL, CROSS, LATE, STATIC
+from rerank_lab.models.families import BI, CAUSAL, CROSS, LATE, SPARSE, STATIC
 from rerank_lab.models.folder import Folder, read_json
 from rerank_lab.models.forward import limit_of
 from rerank_lab.models.late_checkpoint import read_late
 from rerank_lab.models.registry import REGISTRY, Source
+from rerank_lab.models.sparse import read_sparse
 from rerank_lab.models.static import read_static
 
 LOGIT = "sigmoid of the logit, 0 to 1"
@@ -44,6 +45,21 @@ def late_interaction(source: Source, asked: Overrides) -> Mapping[str, str]:
         "reads": f"{query} tokens of a query and {found.document_length or found.max_seq_length} of a document, special ones counted{expanded}{attend}",
         "no vector for": f"{len(found.skiplist)} skipped tokens of {' and '.join(f'a {side}' for side in found.skipped_in)}" if found.skiplist else "nothing",
         "score": "maxsim: the sum of each query token's best match",
+        **notes(found.notes),
+    }
+
+
+def sparse(source: Source, asked: Overrides) -> Mapping[str, str]:
+    """A sparse encoder, by title."""
+    found = read_sparse(source.folder)
+    return {
+        "kind": SPARSE,
+        "transformer": transformer(source.folder),
+        "pooling": f"{found.pooling} over a text's tokens of the weights of words",
+        "query prompt": _prompt(found.query_prompt),
+        "document prompt": _prompt(found.document_prompt),
+        "reads": limit(found, pair=False),
+        "score": "dot product of weighted words",
         **notes(found.notes),
     }
 
