@@ -32,7 +32,7 @@ from torch import Tensor
 from rerank_lab.cache import shards
 from rerank_lab.cache.places import VECTORS
 from rerank_lab.cache.store import Store
-from rerank_lab.models.base import Detail, Encoder, Prompted, Vectors
+from rerank_lab.models.base import Detail, Encoder, TakesQueryPrompt, Vectors
 from rerank_lab.models.forward import in_advance
 from rerank_lab.timing import Clock
 
@@ -380,7 +380,7 @@ def ensure(
     Returns:
         the cache's key of each of the N texts.
     """
-    asked = encoder.asked_query_prompt if kind == "query" and isinstance(encoder, Prompted) else None
+    asked = encoder.asked_query_prompt if kind == "query" and isinstance(encoder, TakesQueryPrompt) else None
     keys = [text_key(text, min(max_tokens, encoder.limit), kind, asked) for text in texts]
     distinct = dict(zip(keys, texts))
     new, size = [key for key in distinct if not cache.has(key, detail)], CHUNK[detail]

@@ -10,7 +10,8 @@ from rerank_lab.datasets.corpus import digests
 from rerank_lab.datasets.runs import Ranked, Run, order
 from rerank_lab.files import Json
 from rerank_lab.first_stage.base import QUERY_BATCH, Context
-from rerank_lab.models.sparse import SparseVectors, load
+from rerank_lab.models.base import SparseVectors
+from rerank_lab.models.kinds import load_sparse_encoder
 
 BLOCK = 256  # documents that are encoded between two steps of the progress bar
 
@@ -25,7 +26,7 @@ class SpladeStage:
     """
 
     def __init__(self, context: Context, argument: str):
-        self.context, self.model = context, load(argument, context.device)
+        self.context, self.model = context, load_sparse_encoder(argument, device=context.device)
         self.notes = [f"{argument}: {note}" for note in self.model.checkpoint.notes]
         self.nonzeros = {"query": 0.0, "document": 0.0}
 

@@ -5,7 +5,7 @@ To add a kind of model, write a file in this folder and a line in models/kinds.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Protocol, runtime_checkable
@@ -73,6 +73,39 @@ class Vectors:
         a, b = int(self.offsets[i]), int(self.offsets[i + 1])
         states = self.states[a:b] if len(self.states) else self.states
         return Vectors(self.pooled[i : i + 1], self.lengths[i : i + 1], self.offsets[i : i + 2] - a, self.tokens[a:b], states)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseVectors:
+    """N texts' weights of words; those that are 0 are left out.
+
+    Attributes:
+        ends: N + 1, int64, into the others: text i has the entries ends[i] to ends[i + 1].
+        words: nnz, int32, numbers of words in the vocabulary, rising within a text.
+        weights: nnz, fp32, above 0.
+    """
+
+    ends: np.ndarray
+    words: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Iterable[SparseVectors]) -> SparseVectors:
+        """The texts of all parts, in order."""
+        every = list(parts)
+        counts = np.concatenate([np.zeros(1, dtype=np.int64), *(np.diff(part.ends) for part in every)])
+        words = np.concatenate([np.zeros(0, dtype=np.int32), *(part.words for part in every)])
+        return cls(np.cumsum(counts), words, np.concatenate([np.zeros(0, dtype=np.float32), *(part.weights for part in every)]))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def taken(self, texts: np.ndarray) -> SparseVectors:
+        """The texts at these positions, in this order."""
+        counts = np.diff(self.ends)[texts]
+        ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+        rows = np.repeat(self.ends[:-1][texts] - ends[:-1], counts) + np.arange(ends[-1])
+        return SparseVectors(ends, self.words[rows], self.weights[rows])
 
 
 @dataclass(frozen=True)
@@ -198,7 +231,7 @@ class Encoder(Model, Protocol):
 
 
 @runtime_checkable
-class Prompted(Protocol):
+class TakesQueryPrompt(Protocol):
     """An encoder that can be asked for another prompt before queries than its folder has.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +22,7 @@ from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.pooling import pooled
 from rerank_lab.models.registry import Placement, Source, pick_device
-from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets
-
-log = logging.getLogger(__name__)
+from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets, warn
 
 
 class BiEncoder(TransformerEncoder):
@@ -65,7 +62,7 @@ class BiEncoder(TransformerEncoder):
         own = read_checkpoint(Folder(folder, name), BI)
         self.checkpoint = found = own.overridden(overrides)
         self.asked_query_prompt = found.query_prompt if found.query_prompt != own.query_prompt else None
-        warn(found)
+        warn(name, found.notes)
         model, tokenizer = load_checkpoint(_class_of(found), found.root, name, spare="pooler")
         self.model: nn.Module = model.to(self.device)
         self.config: Any = model.config
@@ -237,12 +234,6 @@ def _class_of(found: Checkpoint) -> Any:
 
     architecture = Folder(found.root, found.name).architecture
     return getattr(transformers, architecture) if architecture in T5_ENCODERS else transformers.AutoModel
-
-
-def warn(found: Checkpoint) -> None:
-    """Logs what a person should know of a checkpoint's reading."""
-    for note in found.notes:
-        log.warning("model %r: %s", found.name, note)
 
 
 def shipped_subspace(model_fingerprint: str) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
-from rerank_lab.models import bi_encoder, causal, cross_encoder, cross_modules, describe, late_interaction, one_way, static
+from rerank_lab.models import bi_encoder, causal, cross_encoder, cross_modules, describe, late_interaction, one_way, sparse, static
 from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
 from rerank_lab.models.families import BI, CROSS, LATE, OPTIONS, SPARSE, STATIC, family, is_masked
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
@@ -19,7 +19,7 @@ from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY, M
 
 __all__ = [
     "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Overrides", "Placement", "ScorerKind", "Source", "backbone_of", "described",
-    "load_bi_encoder", "load_cross_encoder", "locate", "needs_of", "pick_device", "pools",
+    "load_bi_encoder", "load_cross_encoder", "load_sparse_encoder", "locate", "needs_of", "pick_device", "pools",
 ]  # fmt: skip
 
 
@@ -128,6 +128,16 @@ def load_cross_encoder(
     source = Source(expanded(str(name)), CROSS)
     loaded = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {encoder.name: encoder}
     return _kind(SCORERS, source).load(source, Placement(device, runtime, precision, overrides), loaded)
+
+
+@exactly(tensors=True)
+def load_sparse_encoder(name: str | Path, *, device: str = "auto") -> sparse.SparseModel:
+    """Loads a sparse encoder by checkpoint folder or hub name, for a first stage.
+
+    Raises:
+        UserError: the model is not found, or is of another family.
+    """
+    return sparse.load(Source(expanded(str(name)), SPARSE), device)
 
 
 def needs_of(name: str) -> tuple[str, Detail] | None:

@@ -25,7 +25,7 @@ from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding, position_count
 from rerank_lab.models.late_checkpoint import PROJECTION, STANFORD, LateCheckpoint, read_late
 from rerank_lab.models.registry import Placement, Source, pick_device
-from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets
+from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets, warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,7 @@ class LateInteraction(TransformerEncoder):
             raise UserError(f"model {name!r} takes no {odd[0]}: it is a late-interaction model without one")
         self.name, self.folder, self.device, files = name, folder, torch.device(device), Folder(folder, name)
         self.checkpoint = found = read_late(files)
+        warn(name, found.notes)
         stanford = files.architecture == "HF_ColBERT" or found.layout == STANFORD
         model, tokenizer = load_checkpoint(AutoModel, found.root, name, spare="pooler", apart={PROJECTION} if stanford else set())
         self.model: nn.Module = model.to(self.device)

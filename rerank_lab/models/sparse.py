@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import exactly
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.base import Tokens
+from rerank_lab.models.base import SparseVectors, Tokens
 from rerank_lab.models.checkpoint import Checkpoint, read_config, read_prompts, refuse_leftovers, transformer_settings
 from rerank_lab.models.exported import network
 from rerank_lab.models.families import MASKED, SPARSE, family, refuse_foreign, wrong_role
@@ -109,39 +108,6 @@ def _pooling(folder: Folder, place: str) -> tuple[str, str]:
         said = f"has {', '.join(odd)}" if odd else f"pools by {pooling} of {activation}"
         raise UserError(f"model {folder.name!r}: {place}/config.json {said}; known are {' and '.join(POOLINGS)} of {' and '.join(ACTIVATIONS)}")
     return pooling, activation
-
-
-@dataclass(frozen=True, eq=False)
-class SparseVectors:
-    """N texts' weights of words; those that are 0 are left out.
-
-    Attributes:
-        ends: N + 1, int64, into the others: text i has the entries ends[i] to ends[i + 1].
-        words: nnz, int32, numbers of words in the vocabulary, rising within a text.
-        weights: nnz, fp32, above 0.
-    """
-
-    ends: np.ndarray
-    words: np.ndarray
-    weights: np.ndarray
-
-    @classmethod
-    def join(cls, parts: Iterable[SparseVectors]) -> SparseVectors:
-        """The texts of all parts, in order."""
-        every = list(parts)
-        counts = np.concatenate([np.zeros(1, dtype=np.int64), *(np.diff(part.ends) for part in every)])
-        words = np.concatenate([np.zeros(0, dtype=np.int32), *(part.words for part in every)])
-        return cls(np.cumsum(counts), words, np.concatenate([np.zeros(0, dtype=np.float32), *(part.weights for part in every)]))
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def taken(self, texts: np.ndarray) -> SparseVectors:
-        """The texts at these positions, in this order."""
-        counts = np.diff(self.ends)[texts]
-        ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-        rows = np.repeat(self.ends[:-1][texts] - ends[:-1], counts) + np.arange(ends[-1])
-        return SparseVectors(ends, self.words[rows], self.weights[rows])
 
 
 class SparseModel:
@@ -276,10 +242,10 @@ class _Given(nn.Module):
         return BaseModelOutput(last_hidden_state=self.states)
 
 
-def load(name: str | Path, device: str = "auto") -> SparseModel:
-    """Loads a sparse encoder by checkpoint folder or hub name.
+def load(source: Source, device: str) -> SparseModel:
+    """Loads a sparse encoder.
 
     Raises:
         UserError: the model is not found, or is of another family.
     """
-    return SparseModel(Source(str(name), SPARSE).folder, pick_device(device))
+    return SparseModel(source.folder, pick_device(device))

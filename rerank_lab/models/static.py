@@ -23,13 +23,12 @@ from rerank_kernels import exactly, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.after import after_pooling, width_after
 from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Overrides, Tokens, Vectors
-from rerank_lab.models.bi_encoder import warn
 from rerank_lab.models.checkpoint import AFTER, KNOWN_MODULE, Checkpoint, read_pooled, refuse_leftovers
 from rerank_lab.models.families import STATIC, family, refuse_parts, wrong_role
 from rerank_lab.models.folder import Folder, last_part
 from rerank_lab.models.forward import LONGEST, encodings
 from rerank_lab.models.registry import Placement, Source, pick_device
-from rerank_lab.models.transformer_encoder import fingerprint
+from rerank_lab.models.transformer_encoder import fingerprint, warn
 
 TOKENS_AT_ONCE = 1 << 16  # whose rows are held beside the table
 MODEL2VEC = "a folder of model2vec without modules.json is read as the one that model2vec writes: the mean of all tokens' rows"
@@ -90,7 +89,7 @@ class StaticEncoder:
         own = read_static(Folder(folder, name))
         self.checkpoint = found = own.overridden(overrides)
         self.asked_query_prompt = found.query_prompt if found.query_prompt != own.query_prompt else None
-        warn(found)
+        warn(name, found.notes)
         self.tokenizer = _tokenizer(found)
         cut = self.tokenizer.truncation or {}
         self.limit, self.truncation_side = int(cut.get("max_length", LONGEST)), str(cut.get("direction", "right")).lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
@@ -17,6 +18,7 @@ from torch import Tensor
 from rerank_lab.models.base import Detail, EncodedQuery, Tokens, Vectors
 from rerank_lab.models.families import WEIGHTS
 
+log = logging.getLogger(__name__)
 DECIDING = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")
 # The tokenizer of a folder without tokenizer.json.
 TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")
@@ -112,6 +114,12 @@ def put_rows(into: Tensor, rows: Tensor, batch: np.ndarray, offsets: Tensor) -> 
     for a, b in zip(offsets[batch].tolist(), offsets[batch + 1].tolist()):
         into[a:b] = rows[start : start + b - a]
         start += b - a
+
+
+def warn(name: str, notes: Sequence[str]) -> None:
+    """Logs what a person should know of the reading of a model's folder."""
+    for note in notes:
+        log.warning("model %r: %s", name, note)
 
 
 def fingerprint(folder: Path, names: Sequence[str] = DECIDING) -> str:

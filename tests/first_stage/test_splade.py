@@ -18,7 +18,7 @@ from rerank_lab.eval.__main__ import main
 from rerank_lab.first_stage import file_of, find
 from rerank_lab.first_stage.candidates import Candidates, make_candidates
 from rerank_lab.first_stage.splade import Index
-from rerank_lab.models.sparse import SparseVectors
+from rerank_lab.models.base import SparseVectors
 from tests.conftest import ROOT
 from tests.models.checkpoints import bi_encoder, splade
 

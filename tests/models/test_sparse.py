@@ -13,8 +13,9 @@ from sentence_transformers import SparseEncoder
 
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models import sparse
+from rerank_lab.models.base import SparseVectors
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
-from rerank_lab.models.sparse import SparseVectors, load
+from rerank_lab.models.kinds import load_sparse_encoder as load
 from tests.conftest import DOCUMENTS, QUERIES, ROOT
 from tests.models.checkpoints import BASE, Make, bi_encoder, change, modules, put, splade, transformer
 
@@ -60,7 +61,7 @@ def dense(vectors: SparseVectors, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LIKE_REFERENCE)
 def test_words_are_weighed_as_sparse_encoder_does(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = LIKE_REFERENCE[layout](tmp_path)
-    model, reference = load(folder, "cpu"), SparseEncoder(str(folder), device="cpu")
+    model, reference = load(folder, device="cpu"), SparseEncoder(str(folder), device="cpu")
     monkeypatch.setitem(sparse.HEAD_TOKENS, "cpu", 7)  # less than a text has
     for texts, kind, encode in ((ASKED, "query", reference.encode_query), (TEXTS, "document", reference.encode_document)):
         wanted, found = encode(texts, batch_size=1, convert_to_sparse_tensor=False), model.encode(texts, kind)
@@ -72,7 +73,7 @@ def test_words_are_weighed_as_sparse_encoder_does(layout: str, tmp_path: Path, m
 
 
 def test_a_batch_changes_nothing_and_texts_can_be_taken(tmp_path: Path) -> None:
-    model = load(splade(tmp_path), "cpu")
+    model = load(splade(tmp_path), device="cpu")
     together, alone = model.encode(TEXTS, "document"), SparseVectors.join(model.encode([text], "document") for text in TEXTS)
     torch.testing.assert_close(dense(together, 30522), dense(alone, 30522), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(dense(together.taken(np.array([3, 0, 3])), 30522), dense(together, 30522)[[3, 0, 3]])
@@ -80,9 +81,9 @@ def test_a_batch_changes_nothing_and_texts_can_be_taken(tmp_path: Path) -> None:
 
 
 def test_a_reading_tells_what_is_not_usual(tmp_path: Path) -> None:
-    assert load(splade(tmp_path / "a"), "cpu").checkpoint.reading() == ""
+    assert load(splade(tmp_path / "a"), device="cpu").checkpoint.reading() == ""
     made = splade(tmp_path / "b", pooling_strategy="sum", activation_function="log1p_relu", about={"max_active_dims": 9, "prompts": {"passage": "p: "}})
-    checkpoint = load(made, "cpu").checkpoint
+    checkpoint = load(made, device="cpu").checkpoint
     assert checkpoint.reading() == '{"pooling": "sum", "activation": "log1p_relu", "max_active": 9}'
     assert "prompts called passage are not used" in checkpoint.notes[0]
 
@@ -116,7 +117,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
 def test_what_is_no_sparse_encoder_is_refused(case: str, tmp_path: Path) -> None:
     make, message = REFUSED[case]
     with pytest.raises(UserError) as refused:
-        load(make(tmp_path), "cpu")
+        load(make(tmp_path), device="cpu")
     assert message in str(refused.value)
 
 
@@ -130,7 +131,7 @@ def test_as_another_model_it_is_refused_with_the_option_that_takes_it(load_other
 def test_a_head_that_reads_more_than_states_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse._Head, "__call__", lambda self, h: h)
     with pytest.raises(UserError, match="a BertForMaskedLM does not make its logits of hidden states alone"):
-        load(splade(tmp_path), "cpu")
+        load(splade(tmp_path), device="cpu")
 
 
 def test_a_weight_of_nan_is_a_failure_of_the_model(tmp_path: Path) -> None:
@@ -139,4 +140,4 @@ def test_a_weight_of_nan_is_a_failure_of_the_model(tmp_path: Path) -> None:
     weights["cls.predictions.bias"][5] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="gave a NaN or infinite weight"):
-        load(folder, "cpu").encode(["join"], "query")
+        load(folder, device="cpu").encode(["join"], "query")
