@@ -4,6 +4,8 @@ encode   the bi-encoder over --documents texts, beside SentenceTransformer.encod
 pairs    a classifier on the same backbone over --pairs pairs, beside
          CrossEncoder.predict; its head is untrained, since speed is the subject
          (both rows: ours in fp32, and as --also says)
+late     a late-interaction model on the same backbone over --documents texts, beside
+         MultiVectorEncoder.encode_document; its projection is untrained
 seen     fast and best over 100 candidates: documents new, then seen before, beside
          one forward of the query
 one-way  standard under minilm-cross, documents new and seen, beside predict
@@ -22,6 +24,8 @@ that does one of them alone. Times of one run on a shared machine: read the rati
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
@@ -50,6 +55,7 @@ from rerank_lab.models.base import Detail, Inputs
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
+from rerank_lab.models.late_interaction import LateInteraction
 from rerank_lab.models.registry import locate
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 from rerank_lab.reranker import Reranker
@@ -72,6 +78,28 @@ def classifier(folder: Path, limit: int) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.model_max_length = limit
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def colbert(folder: Path, limit: int) -> Path:
+    """Writes a late-interaction model in PyLate's layout with the default bi-encoder's weights and an untrained projection to R dimensions."""
+    source = locate(MODEL, "bi-encoder")
+    shutil.copytree(source, folder, ignore=lambda place, names: [name for name in names if name[:1].isdigit() or name.endswith(".safetensors")])
+    (folder / "model.safetensors").symlink_to(source / "model.safetensors")
+    (folder / "1_Dense").mkdir()
+    width = json.loads((source / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    weight = torch.randn(R, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
+    save_file({"linear.weight": weight}, folder / "1_Dense" / "model.safetensors")
+    kinds = (("", "sentence_transformers.models.Transformer"), ("1_Dense", "pylate.models.Dense.Dense"))
+    files: dict[str, Any] = {
+        "modules.json": [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(kinds)],
+        "1_Dense/config.json": {"in_features": width, "out_features": R, "bias": False, "activation_function": "torch.nn.modules.linear.Identity"},
+        "config_sentence_transformers.json": {
+            "model_type": "ColBERT", "query_prefix": "[unused0] ", "document_prefix": "[unused1] ", "query_length": QUERY_TOKENS, "document_length": limit,
+        },
+    }  # fmt: skip
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
     return folder
 
 
@@ -101,6 +129,11 @@ class BenchInputs:
         if not folder.exists():
             causal_rows.reranker(folder, row)
         return folder, query, causal_rows.cut(folder, pool, self.options.tokens)
+
+    @cached_property
+    def late(self) -> str:
+        folder = self.folder.with_name("late")
+        return str(folder if folder.is_dir() else colbert(folder, self.options.tokens))
 
     @cached_property
     def token_vectors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +170,19 @@ def encode_ours(s: BenchInputs, way: str) -> Action:
     model = load_bi_encoder(MODEL, device="cpu", **runtime_and_precision(way))
     assert isinstance(model, BiEncoder)
     return lambda: model.encode(s.texts, max_tokens=s.options.tokens - model.specials, detail=Detail.POOLED).pooled
+
+
+def late_peer(s: BenchInputs) -> Action:
+    from sentence_transformers import MultiVectorEncoder
+
+    model = MultiVectorEncoder(s.late, device="cpu")
+    return lambda: torch.cat([*model.encode_document(s.texts, show_progress_bar=False)])
+
+
+def late_ours(s: BenchInputs, way: str) -> Action:
+    model = load_bi_encoder(s.late, device="cpu", **runtime_and_precision(way))
+    assert isinstance(model, LateInteraction)
+    return lambda: model.encode(s.texts, max_tokens=s.options.tokens).tokens
 
 
 def pairs_peer(s: BenchInputs, pools: int | None = None) -> Action:
@@ -208,6 +254,7 @@ def contenders(also: Sequence[str]) -> dict[str, dict[str, Callable[[BenchInputs
     return {
         "encode": {"SentenceTransformer.encode": encode_peer, **{f"ours, {way}": partial(encode_ours, way=way) for way in ways}},
         "pairs": {"CrossEncoder.predict": pairs_peer, **{f"ours, {way}": partial(pairs_ours, way=way) for way in ways}},
+        "late": {"MultiVectorEncoder": late_peer, **{f"ours, {way}": partial(late_ours, way=way) for way in ways}},
         "seen": {
             "fast, documents new": lambda s: pools_ours(s, "fast", new=True),
             "fast, seen": lambda s: pools_ours(s, "fast", new=False),
@@ -247,6 +294,10 @@ def flops(s: BenchInputs, row: str) -> float:
         model = load_bi_encoder(MODEL, device="cpu")
         texts = model.tokenize(s.texts, "document", s.options.tokens - model.specials)
         return float(model.flops(torch.tensor([len(t) - model.specials for t in texts]), Detail.POOLED))
+    if row == "late":
+        late = load_bi_encoder(s.late, device="cpu")
+        lengths = torch.tensor([len(t) - late.specials for t in late.tokenize(s.texts, "document", s.options.tokens)])
+        return float(late.flops(lengths, Detail.TOKENS))
     if row == "pairs":
         cross = load_cross_encoder(s.checkpoint, device="cpu")
         assert isinstance(cross, CrossEncoder)
@@ -260,7 +311,7 @@ def largest_difference(row: str, found: Any, wanted: Any) -> str:
     """The largest difference between two results: 1 minus the cosine for vectors, otherwise the difference of scores."""
     if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
         return "-"
-    gap = 1 - (found.float() * wanted.float()).sum(1) if row == "encode" else found.float() - wanted.float()
+    gap = 1 - (found.float() * wanted.float()).sum(1) if row in ("encode", "late") else found.float() - wanted.float()
     return f"{float(gap.abs().max()):.0e}"
 
 
