@@ -42,7 +42,7 @@ class SpladeStage:
         asked = self._encode(list(queries.values()), "query", QUERY_BATCH)
         for n, query in enumerate(self.context.progress(queries, "splade: search")):
             own = slice(asked.ends[n], asked.ends[n + 1])
-            scores = index.scores(asked.words[own], asked.weights[own])[places]
+            scores = index.scores(asked.words[own], asked.weights[own])[places].astype(np.float32)
             best = order(scores)[:k]
             best = best[scores[best] > 0]
             run[query] = Ranked([ids[i] for i in best], scores[best])
@@ -81,7 +81,7 @@ class Index:
         self.starts = np.searchsorted(words, np.arange((int(words[-1]) if len(words) else 0) + 2))
 
     def scores(self, words: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """The dot product with every document: N, fp32, 0 if they share no word.
+        """The dot product with every document: N, fp64, 0 if they share no word.
 
         Args:
             words, weights: of a query, as SparseVectors has them.
@@ -91,4 +91,4 @@ class Index:
             if word + 1 < len(self.starts):
                 own = slice(self.starts[word], self.starts[word + 1])
                 found[self.documents[own]] += weight * self.weights[own].astype(np.float64)
-        return found.astype(np.float32)
+        return found
