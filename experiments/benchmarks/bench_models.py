@@ -24,8 +24,6 @@ that does one of them alone. Times of one run on a shared machine: read the rati
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,12 +37,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
 import causal_rows
+import late_rows
 from rerank_kernels import subspace_attention
 from rerank_lab.cli import count
 from rerank_lab.datasets import load_dataset
@@ -55,7 +53,6 @@ from rerank_lab.models.base import Detail, Inputs
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
-from rerank_lab.models.late_interaction import LateInteraction
 from rerank_lab.models.registry import locate
 from rerank_lab.models.runtimes import PRECISIONS, RUNTIMES
 from rerank_lab.reranker import Reranker
@@ -78,28 +75,6 @@ def classifier(folder: Path, limit: int) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.model_max_length = limit
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-def colbert(folder: Path, limit: int) -> Path:
-    """Writes a late-interaction model in PyLate's layout with the default bi-encoder's weights and an untrained projection to R dimensions."""
-    source = locate(MODEL, "bi-encoder")
-    shutil.copytree(source, folder, ignore=lambda place, names: [name for name in names if name[:1].isdigit() or name.endswith(".safetensors")])
-    (folder / "model.safetensors").symlink_to(source / "model.safetensors")
-    (folder / "1_Dense").mkdir()
-    width = json.loads((source / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-    weight = torch.randn(R, width, generator=torch.Generator().manual_seed(0)) * width**-0.5
-    save_file({"linear.weight": weight}, folder / "1_Dense" / "model.safetensors")
-    kinds = (("", "sentence_transformers.models.Transformer"), ("1_Dense", "pylate.models.Dense.Dense"))
-    files: dict[str, Any] = {
-        "modules.json": [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(kinds)],
-        "1_Dense/config.json": {"in_features": width, "out_features": R, "bias": False, "activation_function": "torch.nn.modules.linear.Identity"},
-        "config_sentence_transformers.json": {
-            "model_type": "ColBERT", "query_prefix": "[unused0] ", "document_prefix": "[unused1] ", "query_length": QUERY_TOKENS, "document_length": limit,
-        },
-    }  # fmt: skip
-    for name, value in files.items():
-        (folder / name).write_text(json.dumps(value), encoding="utf-8")
     return folder
 
 
@@ -133,7 +108,7 @@ class BenchInputs:
     @cached_property
     def late(self) -> str:
         folder = self.folder.with_name("late")
-        return str(folder if folder.is_dir() else colbert(folder, self.options.tokens))
+        return str(folder if folder.is_dir() else late_rows.colbert(folder, self.options.tokens))
 
     @cached_property
     def token_vectors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,16 +148,11 @@ def encode_ours(s: BenchInputs, way: str) -> Action:
 
 
 def late_peer(s: BenchInputs) -> Action:
-    from sentence_transformers import MultiVectorEncoder
-
-    model = MultiVectorEncoder(s.late, device="cpu")
-    return lambda: torch.cat([*model.encode_document(s.texts, show_progress_bar=False)])
+    return late_rows.peer(s.late, s.texts)
 
 
 def late_ours(s: BenchInputs, way: str) -> Action:
-    model = load_bi_encoder(s.late, device="cpu", **runtime_and_precision(way))
-    assert isinstance(model, LateInteraction)
-    return lambda: model.encode(s.texts, max_tokens=s.options.tokens).tokens
+    return late_rows.ours(s.late, s.texts, s.options.tokens, **runtime_and_precision(way))
 
 
 def pairs_peer(s: BenchInputs, pools: int | None = None) -> Action:
@@ -295,9 +265,7 @@ def flops(s: BenchInputs, row: str) -> float:
         texts = model.tokenize(s.texts, "document", s.options.tokens - model.specials)
         return float(model.flops(torch.tensor([len(t) - model.specials for t in texts]), Detail.POOLED))
     if row == "late":
-        late = load_bi_encoder(s.late, device="cpu")
-        lengths = torch.tensor([len(t) - late.specials for t in late.tokenize(s.texts, "document", s.options.tokens)])
-        return float(late.flops(lengths, Detail.TOKENS))
+        return late_rows.flops(s.late, s.texts, s.options.tokens)
     if row == "pairs":
         cross = load_cross_encoder(s.checkpoint, device="cpu")
         assert isinstance(cross, CrossEncoder)

@@ -14,11 +14,7 @@ from tests.conftest import DOCUMENTS, ROOT
 sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
 import bench_models as script
 
-<<<<<<< ours
-LINE = re.compile(r"^(encode|pairs|seen|one-way|causal|tokens) +(\S.*?) +([\d.]+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
-=======
-LINE = re.compile(r"^(encode|pairs|late|seen|one-way|tokens) +(\S.*?) +([\d.]+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
->>>>>>> theirs
+LINE = re.compile(r"^(encode|pairs|late|seen|one-way|causal|tokens) +(\S.*?) +([\d.]+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
 
 
 @pytest.fixture
@@ -39,13 +35,8 @@ def test_every_row_prints_what_it_found(run: Callable[..., str], monkeypatch: py
     out = run()
     rows = LINE.findall(out)
     found = {name: (float(ratio), apart, share) for _, name, ratio, apart, share, _ in rows}
-<<<<<<< ours
-    assert {row for row, *_ in rows} == {"encode", "pairs", "seen", "one-way", "causal", "tokens"}
-    for first in ("SentenceTransformer.encode", "CrossEncoder.predict", "fast, documents new"):
-=======
-    assert {row for row, *_ in rows} == {"encode", "pairs", "late", "seen", "one-way", "tokens"}
+    assert {row for row, *_ in rows} == {"encode", "pairs", "late", "seen", "one-way", "causal", "tokens"}
     for first in ("SentenceTransformer.encode", "CrossEncoder.predict", "MultiVectorEncoder", "fast, documents new"):
->>>>>>> theirs
         assert found[first][0] == 1.0
     assert sum(apart == "-" for _, apart, _ in found.values()) == 6, "rows without scores to compare"
     for name, (_, apart, share) in found.items():
