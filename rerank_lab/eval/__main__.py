@@ -71,9 +71,10 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def _run(settings: EvalSettings, argv: Sequence[str]) -> str:
     """Runs one evaluation or a grid of them, here or on a cluster. Returns the text for stdout."""
     from rerank_lab.eval import grid
-    from rerank_lab.eval.evaluate import checked, collection_hash, evaluate, out_folder
+    from rerank_lab.eval.evaluate import checked, collection_hash, evaluate, model_pools, out_folder
 
     collection_hash.cache_clear()
+    model_pools.cache_clear()
     if settings.grid is None:
         checked(settings)
     with _sigterm_as_interrupt(), closing(_executor(settings)) as executor, _sigterm_as_interrupt():  # Ray sets a handler of its own

@@ -237,6 +237,7 @@ def _tell_what_is_left_out(options: EvalSettings) -> None:
             print(f"{name} left out: {why}, and model {options.model!r} has none (late interaction)", file=sys.stderr)
 
 
+@cache  # the cells of a grid share models
 def model_pools(name: str) -> bool:
     """Whether the model of a name makes vectors of whole texts. True if that cannot be told; loading it then says why."""
     try:

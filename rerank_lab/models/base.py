@@ -188,7 +188,7 @@ class Encoder(Model, Protocol):
         specials: number of special tokens of a text.
         pools: whether it makes a vector of a whole text. A late-interaction model makes token vectors alone.
         dimensions, token_dimensions: columns of pooled vectors (0 if it does not pool) and of token vectors.
-        similarity: how pooled vectors are compared: "cosine" or "dot".
+        similarity: how pooled vectors are compared: "cosine" or "dot"; "maxsim", of token vectors, if it does not pool.
     """
 
     specials: int

@@ -28,7 +28,7 @@ ERROR_STATUSES = {
     404: "No such model; the known ids stand in the message.",
     413: "The body is too large.",
     415: "The body is encoded otherwise than by gzip.",
-    422: "The body is not what the schema says, or a model has another role.",
+    422: "The body is not what the schema says, or a model has another role or lacks what the method compares.",
     429: "The queue is full.",
     500: "A model failed or gave a NaN; the message names it.",
     503: "Loading or draining.",

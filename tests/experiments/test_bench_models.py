@@ -39,9 +39,11 @@ def test_every_row_prints_what_it_found(run: Callable[..., str], monkeypatch: py
     for first in ("SentenceTransformer.encode", "CrossEncoder.predict", "MultiVectorEncoder", "fast, documents new"):
         assert found[first][0] == 1.0
     assert sum(apart == "-" for _, apart, _ in found.values()) == 6, "rows without scores to compare"
-    for name, (_, apart, share) in found.items():
+    for row, name, _, apart, share, _ in rows:
+        # The model of the row `causal` is so small that its share of the processor's rate rounds to 0.
+        assert (0 if row == "causal" else 0.01) <= float(share) < 20 if name in ("ours, fp32", "ours, bf16") else share == "-"
+    for name, (_, apart, _) in found.items():
         assert apart == "-" or float(apart) < (0.02 if "bf16" in name else 1e-4), name
-        assert (0.01 < float(share) < 20) if name in ("ours, fp32", "ours, bf16") else share == "-"
     assert found["fast, seen"][0] > 1 and found["minilm-cross, seen"][0] > found["minilm-cross, documents new"][0]
     assert f"{len(DOCUMENTS)} documents of small, 12 pairs" in out and len(re.findall(r"p95 [\d.]+ x the median forward", out)) == 2
     if "pylate.rank.rerank" not in found:
