@@ -39,7 +39,7 @@ def test_every_row_prints_what_it_found(run: Callable[..., str], monkeypatch: py
     for first in ("SentenceTransformer.encode", "CrossEncoder.predict", "MultiVectorEncoder", "fast, documents new"):
         assert found[first][0] == 1.0
     assert sum(apart == "-" for _, apart, _ in found.values()) == 6, "rows without scores to compare"
-    for row, name, _, apart, share, _ in rows:
+    for row, name, _, _, share, _ in rows:
         # The model of the row `causal` is so small that its share of the processor's rate rounds to 0.
         assert (0 if row == "causal" else 0.01) <= float(share) < 20 if name in ("ours, fp32", "ours, bf16") else share == "-"
     for name, (_, apart, _) in found.items():
