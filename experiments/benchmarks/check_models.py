@@ -146,7 +146,7 @@ def _difference(ours: Scores, reference: Scores, queries: Sequence[str], documen
 
 def _reason(message: str, folder: Path) -> str:
     """A refusal without the model's name and folder."""
-    said = re.sub(r"^model '[^']*':? ", "", message).replace(f"{folder}/", "").replace(str(folder), "the folder")
+    said = re.sub(r"^model '[^']*':? ", "", message).replace(f"{folder}/", "").replace(str(folder), "the folder").replace(f"{folder.parent}/", "")
     return said.replace("|", "\\|")
 
 
