@@ -143,6 +143,7 @@ def _evaluate(
         log.warning("%s: %s", dataset.name, note)
     local = [system for system in systems.values() if not system.remote]
     reranker = _reranker(options, local)
+    dataset.notes.extend(f"model {model.name}: {note}" for model in (reranker.encoder, reranker.cross) if model is not None for note in model.notes)
     log.info("%s (%s): %d documents, %d judged queries", dataset.name, dataset.split, len(dataset.corpus), len(dataset.qrels))
     try:
         about = executor.about(reranker)

@@ -176,6 +176,10 @@ class Model(Protocol):
     @property
     def precision(self) -> str: ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a person should know of how it reads, such as prompts that it has none of: a sentence each, without its name."""
+
     def reading(self) -> str:
         """Settings of the checkpoint that differ from the defaults (similarity, prompts, dimensions), as JSON for results; "" without any."""
 

@@ -101,6 +101,11 @@ class BiEncoder(TransformerEncoder):
             return self.head.out_features
         return int(self.config.hidden_size if self.subspace is None else self.subspace.shape[1])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """As Encoder.notes."""
+        return self.checkpoint.notes
+
     def reading(self) -> str:
         """As Encoder.reading."""
         return self.checkpoint.reading()

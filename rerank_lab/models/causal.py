@@ -113,6 +113,11 @@ class CausalReranker:
         asked = overrides.instruction
         self.fingerprint = fingerprint(folder) if asked is None else hashlib.sha256(f"{fingerprint(folder)}\0{asked}".encode()).hexdigest()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """As Scorer.notes."""
+        return self.checkpoint.scorer.notes
+
     def reading(self) -> str:
         """As Scorer.reading."""
         return self.checkpoint.reading()

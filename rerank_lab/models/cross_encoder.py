@@ -130,6 +130,11 @@ class CrossEncoder:
         lengths = torch.tensor([pair.size for pair in work], dtype=torch.int64, device="cpu")
         return self.logits(work), lengths, torch.tensor([pair.cut for pair in work], dtype=torch.bool, device="cpu")
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """As Scorer.notes."""
+        return self.checkpoint.notes
+
     def reading(self) -> str:
         """As Scorer.reading."""
         return self.checkpoint.reading()

@@ -100,6 +100,11 @@ class LateInteraction(TransformerEncoder):
         linear = [module.out_features for name, module in self.project.named_modules() if isinstance(module, nn.Linear) and "residual" not in name]
         return int(linear[-1] if linear else self.config.hidden_size)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """As Encoder.notes."""
+        return self.checkpoint.notes
+
     def reading(self) -> str:
         """As Encoder.reading: layout, prompts, lengths, expansion, skiplist."""
         return self.checkpoint.reading(self.prompt("query"), self.prompt("document"))

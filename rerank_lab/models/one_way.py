@@ -233,6 +233,7 @@ class OneWayCrossEncoder:
     """
 
     shares = False
+    notes: tuple[str, ...] = ()
 
     def __init__(self, encoder: BiEncoder, adapter: Path, name: str):
         self.encoder, self.name = encoder, name

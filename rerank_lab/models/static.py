@@ -119,6 +119,11 @@ class StaticEncoder:
         """How the model compares pooled vectors: "cosine" or "dot"."""
         return self.checkpoint.similarity
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """As Encoder.notes."""
+        return self.checkpoint.notes
+
     def reading(self) -> str:
         """As Encoder.reading."""
         return self.checkpoint.reading()

@@ -124,6 +124,14 @@ def test_results_and_report_say_what_was_asked_for(plain: Path, tmp_path: Path, 
     assert main([*words, "--out", str(tmp_path / "flags"), "--resume"]) == 2, "another prompt is another run"
 
 
+def test_results_tell_of_a_family_that_wants_prompts_and_has_none(tmp_path: Path, beir: Callable[..., Path]) -> None:
+    words = ["--dataset", str(beir()), "--model", str(bi_encoder(tmp_path / "e5-small-v2", "Normalize")), "--methods", "fast", "--cold-queries", "0"]
+    for out, more, told in (("bare", [], True), ("asked", ["--query-prompt", "query: ", "--document-prompt", "passage: "], False)):
+        assert main([*words, "--out", str(tmp_path / out), *more]) == 0
+        notes = json.loads((tmp_path / out / "results.json").read_text())["dataset"]["notes"]
+        assert any("--query-prompt 'query: ' --document-prompt 'passage: '" in note for note in notes) is told
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -29,6 +29,7 @@ class Late:
     """
 
     name, fingerprint, shares = "late", "late 1", False
+    notes: tuple[str, ...] = ()
 
     def __init__(self, encoder: Encoder):
         self.encoder, self.device, self.limit = encoder, encoder.device, encoder.limit

@@ -30,6 +30,7 @@ class Overlap:
     device: ClassVar[torch.device] = torch.device("cpu")
     fingerprint = hashlib.sha256(b"overlap 1").hexdigest()
     needs: Needs | None = None
+    notes: tuple[str, ...] = ()
 
     def reading(self) -> str:
         """Always "": it has no settings."""
