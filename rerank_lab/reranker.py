@@ -21,7 +21,7 @@ from rerank_lab.files import valid_text
 from rerank_lab.methods import DROPPED, Method, Pool, as_method, inputs
 from rerank_lab.methods.inputs import Document
 from rerank_lab.methods.pool import Flops
-from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Scorer
+from rerank_lab.models.base import Detail, Encoder, Scorer
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
 from rerank_lab.timing import Clock
 
@@ -128,9 +128,7 @@ class Reranker:
             raise UserError(f"device must be a name, such as 'cpu' or 'cuda:0', or a torch.device, not {device!r}")
         method.check_roles(first, second)
         named, loaded = zip(*((given, None) if isinstance(given, str) else (None, given) for given in (first, second)))
-        asked = inputs.overrides(query_prompt, document_prompt, truncate_dim, instruction)
-        if asked != AS_IT_IS and any(one is not None for one in loaded):
-            raise UserError("a model is loaded already: give its prompts, dimensions and instruction as overrides to the call that loads it")
+        asked = inputs.overrides(query_prompt, document_prompt, truncate_dim, instruction, first, second)
         spec = EngineSpec(named[0], named[1], subspace, str(device), runtime, precision, **asdict(asked), cache_dir=cache_dir, cache_bytes=cache_bytes)
         self._set(spec.load(*loaded), method, max_tokens, fuse, True)
         method.check_models(self.encoder, self.cross)

@@ -156,12 +156,21 @@ def real(name: str, value: Any, wanted: str = "") -> float:
     return number
 
 
-def overrides(query_prompt: Any, document_prompt: Any, truncate_dim: Any, instruction: Any) -> Overrides:
+def overrides(query_prompt: Any, document_prompt: Any, truncate_dim: Any, instruction: Any, model: object, cross: object) -> Overrides:
     """What a person asks of the models in place of what their folders say.
 
+    Args:
+        query_prompt, document_prompt, truncate_dim, instruction: as the user gave them; None: nothing.
+        model, cross: the models: a name, a loaded model, or None.
+
     Raises:
-        UserError: a prompt or the instruction is no text, or truncate_dim no whole number of at least 1.
+        UserError: a prompt or the instruction is no text, truncate_dim is no whole number of at least 1, or no model is loaded that would read it.
     """
+    of_model = {"query_prompt": query_prompt, "document_prompt": document_prompt, "truncate_dim": truncate_dim}
+    for name, given, reads, role in (*((name, given, model, "model") for name, given in of_model.items()), ("instruction", instruction, cross, "model_cross")):
+        if given is not None and not isinstance(reads, str):
+            remedy = f"name one as {role}" if reads is None else f"{role} is loaded already: give it as overrides to the call that loads it"
+            raise UserError(f"{name}: no model is loaded here that reads it; {remedy}")
     for name, given in (("query_prompt", query_prompt), ("document_prompt", document_prompt), ("instruction", instruction)):
         if given is not None and not (isinstance(given, str) and valid_text(given)):
             raise UserError(f"{name} must be a string, not {_shown(given)}")

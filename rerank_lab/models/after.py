@@ -53,6 +53,18 @@ def width_after(after: nn.Sequential, width: int) -> int:
     return int(linear[-1] if linear else width)
 
 
+def check_width(name: str, asked: int | None, width: int) -> None:
+    """Refuses to keep more components than there are.
+
+    Args:
+        name: of the model, for messages.
+        asked: components that a person asks for; None: nothing.
+        width: components of the model's vectors.
+    """
+    if asked is not None and asked > width:
+        raise UserError(f"model {name!r}: truncate_dim {asked} keeps more components than its vectors have, {width}")
+
+
 def dense_activation(config: Mapping[str, Any], folder: Path, name: str, of: str | None = SENTENCE) -> str:
     """The activation of a Dense module, one of ACTIVATIONS.
 

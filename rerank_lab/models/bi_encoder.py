@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.after import Normalize, after_pooling, width_after
+from rerank_lab.models.after import Normalize, after_pooling, check_width, width_after
 from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Overrides, Tokens, Vectors
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_lab.models.exported import choose, network
@@ -21,6 +21,7 @@ from rerank_lab.models.families import BI, T5_ENCODERS, weights_of
 from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.pooling import pooled
+from rerank_lab.models.prompts import check_room
 from rerank_lab.models.registry import Placement, Source, pick_device
 from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets, warn
 
@@ -73,6 +74,7 @@ class BiEncoder(TransformerEncoder):
         self.tokenizer, self.truncation_side = fast_tokenizer(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         self.special_ids = frozenset(tokenizer.all_special_ids)
         self.after = after_pooling(found.after, name).to(self.device)
+        check_width(name, overrides.truncate_dim, width_after(self.after, self.config.hidden_size))
         self.fingerprint, self.weights = fingerprint(folder), fingerprint(found.root, weights_of(found.root))
         self.head = _token_head(folder / found.token_head, name, self.config.hidden_size).to(self.device) if found.token_head else None
         if self.head is not None and subspace is not None:
@@ -185,6 +187,7 @@ class BiEncoder(TransformerEncoder):
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
         """As Encoder.tokenize; the model's limit applies too."""
         prompt, limit, found = self.prompt(kind), min(max_tokens, self.limit), []
+        check_room(self.name, self.tokenizer, prompt, kind, limit)
         unpooled = 0 if self.checkpoint.prompt_pooled or not prompt else self._prompt_length(prompt, limit)
         for encoding in encodings(self.tokenizer, [prompt + text for text in texts]):
             wanted = len(encoding)

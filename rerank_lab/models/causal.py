@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ from rerank_lab.models.causal_checkpoint import read_causal
 from rerank_lab.models.chat import ChatTemplate
 from rerank_lab.models.decoder import Decoder
 from rerank_lab.models.families import CAUSAL, family
-from rerank_lab.models.folder import Folder
+from rerank_lab.models.folder import Folder, as_dict
 from rerank_lab.models.forward import fast_tokenizer, limit_of, load_checkpoint, plan_batches, token_budget
 from rerank_lab.models.packed_decoder import KeysValues
 from rerank_lab.models.registry import Placement, Source, pick_device
 from rerank_lab.models.templates import TemplatePrompt
-from rerank_lab.models.transformer_encoder import fingerprint
+from rerank_lab.models.transformer_encoder import scorer_fingerprint
 
 
 class Beginning:
@@ -55,6 +55,15 @@ class DocumentBatch(WorkItem):
 
     beginning: Beginning
     rests: Sequence[np.ndarray]
+
+
+MOVING = {"dynamic", "longrope"}  # kinds of rotary positions whose frequencies follow the length of the input
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions in a configuration, which may differ between kinds of layers."""
+    given = as_dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    return {str(one.get("rope_type") or one.get("type")) for one in (given, *map(as_dict, given.values()))}
 
 
 class CausalReranker:
@@ -97,6 +106,11 @@ class CausalReranker:
         self.checkpoint = found = read_causal(Folder(folder, name)).overridden(overrides)
         number = torch.bfloat16 if precision == "bf16" else torch.float32
         model, tokenizer = load_checkpoint(AutoModelForCausalLM, found.scorer.root, name, number=number)
+        if moving := _rope_types(model.config) & MOVING:
+            raise UserError(
+                f"model {name!r} turns its positions by frequencies that depend on how much is read at once (rope_type {', '.join(sorted(moving))}): a score would "
+                "depend on what shares its batch; name a model with fixed ones"
+            )
         fast = fast_tokenizer(tokenizer, lower=found.scorer.lower)
         positions = limit_of(found.scorer, model, tokenizer, 0)
         self.prompt: ChatTemplate | TemplatePrompt
@@ -110,8 +124,7 @@ class CausalReranker:
         self.limit = self.prompt.limit
         yes, no = found.answers(fast)
         self.decoder = Decoder(model.to(self.device), yes, no, name)
-        asked = overrides.instruction
-        self.fingerprint = fingerprint(folder) if asked is None else hashlib.sha256(f"{fingerprint(folder)}\0{asked}".encode()).hexdigest()
+        self.fingerprint = scorer_fingerprint(folder, found.template is None, overrides.instruction)
 
     @property
     def notes(self) -> tuple[str, ...]:

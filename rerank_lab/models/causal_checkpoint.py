@@ -61,7 +61,7 @@ class CausalCheckpoint:
     def reading(self) -> str:
         """As Scorer.reading."""
         said = {"prompt": "its own chat template" if self.template is None else self.template.family}
-        return json.dumps(said | ({"instruction": self.instruction} if self.instruction else {}), ensure_ascii=False)
+        return json.dumps(said | {"instruction": self.instruction}, ensure_ascii=False)
 
 
 def read_causal(folder: Folder) -> CausalCheckpoint:

@@ -88,6 +88,7 @@ class Checkpoint:
         lower: whether texts are lower-cased first.
         card: the prompts that models of this family are known to want, if the folder has none and none are asked for.
         said: what is passed over or assumed, a sentence each.
+        asked: names of the fields that a person has asked for in place of what the folder says.
         newly_read: settings that earlier releases ignored. They go into the cache's key, so that vectors made then are not used now.
     """
 
@@ -109,6 +110,7 @@ class Checkpoint:
     lower: bool = False
     card: CardPrompts | None = None
     said: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
     newly_read: tuple[str, ...] = ()
 
     @property
@@ -133,12 +135,12 @@ class Checkpoint:
         changed = {name: value for name, value in given.items() if value is not None}
         if {"query_prompt", "document_prompt"} & changed.keys():
             changed["card"] = None
-        return replace(self, **changed)
+        return replace(self, asked=tuple(name for name in changed if name != "card"), **changed)
 
     def reading(self) -> str:
         """Settings that differ from the defaults (similarity, prompts, dimensions, heads), as JSON for results; "" without any."""
         usual = {"similarity": "cosine", "truncate_dim": None, "token_head": "", "query_prompt": "", "document_prompt": "", "pair_prompt": ""}
-        asked = {key: value for key, before in usual.items() if (value := getattr(self, key)) != before}
+        asked = {key: value for key, before in usual.items() if (value := getattr(self, key)) != before or key in self.asked}
         if not self.prompt_pooled and (self.query_prompt or self.document_prompt):
             asked["include_prompt"] = False
         return json.dumps(asked, ensure_ascii=False) if asked else ""
@@ -302,7 +304,7 @@ def read_pooled(found: Checkpoint, folder: Folder, first: int) -> Checkpoint:
     for kind, place in after:
         config = read_json(place / "config.json")
         only_known(config, f"{place.name}/config.json", kind, name)
-        if kind == "Normalize" and (odd := set(config.values()) - {None, "sentence_embedding"}):
+        if kind == "Normalize" and (odd := [value for value in config.values() if value not in (None, "sentence_embedding")]):
             raise UserError(f"model {name!r}: {place.name} normalises {', '.join(map(str, odd))}, which is not known here")
     found = read_prompts(found, folder)
     truncate = checked_truncate_dim(about.get("truncate_dim"), f"model {name!r}: truncate_dim in config_sentence_transformers.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from rerank_lab.models.forward import TokenBatch, batches, encoder_flops, encodi
 from rerank_lab.models.packed import Packed
 from rerank_lab.models.padded import Padded
 from rerank_lab.models.registry import Placement, Source, pick_device
-from rerank_lab.models.transformer_encoder import fingerprint
+from rerank_lab.models.transformer_encoder import scorer_fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +83,7 @@ class CrossEncoder:
         # A second tokenizer: truncation is a state of the tokenizer, and threads share it.
         self.pairing = Tokenizer.from_str(self.tokenizer.to_str())
         self.pairing.enable_truncation(longest, strategy="longest_first", direction=self.truncation_side)
-        asked = overrides.instruction
-        self.fingerprint = fingerprint(folder) if asked is None else hashlib.sha256(f"{fingerprint(folder)}\0{asked}".encode()).hexdigest()
+        self.fingerprint = scorer_fingerprint(folder, self.template is not None, overrides.instruction)
 
     headed = True  # whether the transformer's class has the head
 

@@ -136,7 +136,7 @@ def read_late(folder: Folder) -> LateCheckpoint:
     only_known({key: value for key, value in about.items() if key not in OF_PYLATE}, ABOUT, "about", folder.name)
     if odd := [key for key in ("activation_fn", "truncate_dim") if about.get(key) is not None]:
         raise UserError(f"model {folder.name!r}: {ABOUT} has {odd[0]}, which nothing applies to token vectors; remove it")
-    if about.get("similarity_fn_name") not in SIMILARITIES:
+    if not isinstance(about.get("similarity_fn_name"), str | None) or about.get("similarity_fn_name") not in SIMILARITIES:
         raise UserError(f"model {folder.name!r} compares by {about['similarity_fn_name']} (similarity_fn_name), which is not computed here; maxsim is")
     similarity = SIMILARITIES[about.get("similarity_fn_name")]
     said = ("its own score is maxsim divided by the number of the query's tokens, which orders documents alike",) if similarity == MEAN else ()
@@ -146,7 +146,7 @@ def read_late(folder: Folder) -> LateCheckpoint:
 
 def _read_stanford(begun: LateCheckpoint, folder: Folder) -> LateCheckpoint:
     metadata = read_json(folder.path / METADATA)
-    if (folder.architecture != "HF_ColBERT" and not metadata) or any((folder.about.get("prompts") or {}).values()):
+    if (folder.architecture != "HF_ColBERT" and not metadata) or any(as_dict(folder.about.get("prompts")).values()):
         raise UserError(f"model {folder.name!r}: {folder.path} has no modules.json, which says how its {ABOUT} is used; copy the whole model")
     for key, done in DONE.items():
         if metadata.get(key) not in done:
@@ -205,7 +205,10 @@ def _of_pylate(about: Mapping[str, Any]) -> dict[str, Any]:
     if not OF_PYLATE & about.keys():
         return found
     attend = about.get("attend_to_expansion_tokens", about.get("attend_to_mask_tokens"))
-    return found | {"query_length": None, "query_expansion": {"strategy": "fixed", "attend": bool(attend), "length": found.get("query_length") or EXPANDED}}
+    return found | {
+        "query_length": None,
+        "query_expansion": {"strategy": "fixed", "attend": False if attend is None else attend, "length": found.get("query_length") or EXPANDED},
+    }
 
 
 def _modules(folder: Folder) -> tuple[tuple[Path, ...], dict[str, Any]]:
@@ -228,7 +231,7 @@ def _modules(folder: Folder) -> tuple[tuple[Path, ...], dict[str, Any]]:
     for _, path in dense:
         dense_activation(folder.module_config(path), folder.path / path, folder.name, TOKENS)
     normalize = configs.get("Normalize", {"module_input_name": TOKENS})
-    if {normalize.get("module_input_name"), normalize.get("module_output_name") or TOKENS} != {TOKENS}:
+    if [normalize.get("module_input_name"), normalize.get("module_output_name") or TOKENS] != [TOKENS, TOKENS]:
         raise UserError(f"model {folder.name!r}: its Normalize maps something else than {TOKENS}, which is not computed here")
     if configs.get(MASK, {}).get("keep_only_token_ids"):
         raise UserError(f"model {folder.name!r}: {MASK} keeps only some tokens (keep_only_token_ids), as models of images do, which is not computed here")

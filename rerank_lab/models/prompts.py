@@ -6,6 +6,8 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer
+
 from rerank_lab.errors import UserError
 from rerank_lab.models.folder import ABOUT, Folder
 
@@ -35,6 +37,8 @@ def prompts_of(folder: Folder) -> dict[str, str]:
     place = folder.path / ABOUT
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise UserError(f"{place}: prompts must be an object of strings")
+    if not isinstance(chosen, str | None):
+        raise UserError(f"{place}: default_prompt_name must be the name of a prompt, not {chosen!r}")
     if chosen is not None and chosen not in ("query", "document") and chosen not in prompts:
         raise UserError(f"{place}: default_prompt_name {chosen!r} is none of its prompts ({', '.join(prompts) or 'it has none'})")
     return {key: text or "" for key, text in prompts.items()}
@@ -90,6 +94,21 @@ def card_prompts(folder: Folder) -> CardPrompts | None:
     places = [folder.name, path.name, path.parent.parent.name if path.parent.name == "snapshots" else "", str(folder.config.get("_name_or_path") or "")]
     names = [re.split(r"[/\\]|--", place.rstrip("/"))[-1].replace("_", "-") for place in places]
     return next((prompts for pattern, prompts in CARDS if any(pattern.search(name) for name in names)), None)
+
+
+def check_room(name: str, tokenizer: Tokenizer, prompt: str, kind: str, limit: int) -> None:
+    """Refuses a prompt that leaves no token of a text within the limit: all texts would be the same.
+
+    Args:
+        name: of the model, for messages.
+        tokenizer: of the model, without padding and truncation.
+        prompt: put before texts of this kind, "query" or "document".
+        limit: tokens of prompt and text that are read.
+    """
+    if prompt and (taken := len(tokenizer.encode(prompt.rstrip(), add_special_tokens=False))) >= limit:
+        raise UserError(
+            f"model {name!r}: its {kind} prompt takes {taken} tokens, and {limit} are read of prompt and text together; a shorter one, or a higher max_tokens_per_doc"
+        )
 
 
 def _in_shell(text: str) -> str:

@@ -83,7 +83,8 @@ def read_sparse(folder: Folder) -> SparseCheckpoint:
         raise UserError(f"model {name!r} compares by {about['similarity_fn_name']} (similarity_fn_name), which is not computed for sparse encoders; dot is")
     if bare:
         refuse_leftovers(folder)
-        return SparseCheckpoint(name, path, folder.root, SPARSE, "max", similarity="dot", **transformer_settings(folder, SPARSE))
+        said = "it has no modules.json: the masked language model is read as SPLADE, as sentence-transformers does; one that was not trained so weighs no words"
+        return SparseCheckpoint(name, path, folder.root, SPARSE, "max", similarity="dot", said=(said,), **transformer_settings(folder, SPARSE))
     settings = transformer_settings(folder, SPARSE, "feature-extraction" if kinds[0] == "Transformer" else None)
     pooling, activation = _pooling(folder, folder.modules[1][1])
     most = about.get("max_active_dims")

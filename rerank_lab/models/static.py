@@ -21,12 +21,13 @@ from torch.nn.functional import embedding_bag
 
 from rerank_kernels import exactly, project_normalize
 from rerank_lab.errors import ModelError, UserError
-from rerank_lab.models.after import after_pooling, width_after
+from rerank_lab.models.after import after_pooling, check_width, width_after
 from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Overrides, Tokens, Vectors
 from rerank_lab.models.checkpoint import AFTER, KNOWN_MODULE, Checkpoint, read_pooled, refuse_leftovers
 from rerank_lab.models.families import STATIC, family, refuse_parts, wrong_role
 from rerank_lab.models.folder import Folder, last_part
 from rerank_lab.models.forward import LONGEST, encodings
+from rerank_lab.models.prompts import check_room
 from rerank_lab.models.registry import Placement, Source, pick_device
 from rerank_lab.models.transformer_encoder import fingerprint, warn
 
@@ -101,6 +102,7 @@ class StaticEncoder:
                 f"model {name!r}: {found.root} has {len(self.table)} rows, and its tokenizer makes the token number {highest}; copy the whole model"
             )
         self.after = after_pooling(found.after, name).to(self.device)
+        check_width(name, overrides.truncate_dim, width_after(self.after, self.table.shape[1]))
         self.fingerprint = fingerprint(folder)
 
     @cached_property
@@ -144,6 +146,7 @@ class StaticEncoder:
     def tokenize(self, texts: Sequence[str], kind: str, max_tokens: int) -> list[Tokens]:
         """As Encoder.tokenize."""
         prompt, limit, found = self.prompt(kind), min(max_tokens, self.limit), []
+        check_room(self.name, self.tokenizer, prompt, kind, limit)
         for encoding in encodings(self.tokenizer, [prompt + text for text in texts]):
             wanted = len(encoding)
             encoding.truncate(limit, direction=self.truncation_side)

@@ -20,6 +20,7 @@ from rerank_lab.models.families import WEIGHTS
 
 log = logging.getLogger(__name__)
 DECIDING = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")
+CHAT = ("*.jinja", "chat_template.json")  # read by scorers alone
 # The tokenizer of a folder without tokenizer.json.
 TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")
 
@@ -120,6 +121,18 @@ def warn(name: str, notes: Sequence[str]) -> None:
     """Logs what a person should know of the reading of a model's folder."""
     for note in notes:
         log.warning("model %r: %s", name, note)
+
+
+def scorer_fingerprint(folder: Path, template: bool, instruction: str | None) -> str:
+    """The hash of everything that a scorer's output depends on.
+
+    Args:
+        folder: the checkpoint.
+        template: whether it reads pairs by its chat template.
+        instruction: what is asked for in place of its own; None: nothing.
+    """
+    parts = [fingerprint(folder), *([fingerprint(folder, CHAT)] if template else []), *([] if instruction is None else [instruction])]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def fingerprint(folder: Path, names: Sequence[str] = DECIDING) -> str:

@@ -296,7 +296,7 @@ def overrides(options: argparse.Namespace, roles: Mapping[str, str]) -> dict[str
         for given in getattr(options, name):
             model, equals, value = given.partition("=")
             if not equals:
-                meant = named or ids
+                meant = list(dict.fromkeys(named or ids))
                 if len(meant) != 1:
                     raise UserError(f"{flag} {given!r}: there are {len(meant)} models of its role ({', '.join(meant)}); write {flag} MODEL={given}")
                 model, value = meant[0], given
