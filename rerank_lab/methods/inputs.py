@@ -166,15 +166,16 @@ def overrides(query_prompt: Any, document_prompt: Any, truncate_dim: Any, instru
     Raises:
         UserError: a prompt or the instruction is no text, truncate_dim is no whole number of at least 1, or no model is loaded that would read it.
     """
+    for name, given in (("query_prompt", query_prompt), ("document_prompt", document_prompt), ("instruction", instruction)):
+        if given is not None and not (isinstance(given, str) and valid_text(given)):
+            raise UserError(f"{name} must be a string, not {_shown(given)}")
+    kept = None if truncate_dim is None else whole("truncate_dim", truncate_dim)
     of_model = {"query_prompt": query_prompt, "document_prompt": document_prompt, "truncate_dim": truncate_dim}
     for name, given, reads, role in (*((name, given, model, "model") for name, given in of_model.items()), ("instruction", instruction, cross, "model_cross")):
         if given is not None and not isinstance(reads, str):
             remedy = f"name one as {role}" if reads is None else f"{role} is loaded already: give it as overrides to the call that loads it"
             raise UserError(f"{name}: no model is loaded here that reads it; {remedy}")
-    for name, given in (("query_prompt", query_prompt), ("document_prompt", document_prompt), ("instruction", instruction)):
-        if given is not None and not (isinstance(given, str) and valid_text(given)):
-            raise UserError(f"{name} must be a string, not {_shown(given)}")
-    return Overrides(query_prompt, document_prompt, None if truncate_dim is None else whole("truncate_dim", truncate_dim), instruction)
+    return Overrides(query_prompt, document_prompt, kept, instruction)
 
 
 def path(name: str, given: Any) -> str | None:

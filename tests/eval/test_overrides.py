@@ -77,6 +77,12 @@ def test_a_query_of_another_prompt_is_not_taken_from_the_cache(plain: Path, tmp_
         ({"truncate_dim": True}, "truncate_dim must be a whole number"),
         ({"instruction": b"x"}, "instruction must be a string"),
         ({"model_cross": "minilm-cross", "method": "standard", "instruction": "rank"}, "'minilm-cross' takes no instruction"),
+        ({"instruction": "rank"}, "instruction: no model is loaded here that reads it; name one as model_cross"),
+        ({"truncate_dim": 33}, "truncate_dim 33 keeps more components than its vectors have, 32"),
+        (
+            {"document_prompt": "one two three four five: ", "max_tokens_per_doc": 6},
+            "its document prompt takes 6 tokens, and 6 are read of prompt and text together",
+        ),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_by_name(plain: Path, options: dict[str, Any], message: str) -> None:
@@ -87,8 +93,15 @@ def test_what_cannot_be_asked_for_is_refused_by_name(plain: Path, options: dict[
 def test_a_loaded_model_reads_as_it_was_loaded(plain: Path) -> None:
     encoder = load_bi_encoder(plain, device="cpu", overrides=ASKED)
     assert torch.equal(scores(encoder), scores(plain, **PROMPTS))
-    with pytest.raises(UserError, match="a model is loaded already: give its prompts"):
+    with pytest.raises(UserError, match="query_prompt: no model is loaded here that reads it; model is loaded already: give it as overrides"):
         scores(encoder, **PROMPTS)
+    with pytest.raises(UserError, match="query_prompt: no model is loaded here that reads it; name one as model"):
+        scores(None, method="standard", model_cross="minilm-cross", query_prompt="q: ")
+
+
+def test_a_prompt_that_is_taken_away_is_told(stored: Path) -> None:
+    reading = load_bi_encoder(stored, device="cpu", overrides=Overrides(query_prompt="")).reading()
+    assert json.loads(reading) == {"truncate_dim": 12, "query_prompt": "", "document_prompt": "passage: "}
 
 
 def test_an_instruction_stands_where_the_folder_has_its_prompt(tmp_path: Path) -> None:

@@ -262,3 +262,16 @@ def test_it_is_served(tmp_path: Path) -> None:
     assert status == 200
     shown = {result["index"]: result["relevance_score"] for result in answer["results"]}
     assert [shown[n] for n in range(5)] == pytest.approx(torch.tensor(formulas.scores(folder, QUERY, SHORT[:5])).sigmoid().tolist(), abs=1e-4)
+
+
+def test_another_chat_template_is_another_model(tmp_path: Path) -> None:
+    folder = logit_score(tmp_path)
+    before = load_cross_encoder(str(folder), device="cpu").fingerprint
+    (folder / "chat_template.jinja").write_text((folder / "chat_template.jinja").read_text() + " ")
+    assert load_cross_encoder(str(folder), device="cpu").fingerprint != before
+
+
+def test_positions_that_follow_the_length_of_the_input_are_refused(tmp_path: Path) -> None:
+    folder = logit_score(tmp_path, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(UserError, match="frequencies that depend on how much is read at once"):
+        load_cross_encoder(str(folder), device="cpu")

@@ -14,7 +14,7 @@ from sentence_transformers import SparseEncoder
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models import sparse
 from rerank_lab.models.base import SparseVectors
-from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
+from rerank_lab.models.kinds import described, load_bi_encoder, load_cross_encoder
 from rerank_lab.models.kinds import load_sparse_encoder as load
 from tests.conftest import DOCUMENTS, QUERIES, ROOT
 from tests.models.checkpoints import BASE, Make, bi_encoder, change, modules, put, splade, transformer
@@ -141,3 +141,7 @@ def test_a_weight_of_nan_is_a_failure_of_the_model(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="gave a NaN or infinite weight"):
         load(folder, device="cpu").encode(["join"], "query")
+
+
+def test_a_bare_language_model_is_read_with_a_note(tmp_path: Path) -> None:
+    assert "is read as SPLADE" in described(str(transformer(tmp_path, "BertForMaskedLM")))["notes"]
