@@ -13,7 +13,7 @@ from rerank_kernels import exactly
 from rerank_lab.files import expanded
 from rerank_lab.models import bi_encoder, causal, cross_encoder, cross_modules, describe, late_interaction, one_way, sparse, static
 from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
-from rerank_lab.models.families import BI, CROSS, LATE, OPTIONS, SPARSE, STATIC, family, is_masked
+from rerank_lab.models.families import BI, CROSS, LATE, MASKED, OPTIONS, SPARSE, STATIC, family
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
 
@@ -168,7 +168,8 @@ def described(name: str, asked: Overrides = AS_IT_IS) -> Mapping[str, str]:
     source = Source(expanded(name), REGISTRY[name].role if name in REGISTRY else BI)
     by_name = any(kind.needs is not None and kind.takes(source) for kind in SCORERS.values())
     found = CROSS if by_name else family(source.folder)[0]
-    if found == SPARSE or (found == BI and is_masked(source.folder)):
+    # A bare masked language model may be a sparse encoder. The reader of bi-encoders refuses any other without a pooling.
+    if found == SPARSE or (found == BI and not source.folder.types and source.folder.architecture.endswith(MASKED[0])):
         return {"model": name, "give it as": OPTIONS[SPARSE], **describe.sparse(source, asked)}
     option = OPTIONS[found]
     kind = _kind(SCORERS, source) if option == OPTIONS[CROSS] else _kind(ENCODERS, source)

@@ -16,6 +16,7 @@ from typing import Any
 
 from rerank_lab.errors import UserError
 from rerank_lab.models.after import TOKENS, dense_activation
+from rerank_lab.models.base import Overrides
 from rerank_lab.models.checkpoint import KNOWN_MODULE, only_known, read_config, settings_of, transformer_settings
 from rerank_lab.models.families import BI, LATE, family, refuse_foreign, wrong_role
 from rerank_lab.models.folder import ABOUT, Folder, as_dict, last_part, read_json
@@ -110,6 +111,15 @@ class LateCheckpoint:
         more = lengths | {"query_expansion": None if self.expansion is None else asdict(self.expansion), "skiplist": " ".join(self.skiplist)}
         more |= {"similarity": self.similarity if self.similarity != SUM else None}
         return json.dumps(own | {key: value for key, value in more.items() if value}, ensure_ascii=False)
+
+    def check(self, asked: Overrides) -> None:
+        """Refuses what a person may ask of other models and a late-interaction model does not have.
+
+        Raises:
+            UserError: it is asked for.
+        """
+        if odd := [key for key in ("truncate_dim", "instruction") if getattr(asked, key) is not None]:
+            raise UserError(f"model {self.name!r} takes no {odd[0]}: it is a late-interaction model without one")
 
     def of_documents(self, prompt: str) -> str:
         """Everything here that a document's vectors depend on, as a string for a hash.

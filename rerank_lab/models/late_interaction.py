@@ -73,10 +73,9 @@ class LateInteraction(TransformerEncoder):
     ):
         from transformers import AutoModel
 
-        if odd := [key for key in ("truncate_dim", "instruction") if getattr(overrides, key) is not None]:
-            raise UserError(f"model {name!r} takes no {odd[0]}: it is a late-interaction model without one")
         self.name, self.folder, self.device, files = name, folder, torch.device(device), Folder(folder, name)
         self.checkpoint = found = read_late(files)
+        found.check(overrides)
         warn(name, found.notes)
         stanford = files.architecture == "HF_ColBERT" or found.layout == STANFORD
         model, tokenizer = load_checkpoint(AutoModel, found.root, name, spare="pooler", apart={PROJECTION} if stanford else set())
@@ -85,9 +84,7 @@ class LateInteraction(TransformerEncoder):
         self.runtime, self.precision = choose(runtime, precision), precision
         self.network = network(model, runtime=self.runtime, precision=precision, **padding(model, tokenizer)._asdict())
         self.tokenizer, self.truncation_side = fast_tokenizer(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
-        _register(tokenizer, found.markers)
-        self.mask_id = None if found.expansion is None else _mask_id(found, tokenizer)
-        self.sides = {kind: _side(found, model, tokenizer, self.tokenizer, kind, getattr(overrides, f"{kind}_prompt")) for kind in ("query", "document")}
+        self.mask_id, self.sides = read_sides(found, model, tokenizer, self.tokenizer, overrides)
         self.specials: int = tokenizer.num_special_tokens_to_add(False) + self.sides["document"].marker
         self.limit = self.sides["document"].limit
         maps = [_projection(found)] if found.layout == STANFORD else [read_dense(place, name, TOKENS) for place in found.dense]
@@ -161,6 +158,26 @@ class LateInteraction(TransformerEncoder):
         lengths = lengths + self.specials
         maps = sum(module.weight.numel() for module in self.project.modules() if isinstance(module, nn.Linear))
         return encoder_flops(self.config, lengths) + 2 * int(lengths.sum()) * maps
+
+
+def read_sides(found: LateCheckpoint, model: Any, tokenizer: Any, fast: Tokenizer, asked: Overrides) -> tuple[int | None, dict[str, Side]]:
+    """How a model reads queries and documents. Its tokenizer is made to read markers as one token.
+
+    Args:
+        found: the checkpoint.
+        model, tokenizer: of transformers. Of the model, the shape is enough.
+        fast: the Tokenizer inside the tokenizer, without padding and truncation.
+        asked: prompts in place of the folder's.
+
+    Returns:
+        the id of the token that expands queries (None: they are not expanded), and a Side for "query" and "document".
+
+    Raises:
+        UserError: queries cannot be expanded, or a limit leaves no token for the text.
+    """
+    _register(tokenizer, found.markers)
+    number = None if found.expansion is None else _mask_id(found, tokenizer)
+    return number, {kind: _side(found, model, tokenizer, fast, kind, getattr(asked, f"{kind}_prompt")) for kind in ("query", "document")}
 
 
 def _side(found: LateCheckpoint, model: Any, tokenizer: Any, fast: Tokenizer, kind: str, asked: str | None) -> Side:
