@@ -92,11 +92,6 @@ def _family_of_transformer(folder: Folder) -> tuple[str, str]:
 GENERATES, MASKED = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM", "ForPreTraining")
 
 
-def is_masked(folder: Folder) -> bool:
-    """Whether a folder is a masked language model that no file says how to pool. SPLADE models are often stored so."""
-    return len(folder.modules) < 2 and folder.architecture.endswith(MASKED)
-
-
 def wrong_role(name: str, found: str, sign: str, role: str) -> UserError:
     """The refusal of a model of a family where another role is needed."""
     pools = " if it is a reranker; an embedding model needs a modules.json that says how it pools" if (found, role) == (CAUSAL, BI) else ""
