@@ -171,7 +171,12 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--instruction", type=text, metavar="TEXT", help="the task, for a cross-encoder whose prompt has a place for one (default: the model's own)"
     )
-    what.add_argument("--max-tokens-per-doc", type=count, metavar="N", help="own tokens kept of a document; the model's limit applies too (default: 512)")
+    what.add_argument(
+        "--max-tokens-per-doc",
+        type=count,
+        metavar="N",
+        help="own tokens kept of a document, a bi-encoder's document prompt counted among them; the model's limit applies too (default: 512)",
+    )
     what.add_argument(
         "--fuse-first-stage",
         type=non_negative,

@@ -124,7 +124,7 @@ def refuse_foreign(folder: Folder, role: str) -> None:
 
     Args:
         folder: the checkpoint.
-        role: BI or CROSS, the role that is needed.
+        role: BI, CROSS or SPARSE, the role that is needed.
     """
     root, name, config = folder.root, folder.name, folder.config
     architectures = config.get("architectures") or []

@@ -1,4 +1,4 @@
-"""What bi-encoders and cross-encoders share: loading a checkpoint, tokenising, and forwards in length-sorted batches under a token budget."""
+"""What all kinds that run a transformer share: loading a checkpoint, tokenising, and forwards in length-sorted batches under a token budget."""
 
 from __future__ import annotations
 

@@ -65,14 +65,14 @@ def _places(folder: Folder) -> list[str]:
 
 
 def _lacking(folder: Path, places: Sequence[str]) -> list[str]:
-    """The places that should have weights and have none."""
+    """The places that should have weights and have none, or a part of them."""
     bare = {f"{path}/" for kind, path in Folder(folder, "").modules if last_part(kind) in WITHOUT_WEIGHTS}
     return [place for place in places if place not in bare and not _whole(folder / place)]
 
 
 def _whole(place: Path) -> bool:
-    """Whether a folder has weights, in one file or in the first of several."""
-    return any((place / file).exists() for kind in (SAFE, TORCH) for file in (kind, *_parts(place, kind)[:1]))
+    """Whether a folder has weights of a kind, in one file or in all those that an index names."""
+    return any((place / kind).exists() or ((parts := _parts(place, kind)) and all((place / file).exists() for file in parts)) for kind in (SAFE, TORCH))
 
 
 def _parts(place: Path, kind: str) -> list[str]:

@@ -95,7 +95,7 @@ def locate(name: str, role: str) -> Path:
 
     Args:
         name: a registry id, a folder or a hub name.
-        role: "bi-encoder" or "cross-encoder", the role that is needed. It is checked only for a registry id.
+        role: "bi-encoder", "cross-encoder" or "sparse encoder", the role that is needed. It is checked only for a registry id.
 
     Raises:
         UserError: the model is not found, or a registry id has another role.
@@ -130,7 +130,7 @@ class Source:
 
     Args:
         name: a registry id, a folder, a file or a hub name.
-        role: "bi-encoder" or "cross-encoder", the role that is needed.
+        role: "bi-encoder", "cross-encoder" or "sparse encoder", the role that is needed.
     """
 
     def __init__(self, name: str, role: str):

@@ -200,8 +200,10 @@ def _check(folder: Path, cell: FinishedCell) -> None:
 
 
 def _named(axis: str, values: Sequence[Json]) -> dict[str, str]:
-    """The values of an axis, as JSON → a name as short as possible that differs from the others."""
-    full = [(f"{axis}" if value else f"no {axis}") if isinstance(value, bool) else value if isinstance(value, str) else json.dumps(value) for value in values]
+    """The values of an axis, as JSON → a name as short as possible that differs from the others. An empty text is called none, as in the cells' names."""
+    empty = "none" if "none" not in values else "''"
+    texts = [empty if value == "" else value for value in values]
+    full = [(f"{axis}" if value else f"no {axis}") if isinstance(value, bool) else value if isinstance(value, str) else json.dumps(value) for value in texts]
     last = [text.rstrip("/").rpartition("/")[2] for text in full]
     brief = [text if len(text) <= 16 else f"{text[:8]}…{text[-7:]}" for text in last]
     shown = next(texts for texts in (brief, last, full) if len({*texts}) == len({*full}))

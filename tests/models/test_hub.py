@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -190,6 +191,24 @@ def test_each_file_is_fetched_once(cache: Path, hub: Hub) -> None:
     got = [path for path in hub.asked if "/resolve/" in path]
     bodies = {path: got.count(path) for path in got}
     assert bodies and max(bodies.values()) <= 2, "a HEAD and a GET"
+
+
+@pytest.mark.parametrize("name", ["a/causal-in-parts", "a/parts-of-torch"])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_part_that_is_missing_is_fetched_again(name: str, missing: int, tmp_path: Path) -> None:
+    wanted, files = REPOSITORIES[name]
+    code = f"from rerank_lab.models.registry import locate\nprint(locate({name!r}, 'cross-encoder'))"
+    with contextmanager(serve)({name: files}) as hub:
+        first = run(code, hub, tmp_path)
+        assert first.returncode == 0, first.stderr
+        snapshot = Path(first.stdout.strip())
+        part = snapshot / (PARTS if name == "a/causal-in-parts" else BINS)[missing]
+        part.resolve().unlink()
+        part.unlink(missing_ok=True)
+        again = run(code, hub, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert part.read_bytes() == files[part.name]
+    assert {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()} == wanted
 
 
 @pytest.mark.parametrize(

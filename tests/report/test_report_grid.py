@@ -273,6 +273,21 @@ def test_values_are_named_by_as_few_words_as_tell_them_apart(grid: Path) -> None
         assert [*found.collections[0].whole.rows] == [f"{method} ({name})" for name in names for method in METHODS]
 
 
+def with_prompt(prompt: str, result: dict[str, Any]) -> None:
+    result["config"]["query_prompt"] = prompt
+
+
+@pytest.mark.parametrize(("prompts", "names"), [(["", "query: "], ["none", "query: "]), (["none", ""], ["none", "''"])])
+def test_a_prompt_that_is_empty_has_a_name(grid: Path, prompts: list[str], names: list[str]) -> None:
+    for n, prompt in enumerate(prompts):
+        shutil.copytree(grid / "topics,512", grid / f"p{n}")
+        changed(grid / f"p{n}" / "results.json", partial(with_prompt, prompt))
+    write_grid(grid, {"query_prompt": prompts}, {f"p{n}": {"query_prompt": prompt} for n, prompt in enumerate(prompts)})
+    assert [*read(grid).collections[0].whole.rows] == [f"{method} ({name})" for name in names for method in METHODS]
+    assert main([str(grid)]) == 0
+    assert f"- **{names[0]} → {names[1].rstrip()}**: " in (grid / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
