@@ -106,13 +106,13 @@ def test_all_methods_run_without_a_model_named_and_none_leaves_the_cross_encoder
     assert main(["--dataset", folder, "--out", str(tmp_path / "all"), "--cold-queries", "1"]) == 0
     rows = {r["method"]: r for r in load(tmp_path / "all")["rows"]}
     assert {name: row["model_cross"] for name, row in rows.items()} == {
-        "fast": None, "standard": "minilm-cross", "optimal": "minilm-cross", "best": None, "best+cross": "minilm-cross"
+        "fast": None, "standard": "minilm-cross", "optimal": "minilm-cross", "best": None, "best+cross": "minilm-cross", "maxsim": None,
     }  # fmt: skip
     assert all(row["cold_latency_ms"]["p50"] > row["latency_ms"]["p50"] for row in rows.values()), "its documents are cached too"
     assert capsys.readouterr().err == ""
     without = ["--dataset", folder, "--model-cross", "none"]
     assert main([*without, "--out", str(tmp_path / "out"), "--cold-queries", "0"]) == 0
-    assert [r["method"] for r in load(tmp_path / "out")["rows"]] == ["fast", "best"]
+    assert [r["method"] for r in load(tmp_path / "out")["rows"]] == ["fast", "best", "maxsim"]
     assert "--model-cross none" in report_of(tmp_path / "out")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "standard, optimal" in lines[0] and "--model-cross" in lines[0]

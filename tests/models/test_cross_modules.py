@@ -134,8 +134,8 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "a residual": (lambda f: change(modular(f, "Dense", "Dense"), "2_Dense/config.json", use_residual=True), "or has a residual, which is not known"),
     "another end": (lambda f: modular(f, "Dense", "LayerNorm"), "with a Dense as the last are known, not Transformer, Pooling, Dense, LayerNorm"),
     "another package": (lambda f: put(modular(f, "Dense"), {"modules.json": modules(TYPES["Transformer"], "mine.Pooling", TYPES["Dense"])}), "are known, not mine.Pooling"),
-    "another pooling": (lambda f: modular(f, "Dense", pooling="weightedmean"), "pools by weightedmean"),
-    "another activation": (lambda f: change(modular(f, "Dense", "Dense"), "2_Dense/config.json", activation_function="mine.Tanh"), "activation mine.Tanh of its Dense"),
+    "another pooling": (lambda f: modular(f, "Dense", pooling="attention"), "pools by attention"),
+    "another activation": (lambda f: change(modular(f, "Dense", "Dense"), "2_Dense/config.json", activation_function="mine.Tanh"), "activation mine.Tanh (mine.Tanh) of its Dense"),
     "a key that is not known": (lambda f: change(modular(f, "LayerNorm", "Dense"), "2_LayerNorm/config.json", eps=1), "2_LayerNorm/config.json has eps"),
     "no weights": (lambda f: put(modular(f, "LayerNorm", "Dense"), {"2_LayerNorm/model.safetensors": None}), "is no whole LayerNorm module"),
     "a prompt that is not pooled": (
