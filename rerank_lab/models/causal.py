@@ -119,8 +119,7 @@ class CausalReranker:
         else:
             assert found.scorer.chat is not None
             self.prompt = ChatTemplate(found.scorer.chat, tokenizer, fast, found.instruction, positions, name)
-            if overrides.instruction is not None and not self.prompt.has_place_for_instruction():
-                raise UserError(f"model {name!r} takes no instruction: its chat template has no place for one")
+            self.prompt.check(overrides)
         self.limit = self.prompt.limit
         yes, no = found.answers(fast)
         self.decoder = Decoder(model.to(self.device), yes, no, name)

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from rerank_lab.errors import UserError
+from rerank_lab.models.base import Overrides
 from rerank_lab.models.forward import encodings
 from rerank_lab.models.tasks import ChatSettings
 
@@ -78,6 +79,11 @@ class ChatTemplate:
     def has_place_for_instruction(self) -> bool:
         """Whether a message of the role `system` changes what the model reads."""
         return len({self._probed("alpha", "bravo", instruction) for instruction in ("golf", "hotel india")}) > 1
+
+    def check(self, asked: Overrides) -> None:
+        """Refuses an instruction that is asked for and that the template has no place for."""
+        if asked.instruction is not None and not self.has_place_for_instruction():
+            raise UserError(f"model {self.name!r} takes no instruction: its chat template has no place for one")
 
     def render(self, query: str, documents: Sequence[str], instruction: str | None = None) -> list[str]:
         """The text that the model reads, for each document."""

@@ -75,8 +75,8 @@ class CrossEncoder:
             )
         self.tokenizer, self.truncation_side = fast_tokenizer(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         self.template = None if found.chat is None else ChatTemplate(found.chat, tokenizer, self.tokenizer, found.pair_prompt, longest, name)
-        if self.template is not None and overrides.instruction is not None and not self.template.has_place_for_instruction():
-            raise UserError(f"model {name!r} takes no instruction: its chat template has no place for one")
+        if self.template is not None:
+            self.template.check(overrides)
         self.limit: int = longest if self.template is None else self.template.limit
         self.runtime, self.precision = choose(runtime, precision), precision
         self.network = network(model, runtime=self.runtime, precision=precision, head=self.headed, **padding(model, tokenizer)._asdict())

@@ -23,7 +23,6 @@ from rerank_lab.models.packed import Packed
 from rerank_lab.models.pooling import pooled, pooling_mode
 from rerank_lab.models.registry import Placement, Source, pick_device
 
-AFTER = ("Dense", "LayerNorm", "Normalize")
 KNOWN = re.compile(r"sentence_transformers\.(?:[a-z_]+\.)+(?:Transformer|Pooling|Dense|LayerNorm|Normalize)")
 
 

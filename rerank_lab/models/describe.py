@@ -24,7 +24,7 @@ from rerank_lab.models.late_checkpoint import LateCheckpoint, read_late
 from rerank_lab.models.late_interaction import read_sides
 from rerank_lab.models.registry import DEFAULT_MODEL, REGISTRY, Source, locate
 from rerank_lab.models.sparse import read_sparse
-from rerank_lab.models.static import read_static
+from rerank_lab.models.static import read_static, read_tokenizer
 from rerank_lab.models.templates import TemplatePrompt
 from rerank_lab.models.transformer_encoder import fingerprint
 
@@ -88,11 +88,7 @@ def sparse(source: Source, asked: Overrides) -> Mapping[str, str]:
 def static(source: Source, asked: Overrides) -> Mapping[str, str]:
     """A static embedding model, by title."""
     found = read_static(source.folder).overridden(asked)
-    file = found.root / "tokenizer.json"
-    try:
-        cut = Tokenizer.from_file(str(file)).truncation or {}
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise UserError(f"model {found.name!r}: {file} does not load: {str(error).partition(chr(10))[0]}; copy the whole model") from error
+    cut = read_tokenizer(found).truncation or {}
     reads = f"{cut['max_length']} tokens of a text" if "max_length" in cut else "all tokens of a text"
     return {"kind": STATIC, **_pooled(found, "mean of the rows of its tokens"), "reads": reads, **notes(found.notes)}
 
@@ -227,10 +223,8 @@ def _chat(found: Checkpoint, tokenizer: Any, fast: Tokenizer, instruction: str, 
     """How a scorer reads a pair through its chat template, with the refusals of CrossEncoder and CausalReranker."""
     assert found.chat is not None
     template = ChatTemplate(found.chat, tokenizer, fast, instruction, longest, found.name)
-    placed = template.has_place_for_instruction()
-    if asked.instruction is not None and not placed:
-        raise UserError(f"model {found.name!r} takes no instruction: its chat template has no place for one")
-    told = _prompt(instruction) if placed else "none: its chat template has no place for one"
+    template.check(asked)
+    told = _prompt(instruction) if template.has_place_for_instruction() else "none: its chat template has no place for one"
     return {"prompt": "its own chat template", "instruction": told, "reads": PROMPTED.format(limit=template.limit)}
 
 

@@ -91,7 +91,7 @@ class StaticEncoder:
         self.checkpoint = found = own.overridden(overrides)
         self.asked_query_prompt = found.query_prompt if found.query_prompt != own.query_prompt else None
         warn(name, found.notes)
-        self.tokenizer = _tokenizer(found)
+        self.tokenizer = read_tokenizer(found)
         cut = self.tokenizer.truncation or {}
         self.limit, self.truncation_side = int(cut.get("max_length", LONGEST)), str(cut.get("direction", "right")).lower()
         self.tokenizer.no_truncation()
@@ -201,7 +201,12 @@ def _parts(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(lengths)
 
 
-def _tokenizer(found: Checkpoint) -> Tokenizer:
+def read_tokenizer(found: Checkpoint) -> Tokenizer:
+    """The tokenizer beside the table, without padding.
+
+    Raises:
+        UserError: its file is missing or damaged.
+    """
     file = found.root / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file))
