@@ -47,7 +47,7 @@ def test_what_cannot_run_is_refused_at_once(colbert: Path, beir: Callable[..., P
     monkeypatch.setattr(load_bi_encoder.__module__ + ".late_interaction.load", None)
     arguments = ["--dataset", str(beir()), "--model", str(colbert), "--out", str(tmp_path / "out")]
     said = failing(capsys, *arguments)
-    assert "--candidates dense searches by vectors of whole texts" in said and "give another first stage: bm25, run:FILE" in said
+    assert "--candidates dense searches by vectors of whole texts" in said and "give another first stage: bm25, splade:MODEL, run:FILE" in said
     said = failing(capsys, *arguments, "--candidates", "bm25", "--methods", "fast,best,best:gamma=1", "--sweep", "gamma=0,2")
     assert "method 'fast': method fast compares vectors of whole texts" in said and "method 'best:gamma=1': best: gamma weighs" in said
     assert "--sweep gamma=2.0: best: gamma weighs feedback from vectors of whole texts" in said

@@ -122,7 +122,7 @@ def test_the_contract_holds_it(serves: Server) -> None:
     about = content["schema"]["description"]
     assert "Cross-encoder: required for standard and optimal, joins best and brief where given, ignored for fast and maxsim." in about
     way = content["schema"]["anyOf"][-1]
-    assert way["properties"]["stage1_top_k"]["description"] == "Documents that stage 1 of optimal, best and brief keeps."
+    assert way["properties"]["stage1_top_k"]["description"] == "Documents that stage 1 of optimal, best, maxsim and brief keeps."
     assert way["properties"]["method"] == {"const": "brief"} and "brevity" not in way["properties"]
     example = content["examples"]["brief"]["value"]
     assert serves.post(example)[0] == 200
@@ -136,7 +136,7 @@ def test_the_contract_holds_it(serves: Server) -> None:
     ):
         assert jsonschema_rs.is_valid(content["schema"], body) == good == (serves.post(body)[0] == 200)
     _, refused, _ = serves.post(example | {"method": "brie"})
-    message = "Input should be 'fast', 'standard', 'optimal', 'best' or 'brief'"
+    message = "Input should be 'fast', 'standard', 'optimal', 'best', 'maxsim' or 'brief'"
     assert refused == {"detail": [{"loc": ["body", "method"], "msg": message, "type": "literal_error"}]}
 
 
