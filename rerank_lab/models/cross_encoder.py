@@ -69,10 +69,7 @@ class CrossEncoder:
         self.config: Any = model.config
         self.specials: int = 0 if found.chat else tokenizer.num_special_tokens_to_add(True)
         longest = limit_of(found, model, tokenizer, self.specials)
-        if getattr(self.config, "pad_token_id", None) is None:
-            raise UserError(
-                f"model {name!r} names no padding token, by which it finds the end of a text; set pad_token in {found.root / 'tokenizer_config.json'}"
-            )
+        check_padding_token(found, model)
         self.tokenizer, self.truncation_side = fast_tokenizer(tokenizer, lower=found.lower), str(tokenizer.truncation_side)
         self.template = None if found.chat is None else ChatTemplate(found.chat, tokenizer, self.tokenizer, found.pair_prompt, longest, name)
         if self.template is not None:
@@ -104,8 +101,7 @@ class CrossEncoder:
         from transformers import AutoModelForSequenceClassification
 
         model, tokenizer = load_checkpoint(AutoModelForSequenceClassification, found.root, found.name)
-        if model.config.num_labels != 1:
-            raise UserError(f"model {found.name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
+        check_labels(found, model)
         return model, tokenizer
 
     def score(self, query: str, documents: Sequence[str], *, max_tokens: int = 512) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,6 +174,20 @@ class CrossEncoder:
         """FLOPs of these pairs, without the head."""
         lengths = torch.tensor([pair.size for pair in work], dtype=torch.int64, device="cpu")
         return encoder_flops(self.config, lengths, first=isinstance(self.network, Packed))
+
+
+def check_labels(found: Checkpoint, model: Any) -> None:
+    """Refuses a classifier that does not have exactly one label."""
+    if model.config.num_labels != 1:
+        raise UserError(f"model {found.name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
+
+
+def check_padding_token(found: Checkpoint, model: Any) -> None:
+    """Refuses a classifier without a padding token."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        raise UserError(
+            f"model {found.name!r} names no padding token, by which it finds the end of a text; set pad_token in {found.root / 'tokenizer_config.json'}"
+        )
 
 
 def _plain(ids: np.ndarray) -> Tokens:

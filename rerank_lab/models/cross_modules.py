@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from rerank_lab.errors import UserError
 from rerank_lab.models.after import after_pooling, dense_activation
-from rerank_lab.models.base import AS_IT_IS, Encoder, Overrides, WorkItem
+from rerank_lab.models.base import Encoder, WorkItem
 from rerank_lab.models.checkpoint import Checkpoint, read_module, read_scorer
 from rerank_lab.models.cross_encoder import CrossEncoder
 from rerank_lab.models.families import BI, CROSS, family
@@ -38,19 +37,6 @@ class ModularCrossEncoder(CrossEncoder):
 
     headed = False
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        device: torch.device | str = "cpu",
-        runtime: str = "auto",
-        precision: str = "fp32",
-        overrides: Overrides = AS_IT_IS,
-    ):
-        super().__init__(folder, name, device=device, runtime=runtime, precision=precision, overrides=overrides)
-        self.after = after_pooling(self.checkpoint.after, name, of=None).to(self.device)
-
     def read(self, folder: Folder) -> Checkpoint:
         """As CrossEncoder.read."""
         return read_modules(folder)
@@ -59,7 +45,9 @@ class ModularCrossEncoder(CrossEncoder):
         """As CrossEncoder.open."""
         from transformers import AutoModel
 
-        return load_checkpoint(AutoModel, found.root, found.name, spare="pooler")
+        model, tokenizer = load_checkpoint(AutoModel, found.root, found.name, spare="pooler")
+        self.after = after_pooling(found.after, found.name, of=None).to(self.device)
+        return model, tokenizer
 
     def _run(self, texts: TokenBatch) -> Tensor:
         pooling = self.checkpoint.pooling

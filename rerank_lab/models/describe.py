@@ -16,6 +16,7 @@ from rerank_lab.models.base import Overrides
 from rerank_lab.models.causal_checkpoint import read_causal
 from rerank_lab.models.chat import ChatTemplate
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_lab.models.cross_encoder import check_labels, check_padding_token
 from rerank_lab.models.cross_modules import read_modules
 from rerank_lab.models.families import BI, CAUSAL, CROSS, LATE, SPARSE, STATIC, weights_of
 from rerank_lab.models.folder import Folder, read_json
@@ -97,8 +98,7 @@ def cross_encoder(source: Source, asked: Overrides) -> Mapping[str, str]:
     """A cross-encoder, by title."""
     found = read_checkpoint(source.folder, CROSS).overridden(asked)
     model, tokenizer = shape("AutoModelForSequenceClassification", found)
-    if model.config.num_labels != 1:
-        raise UserError(f"model {found.name!r} has {model.config.num_labels} labels; a cross-encoder for reranking has one")
+    check_labels(found, model)
     return {"kind": CROSS, "transformer": transformer(source.folder, model), **_pair(found, model, tokenizer, asked), "score": LOGIT, **notes(found.notes)}
 
 
@@ -210,10 +210,7 @@ def _pair(found: Checkpoint, model: Any, tokenizer: Any, asked: Overrides) -> di
     """How a classifier reads a pair, with the refusals of CrossEncoder."""
     specials = 0 if found.chat else int(tokenizer.num_special_tokens_to_add(True))
     longest = limit_of(found, model, tokenizer, specials)
-    if getattr(model.config, "pad_token_id", None) is None:
-        raise UserError(
-            f"model {found.name!r} names no padding token, by which it finds the end of a text; set pad_token in {found.root / 'tokenizer_config.json'}"
-        )
+    check_padding_token(found, model)
     if found.chat is not None:
         return _chat(found, tokenizer, fast_tokenizer(tokenizer, lower=found.lower), found.pair_prompt, longest, asked)
     return {"prompt": _prompt(found.pair_prompt), "reads": f"{longest} tokens of a pair, {specials} special ones counted"}
