@@ -158,7 +158,7 @@ def _backward_kernel(
                 if MAXSIM:
                     g = tl.where(row[:, None] == first[None, :], grad[None, :], 0.0)
                 else:
-                    g = p * (grad / den)[None, :] * (1.0 + (s - (num / den)[None, :]) * inv_tau)
+                    g = p * (1.0 / den)[None, :] * grad[None, :] * (1.0 + (s - (num / den)[None, :]) * inv_tau)
                 if SCALED:
                     g *= scale[:, None]
                 for chunk in range(CHUNKS):
