@@ -26,7 +26,7 @@ typedef struct {
     const void *d;
     const int64_t *q_offsets, *d_offsets, *pairs, *out_at;
     int64_t count, dim, longest, next;
-    float tau, *out;
+    float tau, shift, *out; /* weights are exp((s - shift) / tau) */
     int type, failed;
 } attention;
 
@@ -187,7 +187,7 @@ static void run(parallel start, worker work, void *job, int64_t threads, int64_t
 
 /* To be raised, with ABI in cpu.py, whenever a function here takes other arguments. */
 int rerank_abi(void) {
-    return 2;
+    return 3;
 }
 
 /* The best level this processor has: 0 baseline, 1 AVX2 with FMA, 2 AVX-512. */
@@ -226,8 +226,8 @@ int64_t rerank_layout(const int64_t *q_offsets, int64_t queries, int64_t q_rows,
 /* Both return 1 where memory ran out, else 0. */
 int rerank_attention(int level, parallel start, int64_t threads, const float *q, const int64_t *q_offsets, int64_t longest, const void *d, int type,
                      const int64_t *d_offsets, int64_t dim, const float *scales, const int64_t *pairs, const int64_t *out_at, int64_t count,
-                     float tau, float *out) {
-    attention job = {q, scales, d, q_offsets, d_offsets, pairs, out_at, count, dim, longest, 0, tau, out, type, 0};
+                     float tau, float shift, float *out) {
+    attention job = {q, scales, d, q_offsets, d_offsets, pairs, out_at, count, dim, longest, 0, tau, shift, out, type, 0};
     if (count) run(start, ATTENTION[level], &job, threads, (count + CHUNK - 1) / CHUNK);
     return job.failed;
 }

@@ -129,7 +129,7 @@ static TARGET void NAME(attention_worker)(void *argument) {
     float *panel = scratch(&job->failed, vectors * W * (dim + 2) + ROWS * (2 * W + dim));
     if (!panel) return;
     float *first = panel + vectors * W * dim, *second = first + vectors * W, *s = second + vectors * W, *wide = s + ROWS * 2 * W;
-    float rate = job->tau > 0 ? 1.0f / job->tau : 0;
+    float rate = job->tau > 0 ? 1.0f / job->tau : 0, shift = job->shift;
     for (int64_t task, packed = -1; (task = __atomic_fetch_add(&job->next, CHUNK, __ATOMIC_RELAXED)) < job->count;)
         for (int64_t p = task; p < task + CHUNK && p < job->count; p++) {
             int64_t query = job->pairs[2 * p], document = job->pairs[2 * p + 1];
@@ -154,7 +154,7 @@ static TARGET void NAME(attention_worker)(void *argument) {
                             V x = LOAD(s + (r * C + c) * W);
                             if (job->scales) x *= job->scales[row + r];
                             if (job->tau > 0) {
-                                V weight = NAME(exp)((x - 1.0f) * rate);
+                                V weight = NAME(exp)((x - shift) * rate);
                                 a += weight * x;
                                 b += weight;
                             } else

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
-from .reference import dequantize
+from .reference import dequantize, softmax_shift
 
 LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
-ABI = 2  # the version of the C library's functions and their arguments
+ABI = 3  # the version of the C library's functions and their arguments
 # Rows in one step of the torch path: their product with 64 queries stays in the cache.
 CHUNK = 8192
 # The library keeps a document's index in 32 bits.
@@ -40,7 +40,7 @@ def _library() -> ctypes.CDLL | None:
             except (OSError, AttributeError):  # built for another machine, or from other sources than these
                 return None
             library.rerank_layout.argtypes, library.rerank_layout.restype = [_P, _N, _N, _P, _N, _N, _P, _N, _P], _N
-            library.rerank_attention.argtypes = [_I, _P, _N, _P, _P, _N, _P, _I, _P, _N, _P, _P, _P, _N, ctypes.c_float, _P]
+            library.rerank_attention.argtypes = [_I, _P, _N, _P, _P, _N, _P, _I, _P, _N, _P, _P, _P, _N, ctypes.c_float, ctypes.c_float, _P]
             library.rerank_packed.argtypes = [_I, _P, _N, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _P]
             library.rerank_rows.argtypes, library.rerank_rows.restype = [_I, _P, _N, _P, _P, _P, _P, _P, _N, _N, ctypes.c_float], None
             library.rerank_topk.argtypes = [_I, _P, _N, _P, _N, _P, _I, _N, _N, _P, _P, _N, _I, _P, _P]
@@ -94,7 +94,7 @@ def native_attention(
     out = torch.empty(int(starts[-1]), dtype=torch.float32, device="cpu")
     failed = len(out) and library.rerank_attention(
         level, _pool(), torch.get_num_threads(), _floats("q", q, len(q) * dim), q_at, longest, _address("d", d, d.dtype, nnz * dim), DTYPES[d.dtype],
-        d_at, dim, _floats("scales", scales, nnz), pairs_at, starts_at, count, tau, _floats("out", out),
+        d_at, dim, _floats("scales", scales, nnz), pairs_at, starts_at, count, tau, softmax_shift(tau), _floats("out", out),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the working space of subspace_attention")
@@ -103,7 +103,7 @@ def native_attention(
 
 def torch_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
     """`subspace_attention` in torch alone: each query's documents, their tokens in chunks, one product a chunk, then maximum or sums by document."""
-    q, lengths, out = q.float(), d_offsets.diff(), [torch.zeros(0, dtype=torch.float32, device="cpu")]
+    q, lengths, m, out = q.float(), d_offsets.diff(), softmax_shift(tau), [torch.zeros(0, dtype=torch.float32, device="cpu")]
     queries, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
     for query, documents in zip(queries.tolist(), pairs[:, 1].split_with_sizes(counts.tolist())):
         x = q[q_offsets[query] : q_offsets[query + 1]]
@@ -118,7 +118,7 @@ def torch_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, 
             if tau == 0:
                 first.scatter_reduce_(0, text[:, None].expand_as(s), s, "amax")
             else:
-                weight = torch.exp((s - 1) / tau)
+                weight = torch.exp((s - m) / tau)
                 first.index_add_(0, text, weight * s)
                 second.index_add_(0, text, weight)
         values = first if tau == 0 else first / second

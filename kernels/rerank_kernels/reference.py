@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, normalize
 
-# Below this, exp((s - 1) / tau) with s = -1 underflows in fp32 and a plain sum of weights can be 0.
-MIN_TAU = 0.025
+# From this temperature on, subspace attention's weights are exp((s - 1) / tau): s = -1 weighs exp(-80) or more, a normal number in fp32.
+UNSHIFTED_TAU = 0.025
+# Below it s = 1 weighs exp(70). A sum of 2^25 such weights is 2^126, whose reciprocal is still a normal number.
+TOP = 70.0
+# Here s = -1 weighs exp(70 - 2 / 0.013) = exp(-83.8). Normal numbers end at 2^-126 = exp(-87.3), below which tau = 0.0127 falls.
+MIN_TAU = 0.013
 # fp32 matrix products of equal rows differ by a few 1e-7: a spread below this share of the values is rounding, not signal.
 FLAT = 1e-6
 # Largest magnitude that a quantised row is scaled to.
@@ -106,9 +110,21 @@ def pool_normalize(h: Tensor, offsets: Tensor) -> Tensor:
     return normalize(sums / lengths.clamp(min=1)[:, None], dim=-1)
 
 
+def softmax_shift(tau: float) -> float:
+    """The m in subspace attention's weights exp((s − m)/τ): 1 for τ ≥ 0.025, 1 − 70 τ below, which brings s = 1 to exp(70).
+
+    A softmax is the same for every m. This one keeps each weight of s in [−1, 1], and the sum of up to 2²⁵ of them, among fp32's
+    normal numbers, so no pass over a document has to find its maximum first.
+
+    Args:
+        tau: temperature, MIN_TAU or more; at 0 (MaxSim) there are no weights, and the answer is 1.
+    """
+    return 1.0 - TOP * tau if tau < UNSHIFTED_TAU else 1.0
+
+
 def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None) -> Tensor:
-    """A_i = Σ_j exp((s_ij − 1)/τ) s_ij / Σ_j exp((s_ij − 1)/τ) with s_ij = q_i · d_j; max_j s_ij at τ = 0; −1 without tokens j."""
-    q_at, d_at = q_offsets.tolist(), d_offsets.tolist()
+    """A_i = Σ_j exp((s_ij − m)/τ) s_ij / Σ_j exp((s_ij − m)/τ) with s_ij = q_i · d_j and m = softmax_shift(τ); max_j s_ij at τ = 0; −1 without tokens j."""
+    q_at, d_at, m = q_offsets.tolist(), d_offsets.tolist(), softmax_shift(tau)
     blocks = [torch.zeros(0, dtype=torch.float32, device=q.device)]
     for query, document in pairs.tolist():
         own = slice(d_at[document], d_at[document + 1])
@@ -117,14 +133,14 @@ def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tenso
             blocks.append(torch.full((len(qi),), -1.0, dtype=torch.float32, device=q.device))
             continue
         s = qi @ dj.T
-        blocks.append(s.max(1).values if tau == 0 else ((weight := torch.exp((s - 1) / tau)) * s).sum(1) / weight.sum(1))
+        blocks.append(s.max(1).values if tau == 0 else ((weight := torch.exp((s - m) / tau)) * s).sum(1) / weight.sum(1))
     return torch.cat(blocks)
 
 
 def subspace_attention_backward(
     grad: Tensor, q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tensor, pairs: Tensor, tau: float = 0.1, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """∂A_i/∂s_ij = p_ij/Σ_j p_ij (1 + (s_ij − A_i)/τ) with p = exp((s − 1)/τ); at τ = 0 it is 1 for the first j that reaches the maximum.
+    """∂A_i/∂s_ij = p_ij/Σ_j p_ij (1 + (s_ij − A_i)/τ) with p = exp((s − m)/τ) for any m; at τ = 0 it is 1 for the first j that reaches the maximum.
 
     Returns:
         Gradients of q and of d, fp32; zeros for quantised documents.

@@ -1,8 +1,8 @@
 """Subspace attention: each query token's soft maximum of similarity over a document's tokens, for packed documents.
 
-With s_ij = q_i · d_j: A_i = Σ_j exp((s_ij − 1)/τ) s_ij / Σ_j exp((s_ij − 1)/τ), which is MaxSim's max_j s_ij at τ = 0.
-Token vectors are at unit length, so s ≤ 1 and the fixed shift of 1 replaces a running maximum: numerator and denominator
-are plain sums. A document without tokens scores −1, a query without tokens has no values, a NaN stays in its document.
+With s_ij = q_i · d_j: A_i = Σ_j exp((s_ij − m)/τ) s_ij / Σ_j exp((s_ij − m)/τ), which is MaxSim's max_j s_ij at τ = 0.
+Token vectors are at unit length, so s lies in [−1, 1] and a shift m that is fixed by τ alone (`reference.softmax_shift`: 1 for
+τ ≥ 0.025) replaces a running maximum: numerator and denominator are plain sums. A document without tokens scores −1, a query without tokens has no values, a NaN stays in its document.
 """
 
 # The arguments of Triton's functions have no types that Python knows.
@@ -69,7 +69,7 @@ def _facts_kernel(q_offsets, d_offsets, pairs, facts, B, N, P, q_rows, d_rows, B
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, q_offsets, d_ptr, d_offsets, scale_ptr, pairs, out_offsets, out_ptr, inv_tau,
+    q_ptr, q_offsets, d_ptr, d_offsets, scale_ptr, pairs, out_offsets, out_ptr, inv_tau, shift,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MAXSIM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _forward_kernel(
             if MAXSIM:
                 best = tl.maximum(best, tl.where((row < Ld)[:, None], s, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
             else:
-                p = tl.where((row < Ld)[:, None], tl.exp2((s - 1.0) * (inv_tau * LOG2E)), 0.0)
+                p = tl.where((row < Ld)[:, None], tl.exp2((s - shift) * (inv_tau * LOG2E)), 0.0)
                 num += p * s
                 den += p
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -114,7 +114,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, q_ptr, q_offsets, d_ptr, d_offsets, scale_ptr, pairs, out_offsets, dq_ptr, dd_ptr, inv_tau,
+    grad_ptr, q_ptr, q_offsets, d_ptr, d_offsets, scale_ptr, pairs, out_offsets, dq_ptr, dd_ptr, inv_tau, shift,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MAXSIM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def _backward_kernel(
                 scale = tl.load(scale_ptr + d_start + row, mask=row < Ld, other=0.0)
                 s *= scale[:, None]
             live = (row < Ld)[:, None]
-            p = tl.where(live, tl.exp2((s - 1.0) * (inv_tau * LOG2E)), 0.0)
+            p = tl.where(live, tl.exp2((s - shift) * (inv_tau * LOG2E)), 0.0)
             if sweep == 0:
                 if MAXSIM:
                     top, at = tl.max(tl.where(live, s, float("-inf")), 0, return_indices=True, return_indices_tie_break_left=True)
@@ -202,7 +202,7 @@ def variants(arch: str) -> Iterator[Variant]:
             config = configuration(direction, arch, dtype, d, Lq)
             kernel = _forward_kernel if direction == "forward" else _backward_kernel
             constants = _constants(config, dtype, d, tau, even=True)
-            types = {"q_ptr": "*fp16" if dtype in ("int8", "fp8") else POINTERS[dtype], "d_ptr": POINTERS[dtype], "inv_tau": "fp32"}
+            types = {"q_ptr": "*fp16" if dtype in ("int8", "fp8") else POINTERS[dtype], "d_ptr": POINTERS[dtype], "inv_tau": "fp32", "shift": "fp32"}
             fp32 = ("grad_ptr", "scale_ptr", "out_ptr", "dq_ptr", "dd_ptr")
             signature = {n: "constexpr" if n in constants else types.get(n, "*fp32" if n in fp32 else "*i64") for n in kernel.arg_names}
             moved = N * Ld * (d * WIDTHS[dtype] + 4 * constants["SCALED"]) + N * Lq * 4
@@ -252,6 +252,7 @@ class _Plan:
             **self.tensors,
             **more,
             inv_tau=1 / tau if tau else 1.0,
+            shift=reference.softmax_shift(tau),
             **_constants(config, dtype, d.shape[1], tau, self.even),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -380,7 +381,7 @@ def subspace_attention(q: Tensor, q_offsets: Tensor, d: Tensor, d_offsets: Tenso
         every query token, a query without tokens has no values.
 
     Raises:
-        ValueError: 0 < tau < 0.025 (exp underflows in fp32), tau < 0, or arguments that do not fit; the message
+        ValueError: 0 < tau < 0.013 (exp leaves fp32's range), tau < 0, or arguments that do not fit; the message
             names the argument and what it held.
     """
     checks.check(isinstance(tau, (int, float)), "tau", "a number", tau)

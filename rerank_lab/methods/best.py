@@ -35,7 +35,7 @@ class Best(Method):
     optional_cross: ClassVar[bool] = True
     about_cross: ClassVar[str] = "best, with the cross-encoder's logit in its sum"
     stage1_top_k: int = setting(100, "documents that stage 1 keeps")
-    tau: float = setting(0.1, "temperature; 0 or at least 0.025, below which exp underflows in fp32")
+    tau: float = setting(0.1, "temperature; 0 or at least 0.013, below which exp leaves fp32's range")
     alpha: float = setting(2.0, "weight of the token term")
     gamma: float = setting(0.0, "weight of the feedback term")
     lexical: float = setting(0.0, "weight of BM25 among the candidates; 0.25 is worth a try where exact names matter")

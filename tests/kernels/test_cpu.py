@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rerank_kernels import cpu, reference
+from rerank_kernels import MIN_TAU, cpu, reference
+from tests.kernels import extremes
 
 TOLERANCE = 2e-6
 LEVELS = ["avx512", "avx2", "baseline", "torch"]
@@ -105,7 +106,7 @@ def test_attention_is_the_reference(level: str, d: int, dtype: torch.dtype) -> N
     query_lengths, lengths = [1, 0, 15, 16, 17, 33], [0, 1, 2, 5, 8, 15, 16, 17, 29, 300]
     q, (x, scales) = unit(sum(query_lengths), d, 1), stored(unit(sum(lengths), d, 2), dtype)
     pairs = every_pair(len(query_lengths), len(lengths))
-    for tau in (0.0, 0.025, 0.1, 1.0):
+    for tau in (0.0, MIN_TAU, 0.025, 0.1, 1.0):
         arguments = q, offsets(*query_lengths), x, offsets(*lengths), pairs, tau, scales
         torch.testing.assert_close(cpu.subspace_attention(*arguments), reference.subspace_attention(*arguments), atol=TOLERANCE, rtol=0)
 
@@ -115,7 +116,7 @@ def test_attention_is_the_reference(level: str, d: int, dtype: torch.dtype) -> N
 def test_attention_of_any_lengths_and_any_pairs(level: str, query_lengths: list[int], lengths: list[int], d: int, data: st.DataObject) -> None:
     pair = st.tuples(st.integers(0, len(query_lengths) - 1), st.integers(0, len(lengths) - 1))
     pairs = torch.tensor(data.draw(st.lists(pair, max_size=9)), dtype=torch.int64).view(-1, 2)
-    q, x, tau = unit(sum(query_lengths), d, 1), unit(sum(lengths), d, 2), data.draw(st.sampled_from([0.0, 0.025, 0.1, 1.0]))
+    q, x, tau = unit(sum(query_lengths), d, 1), unit(sum(lengths), d, 2), data.draw(st.sampled_from([0.0, MIN_TAU, 0.025, 0.1, 1.0]))
     arguments = q, offsets(*query_lengths), x, offsets(*lengths), pairs, tau
     torch.testing.assert_close(cpu.subspace_attention(*arguments), reference.subspace_attention(*arguments), atol=TOLERANCE, rtol=0)
 
@@ -129,13 +130,27 @@ def test_attention_of_long_queries_half_precision_and_strides(level: str, Lq: in
 
 def test_attention_survives_opposite_tokens_vectors_out_of_range_and_infinities(level: str) -> None:
     x = unit(1, 16, 3)
-    opposite = cpu.subspace_attention(x, offsets(1), torch.cat([-x, -x, x]), offsets(2, 1), torch.tensor([[0, 0], [0, 1]]), 0.025)
+    opposite = cpu.subspace_attention(x, offsets(1), torch.cat([-x, -x, x]), offsets(2, 1), torch.tensor([[0, 0], [0, 1]]), MIN_TAU)
     torch.testing.assert_close(opposite, torch.tensor([-1.0, 1.0]), atol=TOLERANCE, rtol=0)
     for factor in (0.0, 1e-30, 1.5, 50.0, -50.0, 1e30, float("inf")):
         arguments = x, offsets(1), torch.cat([x, unit(20, 16, 4)]) * factor, offsets(21), torch.tensor([[0, 0]])
         for tau in (0.0, 0.1):
             found, wanted = cpu.subspace_attention(*arguments, tau), reference.subspace_attention(*arguments, tau)
             torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("tau", extremes.TAUS)
+def test_attention_at_both_ends_is_a_softmax_in_fp64(level: str, tau: float) -> None:
+    found = cpu.subspace_attention(*extremes.packed(extremes.documents()), tau)
+    torch.testing.assert_close(found.double(), extremes.exact(extremes.documents(), tau)[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("tau", [MIN_TAU, 0.0249])
+def test_attention_of_a_million_tokens_stays_in_range(level: str, tau: float) -> None:
+    arguments = extremes.packed(tuple(x.repeat(extremes.REPEATS, 1) for x in extremes.fours()))
+    found = cpu.subspace_attention(*arguments, tau)
+    # One long sum of weights in fp32 rounds by this much, at every tau alike.
+    torch.testing.assert_close(found.double(), extremes.exact(extremes.fours(), tau)[0], atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.1])

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rerank_kernels import contrast_score, pool_normalize, project_normalize, similarity_topk, subspace_attention, use_backend, zscore
+from rerank_kernels import MIN_TAU, contrast_score, pool_normalize, project_normalize, similarity_topk, subspace_attention, use_backend, zscore
+from rerank_kernels.reference import softmax_shift
+from tests.kernels import extremes
 
 TOLERANCE = 2e-6
 
@@ -35,7 +37,9 @@ def z64(x: np.ndarray) -> np.ndarray:
     return (x - x.mean()) / x.std() if x.std() > 0 else np.zeros_like(x)
 
 
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.lists(st.integers(0, 9), min_size=1, max_size=5), st.sampled_from([0.0, 0.025, 0.1, 1.0]))
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=4), st.lists(st.integers(0, 9), min_size=1, max_size=5), st.sampled_from([0.0, MIN_TAU, 0.025, 0.1, 1.0])
+)
 @settings(max_examples=60, deadline=None)
 def test_subspace_attention_is_its_formula(query_lengths: list[int], document_lengths: list[int], tau: float) -> None:
     q, d = unit(sum(query_lengths), 8, 1), unit(sum(document_lengths), 8, 2)
@@ -59,13 +63,39 @@ def test_subspace_attention_is_its_formula(query_lengths: list[int], document_le
 
 def test_subspace_attention_survives_opposite_and_equal_tokens_at_the_smallest_tau() -> None:
     x = unit(1, 16, 3)
-    A = subspace_attention(x, offsets(1), torch.cat([-x, -x, x]), offsets(2, 1), torch.tensor([[0, 0], [0, 1]]), 0.025)
+    A = subspace_attention(x, offsets(1), torch.cat([-x, -x, x]), offsets(2, 1), torch.tensor([[0, 0], [0, 1]]), MIN_TAU)
     torch.testing.assert_close(A, torch.tensor([-1.0, 1.0]), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("tau", [0.001, 0.0249, -0.1])
+@pytest.mark.parametrize("tau", [MIN_TAU, 0.015, 0.02, 0.0249, 0.025, 0.03, 0.1, 1.0])
+def test_every_weight_and_the_sum_of_33_million_are_normal_numbers(tau: float) -> None:
+    low, high = (np.exp((s - softmax_shift(tau)) / tau) for s in (-1, 1))
+    assert 2.0**-126 <= low <= high and high * 2.0**25 <= 2.0**126  # the reciprocal of a larger sum would be subnormal
+    assert tau < 0.025 or softmax_shift(tau) == 1
+
+
+@pytest.mark.parametrize("tau", extremes.TAUS)
+def test_subspace_attention_at_both_ends_is_a_softmax_in_fp64(tau: float) -> None:
+    A, *gradients = extremes.exact(extremes.documents(), tau)
+    q, q_offsets, d, d_offsets, pairs = extremes.packed(extremes.documents())
+    q, d = q.clone().requires_grad_(), d.clone().requires_grad_()
+    found = subspace_attention(q, q_offsets, d, d_offsets, pairs, tau)
+    torch.testing.assert_close(found.double(), A, atol=TOLERANCE, rtol=0)
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    for ours, theirs in zip((q.grad, d.grad), gradients):
+        assert ours is not None
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [MIN_TAU, 0.0249])
+def test_subspace_attention_of_a_million_tokens_stays_in_range(tau: float) -> None:
+    arguments = extremes.packed(tuple(x.repeat(extremes.REPEATS, 1) for x in extremes.fours()))
+    torch.testing.assert_close(subspace_attention(*arguments, tau).double(), extremes.exact(extremes.fours(), tau)[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.0129, -0.1])
 def test_a_tau_that_underflows_is_refused(tau: float) -> None:
-    with pytest.raises(ValueError, match=r"tau"):
+    with pytest.raises(ValueError, match=r"tau must be 0 \(MaxSim\) or at least 0\.013"):
         subspace_attention(unit(1, 4, 0), offsets(1), unit(1, 4, 0), offsets(1), torch.tensor([[0, 0]]), tau)
 
 

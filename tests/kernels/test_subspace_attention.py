@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rerank_kernels import reference, subspace_attention, use_backend
+from rerank_kernels import MIN_TAU, reference, subspace_attention, use_backend
 from rerank_kernels.subspace_attention import configuration
 from tests.conftest import DEVICE, offsets, unit
+from tests.kernels import extremes
 
 TOLERANCE = 3e-6 if DEVICE.type == "cpu" else 3e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
@@ -46,7 +47,7 @@ def test_the_kernel_is_the_definition(d: int, dtype: torch.dtype) -> None:
     q, (x, scales) = unit(sum(query_lengths), d, 1), stored(unit(sum(LENGTHS), d, 2), dtype)
     q = q.to(torch.float16 if scales is not None else dtype)
     pairs = pairs_of(3, len(LENGTHS)).flip(0)
-    for tau in (0.0, 0.025, 0.1):
+    for tau in (0.0, MIN_TAU, 0.1):
         arguments = q, offsets(*query_lengths), x, offsets(*LENGTHS), pairs, tau, scales
         A = triton(*arguments)
         assert A.dtype == torch.float32
@@ -79,15 +80,36 @@ def test_an_fp32_query_is_rounded_to_what_documents_are_computed_in(dtype: torch
 def test_any_lengths_any_width_any_pairs(query_lengths: list[int], lengths: list[int], d: int, data: st.DataObject) -> None:
     pair = st.tuples(st.integers(0, len(query_lengths) - 1), st.integers(0, len(lengths) - 1))
     pairs = torch.tensor(data.draw(st.lists(pair, max_size=6)), dtype=torch.int64, device=DEVICE).view(-1, 2)
-    tau, dtype = data.draw(st.sampled_from([0.0, 0.025, 1.0])), data.draw(st.sampled_from([torch.float32, torch.float16]))
+    tau, dtype = data.draw(st.sampled_from([0.0, MIN_TAU, 0.025, 1.0])), data.draw(st.sampled_from([torch.float32, torch.float16]))
     arguments = unit(sum(query_lengths), d, 1).to(dtype), offsets(*query_lengths), unit(sum(lengths), d, 2).to(dtype), offsets(*lengths), pairs, tau
     torch.testing.assert_close(triton(*arguments), reference.subspace_attention(*arguments), atol=TOLERANCE, rtol=0)
 
 
 def test_opposite_and_equal_tokens_at_the_smallest_tau() -> None:
     x = unit(1, 16, 3)
-    A = triton(x, offsets(1), torch.cat([-x, -x, x]), offsets(2, 1), pairs_of(1, 2), 0.025)
+    A = triton(x, offsets(1), torch.cat([-x, -x, x]), offsets(2, 1), pairs_of(1, 2), MIN_TAU)
     torch.testing.assert_close(A, torch.tensor([-1.0, 1.0], device=DEVICE), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1e-10, 1.0, 1e4])
+@pytest.mark.parametrize("tau", extremes.TAUS)
+def test_both_ends_and_their_gradients_of_any_size_are_a_softmax_in_fp64(tau: float, size: float) -> None:
+    A, *gradients = extremes.exact(extremes.documents(), tau)
+    q, q_offsets, d, d_offsets, pairs = (x.to(DEVICE) for x in extremes.packed(extremes.documents()))
+    q, d = q.clone().requires_grad_(), d.clone().requires_grad_()
+    found = triton(q, q_offsets, d, d_offsets, pairs, tau)
+    torch.testing.assert_close(found.double().cpu(), A, atol=TOLERANCE, rtol=0)
+    found.backward(torch.full_like(found, size))  # type: ignore[no-untyped-call]
+    for ours, theirs in zip((q.grad, d.grad), gradients):
+        assert ours is not None
+        torch.testing.assert_close(ours.double().cpu() / size, theirs, atol=2e-5 if DEVICE.type == "cpu" else 2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [MIN_TAU, 0.0249])
+def test_long_documents_at_both_ends(tau: float) -> None:
+    arguments = (x.to(DEVICE) for x in extremes.packed(tuple(x.repeat(1024, 1) for x in extremes.fours())))
+    found = triton(*arguments, tau)
+    torch.testing.assert_close(found.double().cpu(), extremes.exact(extremes.fours(), tau)[0], atol=1e-5 if DEVICE.type == "cpu" else TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
@@ -122,7 +144,7 @@ def test_documents_past_two_to_the_31_elements(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("tau", [0.0, 0.025, 0.1])
+@pytest.mark.parametrize("tau", [0.0, MIN_TAU, 0.025, 0.1])
 @pytest.mark.parametrize("d", [40, 128])
 def test_gradients_are_those_of_the_definition(backend: str, tau: float, d: int) -> None:
     if backend == "cpu" and DEVICE.type != "cpu":
@@ -213,7 +235,7 @@ BAD: dict[str, list[Any]] = {
     "d": [unit(6, 9), unit(6, 8).int(), reference.quantize(unit(6, 8), torch.int8)[0]],
     "d_offsets": [offsets(7), offsets(3, 2), torch.tensor([0, 6, 4, 6], device=DEVICE)],
     "pairs": [[[0]], [[2, 0]], [[-1, 0]], [[0, 1]], [[0, 0, 0]]],
-    "tau": [-0.1, 0.001, 0.0249, float("nan"), float("inf")],
+    "tau": [-0.1, 0.001, 0.0129, float("nan"), float("inf")],
     "scales": [torch.ones(6, device=DEVICE)],
 }
 

@@ -134,7 +134,7 @@ def test_relevance_rises_with_the_score(name: str) -> None:
         ("best:tua=1", "valid: stage1_top_k, tau"),
         ("best:tau", "SETTING=VALUE"),
         ("best:tau=warm", "float values"),
-        ("best:tau=0.01", "0.025"),
+        ("best:tau=0.01", "0.013"),
         ("best:tau=nan", "finite"),
         ("best:stage1_top_k=2.5", "int values"),
         ("optimal:stage1_top_k=0", "at least 1"),
