@@ -2,7 +2,8 @@
 
 With s_ij = q_i · d_j: A_i = Σ_j exp((s_ij − m)/τ) s_ij / Σ_j exp((s_ij − m)/τ), which is MaxSim's max_j s_ij at τ = 0.
 Token vectors are at unit length, so s lies in [−1, 1] and a shift m that is fixed by τ alone (`reference.softmax_shift`: 1 for
-τ ≥ 0.025) replaces a running maximum: numerator and denominator are plain sums. A document without tokens scores −1, a query without tokens has no values, a NaN stays in its document.
+τ ≥ 0.025) replaces a running maximum: numerator and denominator are plain sums.
+A document without tokens scores −1, a query without tokens has no values, a NaN stays in its document.
 """
 
 # The arguments of Triton's functions have no types that Python knows.
