@@ -1,0 +1,74 @@
+"""python experiments/constants/by_length.py FILE.npz… [--write table.md]
+
+How `fast`, MaxSim and `best` treat long and short documents, from the files of collect.py:
+how a document's standing among the candidates goes with its length, whether the relevant
+ones are longer than the others, and nDCG@10 by the length of the relevant documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import numpy as np
+from study import BASE, Pools, z
+
+from rerank_lab.cli import path_of
+
+Score = Callable[[Pools, int], np.ndarray]
+SCORES: dict[str, Score] = {
+    "fast": lambda p, i: p.row("cos", i),
+    "MaxSim": lambda p, i: p.A(f"{p.own}|max", i).sum(1),
+    "best, 0": lambda p, i: p.score(BASE, i),
+}
+
+
+def along(p: Pools, score: Score, relevant: bool) -> float:
+    """Mean over queries of the correlation of z(score) and z(ln(1 + Ld)): over all candidates, or of the relevant ones among all queries' candidates."""
+    x, y = [], []
+    for i in range(p.count):
+        length, value, chosen = z(np.log1p(p.row("length", i))), z(score(p, i)), p.row("grade", i) > 0
+        keep = chosen if relevant else np.ones(len(length), dtype=bool)
+        x.append(length[keep])
+        y.append(value[keep])
+    return float(np.corrcoef(np.concatenate(x), np.concatenate(y))[0, 1])
+
+
+def thirds(p: Pools, score: Score) -> list[float]:
+    """nDCG@10 of the queries whose relevant candidates are short, middling and long."""
+    values = p.ndcg(lambda i: score(p, i))
+    lengths = np.array([np.log1p(p.row("length", i)[p.row("grade", i) > 0]).mean() if (p.row("grade", i) > 0).any() else np.nan for i in range(p.count)])
+    known = np.flatnonzero(~np.isnan(lengths))
+    return [float(values[part].mean()) for part in np.array_split(known[np.argsort(lengths[known], kind="stable")], 3)]
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", nargs="+", type=path_of)
+    p.add_argument("--soft", nargs="*", default=[], metavar="MODEL=NAME", help="temperature by a file name's beginning: minilm=σ/1.5")
+    p.add_argument("--prior", type=float, default=0.3)
+    p.add_argument("--write", type=path_of)
+    options = p.parse_args()
+    softs = dict(item.split("=", 1) for item in options.soft)
+    lines = ["| | score | r with length, all | r, relevant | nDCG@10 short | middle | long |", "| --- |" + " --- |" * 6]
+    for file in options.files:
+        pools = Pools(file)
+        soft = next((name for start, name in softs.items() if pools.name.startswith(start)), BASE.soft)
+        from dataclasses import replace
+
+        scores = SCORES | {f"best, {prior:g}": (lambda p, i, c=replace(BASE, soft=soft, prior=prior): p.score(c, i)) for prior in (0.0, options.prior)}
+        longer = np.mean([z(np.log1p(pools.row("length", i)))[pools.row("grade", i) > 0].mean() for i in range(pools.count) if (pools.row("grade", i) > 0).any()])
+        deviation = np.mean([np.log1p(pools.row("length", i)).std() for i in range(pools.count)])
+        for name, score in scores.items():
+            first = f"{pools.name}: relevant {longer:+.2f}, std ln {deviation:.2f}" if name == "fast" else ""
+            cells = [along(pools, score, False), along(pools, score, True)]
+            lines.append(f"| {first} | {name} | " + " | ".join(f"{c:+.2f}" for c in cells) + " | " + " | ".join(f"{v:.3f}" for v in thirds(pools, score)) + " |")
+    print("\n".join(lines))
+    if options.write:
+        options.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""python experiments/constants/study.py FILE.npz… [--only tau,length] [--write table.md]
+
+nDCG@10 of `best` under other constants, one at a time, from the files of collect.py: a
+row is a change, a column a model on a collection. A difference from the first row of its
+part that is more than noise (paired t-test, p < .01) is in bold. Nothing is encoded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from rerank_lab.cli import path_of
+
+TOP = 100
+DIVISOR = 2.0
+Contrast = Callable[[np.ndarray], np.ndarray]
+CONTRASTS: dict[str, Contrast] = {
+    "max − mean": lambda A: A.max(0) - A.mean(0),
+    "uniform": lambda A: np.ones(A.shape[1]),
+    "√(max − mean)": lambda A: np.sqrt(np.maximum(A.max(0) - A.mean(0), 0)),
+    "(max − mean)²": lambda A: (A.max(0) - A.mean(0)) ** 2,
+    "max − median": lambda A: A.max(0) - np.median(A, 0),
+    "std": lambda A: A.std(0),
+    "second − mean": lambda A: np.sort(A, 0)[-2] - A.mean(0),
+}
+
+
+@dataclass(frozen=True)
+class Constants:
+    """One set of constants.
+
+    Attributes:
+        way: the projection; "": the model's own.
+        soft: the temperature: σ/c as "σ/2", a number, or "max".
+        contrast: how query tokens are weighed.
+        alpha: weight of the token term.
+        maxsim: weight of z(Σ_i max_j s_ij), beside the cosine.
+        cosine: weight of z(cos).
+        length: weight of z(ln(1 + Ld)).
+        prior: λ in b + λ ln(1 + Ld).
+        growth: β in A + β σ √(2 ln(1 + Ld)).
+    """
+
+    way: str = ""
+    soft: str = f"σ/{DIVISOR:g}"
+    contrast: str = "max − mean"
+    alpha: float = 2.0
+    maxsim: float = 0.0
+    cosine: float = 1.0
+    length: float = 0.0
+    prior: float = 0.0
+    growth: float = 0.0
+
+
+BASE = Constants()
+PARTS: dict[str, dict[str, Constants]] = {
+    "tau": {name: Constants(soft=name) for name in ("σ/2", "0.1", "0.05", "0.025", "σ/1", "σ/1.5", "σ/2.5", "σ/3", "σ/4", "max", "lme σ/2", "lme σ/3")},
+    "projection": {"own": BASE} | {f"{way}, {soft}": Constants(way=way, soft=soft) for way in ("I", "128", "3..130", "mean", "mean, 2", "without 2") for soft in ("σ/2", "σ/3")},
+    "alpha": {f"alpha {value:g}": Constants(alpha=value) for value in (2, 0.5, 1, 1.5, 3, 4, 8)},
+    "contrast": {name: Constants(contrast=name) for name in CONTRASTS},
+    "partner": {
+        "cosine": BASE,
+        "maxsim": Constants(maxsim=1, cosine=0),
+        "neither": Constants(cosine=0),
+        "both": Constants(maxsim=1),
+        "both, ½": Constants(maxsim=0.5, cosine=0.5),
+    },
+    "length": {"0": BASE} | {f"z(ln L) {value:+g}": Constants(length=value) for value in (-1, -0.5, -0.25, 0.25, 0.5, 1)}
+    | {f"λ = {value:+g}": Constants(prior=value) for value in (-0.5, -0.25, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)}
+    | {f"growth {value:+g}": Constants(growth=value) for value in (-0.5, -0.25, 0.25, 0.5)},
+}  # fmt: skip
+
+
+def z(x: np.ndarray) -> np.ndarray:
+    spread = x.std()
+    return (x - x.mean()) / spread if spread > 1e-9 else np.zeros_like(x)
+
+
+class Pools:
+    """What collect.py kept of one model on one collection."""
+
+    def __init__(self, path: Path):
+        with np.load(path) as file:
+            self.facts = json.loads(str(file["facts"]))
+            self.lengths = file["lengths"]
+            self.arrays = {name: file[name] for name in file.files if name not in ("facts", "lengths")}
+        self.name = path.stem
+        self.count = len(self.lengths)
+        self.own = "V" if "V|max" in self.arrays else "I"
+        starts = np.concatenate([[0], np.cumsum(self.lengths)]) * TOP
+        self.spans = [slice(a, b) for a, b in zip(starts[:-1], starts[1:])]
+        self.ideal = self.arrays["ideal"].reshape(self.count, 10)
+
+    def row(self, name: str, i: int) -> np.ndarray:
+        return self.arrays[name][i * TOP : (i + 1) * TOP].astype(np.float32)
+
+    def A(self, name: str, i: int) -> np.ndarray:
+        return self.arrays[name][self.spans[i]].reshape(TOP, -1).astype(np.float32)
+
+    def score(self, c: Constants, i: int) -> np.ndarray:
+        """b of query i's TOP documents."""
+        way = c.way or self.own
+        A, length = self.A(f"{way}|{c.soft}", i), self.row("length", i)
+        if c.growth:
+            A = A + c.growth * self.facts["sigma"][way] * np.sqrt(2 * np.log(1 + length))[:, None]
+        w = CONTRASTS[c.contrast](A)
+        a = A @ w / w.sum() if w.sum() > 0 else A.mean(1)
+        b = c.alpha * z(a)
+        if c.cosine:
+            b = b + c.cosine * z(self.row("cos", i))
+        if c.maxsim:
+            b = b + c.maxsim * z(self.A(f"{way}|max", i).sum(1))
+        if c.length:
+            b = b + c.length * z(np.log(1 + length))
+        return b + c.prior * np.log(1 + length)
+
+    def ndcg(self, scores: Callable[[int], np.ndarray]) -> np.ndarray:
+        """nDCG@10 of each query."""
+        discount = 1 / np.log2(np.arange(2, 12))
+        found = np.zeros(self.count)
+        for i in range(self.count):
+            order = np.argsort(-scores(i), kind="stable")[:10]
+            found[i] = self.row("grade", i)[order] @ discount / (self.ideal[i] @ discount)
+        return found
+
+    def fast(self) -> np.ndarray:
+        return self.ndcg(lambda i: self.row("cos", i))
+
+    def best(self, c: Constants) -> np.ndarray:
+        return self.ndcg(lambda i: self.score(c, i))
+
+
+def part(title: str, rows: Mapping[str, Constants], pools: list[Pools]) -> str:
+    lines = [f"### {title}", "", "| | " + " | ".join(p.name for p in pools) + " | mean |", "| --- |" + " --- |" * (len(pools) + 1)]
+    first: dict[str, np.ndarray] = {}
+    fast = [p.fast().mean() for p in pools]
+    lines.append("| fast | " + " | ".join(f"{v:.4f}" for v in fast) + f" | {np.mean(fast):.4f} |")
+    for name, constants in rows.items():
+        cells, means = [], []
+        for p in pools:
+            way = constants.way or p.own
+            if f"{way}|{constants.soft}" not in p.arrays:
+                cells.append("")
+                continue
+            values = p.best(constants)
+            means.append(values.mean())
+            base = first.setdefault(p.name, values)
+            noise = np.array_equal(base, values) or stats.ttest_rel(values, base).pvalue >= 0.01
+            cells.append(f"{values.mean():.4f}" if noise else f"**{values.mean():.4f}**")
+        lines.append(f"| {name} | " + " | ".join(cells) + (f" | {np.mean(means):.4f} |" if len(means) == len(pools) else " | |"))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", nargs="+", type=path_of)
+    p.add_argument("--only", help="parts, comma-separated (default: all)")
+    p.add_argument("--base", help="constants that every row takes, as in soft=σ/3,alpha=3")
+    p.add_argument("--write", type=path_of)
+    options = p.parse_args()
+    changed = dict(item.split("=", 1) for item in options.base.split(",")) if options.base else {}
+    typed = {name: float(value) if isinstance(getattr(BASE, name), float) else value for name, value in changed.items()}
+    pools = [Pools(path) for path in options.files]
+    parts = []
+    for name in options.only.split(",") if options.only else PARTS:
+        rows = {label: replace(c, **{k: v for k, v in typed.items() if getattr(c, k) == getattr(BASE, k)}) for label, c in PARTS[name].items()}
+        parts.append(part(name, rows, pools))
+        print(parts[-1], flush=True)
+    if options.write:
+        options.write.write_text("\n".join(parts), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
