@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
-from study import BASE, Pools, z
+from study import BASE, Constants, Pools, z
 
 from rerank_lab.cli import path_of
 
@@ -20,8 +22,11 @@ Score = Callable[[Pools, int], np.ndarray]
 SCORES: dict[str, Score] = {
     "fast": lambda p, i: p.row("cos", i),
     "MaxSim": lambda p, i: p.A(f"{p.own}|max", i).sum(1),
-    "best, 0": lambda p, i: p.score(BASE, i),
 }
+
+
+def scored(constants: Constants, p: Pools, i: int) -> np.ndarray:
+    return p.score(constants, i)
 
 
 def along(p: Pools, score: Score, relevant: bool) -> float:
@@ -55,15 +60,17 @@ def main() -> int:
     for file in options.files:
         pools = Pools(file)
         soft = next((name for start, name in softs.items() if pools.name.startswith(start)), BASE.soft)
-        from dataclasses import replace
-
-        scores = SCORES | {f"best, {prior:g}": (lambda p, i, c=replace(BASE, soft=soft, prior=prior): p.score(c, i)) for prior in (0.0, options.prior)}
-        longer = np.mean([z(np.log1p(pools.row("length", i)))[pools.row("grade", i) > 0].mean() for i in range(pools.count) if (pools.row("grade", i) > 0).any()])
+        scores = SCORES | {f"best, {prior:g}": partial(scored, replace(BASE, soft=soft, prior=prior)) for prior in (0.0, options.prior)}
+        longer = np.mean(
+            [z(np.log1p(pools.row("length", i)))[pools.row("grade", i) > 0].mean() for i in range(pools.count) if (pools.row("grade", i) > 0).any()]
+        )
         deviation = np.mean([np.log1p(pools.row("length", i)).std() for i in range(pools.count)])
         for name, score in scores.items():
             first = f"{pools.name}: relevant {longer:+.2f}, std ln {deviation:.2f}" if name == "fast" else ""
             cells = [along(pools, score, False), along(pools, score, True)]
-            lines.append(f"| {first} | {name} | " + " | ".join(f"{c:+.2f}" for c in cells) + " | " + " | ".join(f"{v:.3f}" for v in thirds(pools, score)) + " |")
+            lines.append(
+                f"| {first} | {name} | " + " | ".join(f"{c:+.2f}" for c in cells) + " | " + " | ".join(f"{v:.3f}" for v in thirds(pools, score)) + " |"
+            )
     print("\n".join(lines))
     if options.write:
         options.write.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,10 @@ def soft(s: Tensor, ends: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return A, L
 
 
+def keep(found: dict[str, list[np.ndarray]], name: str, value: Any) -> None:
+    found.setdefault(name, []).append(np.asarray(value, dtype=np.float32))
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
@@ -145,7 +150,7 @@ def study(model: BiEncoder, data: Any, options: argparse.Namespace) -> None:
         documents = cache.gather([keys[j] for j in order], Detail.TOKENS)
         q, d, ends = asked.row(i).tokens.float(), documents.tokens.float(), documents.offsets
         grades = data.qrels[query]
-        put = lambda name, value: found.setdefault(name, []).append(np.asarray(value, dtype=np.float32))
+        put = partial(keep, found)
         put("grade", [max(0, grades.get(ids[j], 0)) for j in order])
         put("judged", [ids[j] in grades for j in order])
         put("ideal", sorted((g for g in grades.values() if g > 0), reverse=True)[:10] + [0] * (10 - min(10, sum(g > 0 for g in grades.values()))))
@@ -165,7 +170,7 @@ def study(model: BiEncoder, data: Any, options: argparse.Namespace) -> None:
                     put(f"{name}|lme σ/{divisor:g}", L)
             for tau in FIXED if name in ("I", "V") else ():
                 put(f"{name}|{tau:g}", soft(s, ends, tau)[0])
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, parts in found.items():
         flat = np.concatenate([part.ravel() for part in parts])
         arrays[name] = flat.astype(np.float16 if "|" in name and "e5" not in options.model else np.float32)

@@ -12,7 +12,9 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -96,14 +98,16 @@ class Pools:
         self.count = len(self.lengths)
         self.own = "V" if "V|max" in self.arrays else "I"
         starts = np.concatenate([[0], np.cumsum(self.lengths)]) * TOP
-        self.spans = [slice(a, b) for a, b in zip(starts[:-1], starts[1:])]
+        self.spans = [slice(a, b) for a, b in pairwise(starts.tolist())]
         self.ideal = self.arrays["ideal"].reshape(self.count, 10)
 
     def row(self, name: str, i: int) -> np.ndarray:
-        return self.arrays[name][i * TOP : (i + 1) * TOP].astype(np.float32)
+        found: np.ndarray = self.arrays[name][i * TOP : (i + 1) * TOP].astype(np.float32)
+        return found
 
     def A(self, name: str, i: int) -> np.ndarray:
-        return self.arrays[name][self.spans[i]].reshape(TOP, -1).astype(np.float32)
+        found: np.ndarray = self.arrays[name][self.spans[i]].reshape(TOP, -1).astype(np.float32)
+        return found
 
     def score(self, c: Constants, i: int) -> np.ndarray:
         """b of query i's TOP documents."""
@@ -120,7 +124,8 @@ class Pools:
             b = b + c.maxsim * z(self.A(f"{way}|max", i).sum(1))
         if c.length:
             b = b + c.length * z(np.log(1 + length))
-        return b + c.prior * np.log(1 + length)
+        total: np.ndarray = b + c.prior * np.log1p(length)
+        return total
 
     def ndcg(self, scores: Callable[[int], np.ndarray]) -> np.ndarray:
         """nDCG@10 of each query."""
@@ -167,7 +172,7 @@ def main() -> int:
     p.add_argument("--write", type=path_of)
     options = p.parse_args()
     changed = dict(item.split("=", 1) for item in options.base.split(",")) if options.base else {}
-    typed = {name: float(value) if isinstance(getattr(BASE, name), float) else value for name, value in changed.items()}
+    typed: dict[str, Any] = {name: float(value) if isinstance(getattr(BASE, name), float) else value for name, value in changed.items()}
     pools = [Pools(path) for path in options.files]
     parts = []
     for name in options.only.split(",") if options.only else PARTS:

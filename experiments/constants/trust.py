@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,40 +39,67 @@ def gap(logit: np.ndarray) -> float:
     return float((logit.max() - logit.mean()) / max(logit.std(), 1e-6))
 
 
-RULES: dict[str, Weight] = {f"weight {w:g}": lambda b, x, w=w: w for w in (0.25, 0.5, 1, 1.5, 2, 3, 4, 6)}  # type: ignore[misc]
-RULES |= {f"3 where overlap@10 ≥ {t:g}, else {low:g}": lambda b, x, t=t, low=low: 3 if overlap(b, x) >= t else low for t in (0.4, 0.5, 0.6, 0.7) for low in (0, 0.5)}  # type: ignore[misc]
-RULES |= {f"{w:g} · overlap@10": lambda b, x, w=w: w * overlap(b, x) for w in (2, 3, 4)}  # type: ignore[misc]
-RULES |= {f"3 where r ≥ {t:g}": lambda b, x, t=t: 3 * (correlation(b, x) >= t) for t in (0.6, 0.7, 0.75, 0.8, 0.85, 0.9)}  # type: ignore[misc]
-RULES |= {f"3 where the largest sigmoid ≥ {t:g}": lambda b, x, t=t: 3 * (sigmoid(x.max()) >= t) for t in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)}  # type: ignore[misc]
-RULES |= {f"3 where std of logits ≥ {t:g}": lambda b, x, t=t: 3 * (x.std() >= t) for t in (1.0, 1.5, 2.0, 2.5, 3.0)}  # type: ignore[misc]
-RULES |= {f"3 where the gap ≥ {t:g}": lambda b, x, t=t: 3 * (gap(x) >= t) for t in (2.5, 3, 3.5, 4)}  # type: ignore[misc]
-RULES |= {f"3 where both name the same first, else {low:g}": lambda b, x, low=low: 3 if b.argmax() == x.argmax() else low for low in (0, 0.5, 1)}  # type: ignore[misc]
+def fixed(weight: float) -> Weight:
+    return lambda b, x: weight
+
+
+def where(weight: float, low: float, trusted: Callable[[np.ndarray, np.ndarray], bool]) -> Weight:
+    return lambda b, x: weight if trusted(b, x) else low
+
+
+def proportional(weight: float) -> Weight:
+    return lambda b, x: weight * overlap(b, x)
+
+
+def least(measure: Callable[[np.ndarray, np.ndarray], float], value: float) -> Callable[[np.ndarray, np.ndarray], bool]:
+    return lambda b, x: measure(b, x) >= value
+
+
+RULES: dict[str, Weight] = {f"weight {w:g}": fixed(w) for w in (0.25, 0.5, 1, 1.5, 2, 3, 4, 6)}
+RULES |= {f"3 · overlap@10 · {w:g}": proportional(3 * w) for w in (0.5, 1, 1.5)}
+MEASURES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], float], tuple[float, ...]]] = {
+    "overlap@10": (overlap, (0.4, 0.5, 0.6, 0.7)),
+    "r": (correlation, (0.6, 0.7, 0.75, 0.8, 0.85, 0.9)),
+    "largest sigmoid": (lambda b, x: float(sigmoid(x.max())), (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)),
+    "std of logits": (lambda b, x: float(x.std()), (1, 1.5, 2, 2.5, 3)),
+    "gap": (lambda b, x: gap(x), (2.5, 3, 3.5, 4, 5)),
+    "same first": (lambda b, x: float(b.argmax() == x.argmax()), (1,)),
+}
+for measure, (function, bounds) in MEASURES.items():
+    for bound in bounds:
+        RULES |= {f"3 where {measure} ≥ {bound:g}, else {low:g}": where(3, low, least(function, bound)) for low in (0, 0.5)}
+
+
+def summed(rule: Weight, bs: list[np.ndarray], xs: list[np.ndarray], i: int) -> np.ndarray:
+    """best+cross of query i under a rule."""
+    return bs[i] + rule(bs[i], xs[i]) * z(xs[i])
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="+", type=path_of)
-    p.add_argument("--soft", default="σ/1.5")
-    p.add_argument("--write", type=path_of)
-    options = p.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=path_of)
+    parser.add_argument("--soft", default="σ/1.5")
+    parser.add_argument("--write", type=path_of)
+    options = parser.parse_args()
     pools = [Pools(Path(f)) for f in options.files]
     constants = Constants(soft=options.soft)
     lines = ["| | " + " | ".join(p.name for p in pools) + " | least | mean |", "| --- |" + " --- |" * (len(pools) + 2)]
     base = [p.best(constants) for p in pools]
     bs = [[p.score(constants, i) for i in range(p.count)] for p in pools]
     xs = [[p.row("logit", i) for i in range(p.count)] for p in pools]
-    for name, function in (("best", None), ("standard", "x")):
-        means = [p.best(constants).mean() if function is None else p.ndcg(lambda i, x=x: x[i]).mean() for p, x in zip(pools, xs)]
+    standard = [p.ndcg(partial(p.row, "logit")) for p in pools]
+    for name, values in (("best", base), ("standard", standard)):
+        means = [v.mean() for v in values]
         lines.append(f"| {name} | " + " | ".join(f"{m:.4f}" for m in means) + f" | | {np.mean(means):.4f} |")
-    for label, value in (("overlap@10", overlap), ("r", correlation), ("gap", lambda b, x: gap(x)), ("std of logits", lambda b, x: x.std()), ("largest sigmoid", lambda b, x: sigmoid(x.max()))):  # fmt: skip
+    for label, (value, _) in MEASURES.items():
         means = [np.mean([value(b, x) for b, x in zip(bb, xx)]) for bb, xx in zip(bs, xs)]
         lines.append(f"| *{label}* | " + " | ".join(f"*{m:.3f}*" for m in means) + " | | |")
     for name, rule in RULES.items():
         cells, deltas = [], []
-        for p, bb, xx, values in zip(pools, bs, xs, base):
-            found = p.ndcg(lambda i, bb=bb, xx=xx: bb[i] + rule(bb[i], xx[i]) * z(xx[i]))
-            deltas.append((found - values).mean())
-            sure = not np.array_equal(found, values) and stats.ttest_rel(found, values).pvalue < 0.01
+        for p, bb, xx, own in zip(pools, bs, xs, base):
+            found = p.ndcg(partial(summed, rule, bb, xx))
+            deltas.append((found - own).mean())
+            sure = not np.array_equal(found, own) and stats.ttest_rel(found, own).pvalue < 0.01
             cells.append(f"**{deltas[-1]:+.4f}**" if sure else f"{deltas[-1]:+.4f}")
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {min(deltas):+.4f} | {np.mean(deltas):+.4f} |")
     print("\n".join(lines))
