@@ -51,16 +51,12 @@ def thirds(p: Pools, score: Score) -> list[float]:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="+", type=path_of)
-    p.add_argument("--soft", nargs="*", default=[], metavar="MODEL=NAME", help="temperature by a file name's beginning: minilm=σ/1.5")
-    p.add_argument("--prior", type=float, default=0.3)
     p.add_argument("--write", type=path_of)
     options = p.parse_args()
-    softs = dict(item.split("=", 1) for item in options.soft)
     lines = ["| | score | r with length, all | r, relevant | nDCG@10 short | middle | long |", "| --- |" + " --- |" * 6]
     for file in options.files:
         pools = Pools(file)
-        soft = next((name for start, name in softs.items() if pools.name.startswith(start)), BASE.soft)
-        scores = SCORES | {f"best, {prior:g}": partial(scored, replace(BASE, soft=soft, prior=prior)) for prior in (0.0, options.prior)}
+        scores = SCORES | {f"best, {prior:g}": partial(scored, replace(BASE, prior=prior)) for prior in (0.0, BASE.prior)}
         longer = np.mean(
             [z(np.log1p(pools.row("length", i)))[pools.row("grade", i) > 0].mean() for i in range(pools.count) if (pools.row("grade", i) > 0).any()]
         )

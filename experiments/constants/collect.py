@@ -26,12 +26,13 @@ from rerank_lab.cache.vectors import VectorCache, ensure
 from rerank_lab.cli import path_of
 from rerank_lab.datasets.load import load_dataset
 from rerank_lab.errors import UserError
+from rerank_lab.methods.spread import spread_of
 from rerank_lab.models.base import Detail
 from rerank_lab.models.bi_encoder import BiEncoder, load
 from rerank_lab.models.registry import Placement, Source
 
 TOP = 100
-TEXTS = 64  # queries, and documents, of numpydoc that sigma is measured on
+TEXTS = 64  # queries, and documents, of numpydoc on which the standard deviation of similarities is measured
 FITTED = 20_000  # token vectors that projections are fitted on
 FIXED = (0.1, 0.05, 0.025)
 DIVISORS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -123,7 +124,6 @@ def study(model: BiEncoder, data: Any, options: argparse.Namespace) -> None:
     started = time.time()
     numpydoc = load_dataset("numpydoc", "train")
     shipped, model.subspace = model.subspace, None
-    model.__dict__["token_dimensions"] = model.config.hidden_size
     named_queries = model.encode(evenly(list(numpydoc.queries.values()), TEXTS), kind="query").tokens.float()
     named_documents = model.encode(evenly(list(numpydoc.corpus.values()), TEXTS)).tokens.float()
     cache = VectorCache(model.key(), options.cache, disk_bytes=64 << 30)
@@ -136,9 +136,10 @@ def study(model: BiEncoder, data: Any, options: argparse.Namespace) -> None:
     own = cache.gather([keys[i] for i in rng.sample(range(len(keys)), min(300, len(keys)))], Detail.TOKENS).tokens.float()
     fitted = torch.cat([part[torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[: FITTED // 2]] for part in (sample, own)])
     ways = projections(shipped, fitted)
-    sigmas = {}
-    for name, way in ways.items():
-        sigmas[name] = float((way(named_queries) @ way(named_documents).T).std())
+    sigmas = {name: float((way(named_queries) @ way(named_documents).T).std()) for name, way in ways.items()}
+    model.subspace = shipped
+    spread = spread_of(model).sigma  # of the model's own projection
+    model.subspace = None
     queries = [q for q in data.queries if any(g > 0 for g in data.qrels[q].values())]
     queries = sorted(rng.sample(queries, min(options.queries, len(queries))))
     pooled = cache.gather(keys, Detail.POOLED).pooled
@@ -176,7 +177,7 @@ def study(model: BiEncoder, data: Any, options: argparse.Namespace) -> None:
         arrays[name] = flat.astype(np.float16 if "|" in name and "e5" not in options.model else np.float32)
     lengths = np.array([len(asked.row(i).tokens) for i in range(len(queries))])
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"model": options.model, "precision": options.precision, "collection": data.name, "split": data.split, "hash": data.hash, "sigma": sigmas,
+    facts = {"model": options.model, "precision": options.precision, "collection": data.name, "split": data.split, "hash": data.hash, "sigma": sigmas, "spread": spread,
              "documents": len(ids), "queries": queries, "key": model.key()}  # fmt: skip
     np.savez(options.out, lengths=lengths, facts=json.dumps(facts), **arrays)
     print(f"{options.out.name}: {len(queries)} queries, σ {sigmas['I']:.4f}, {time.time() - started:.0f} s", flush=True)

@@ -11,18 +11,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from rerank_lab.cli import path_of
+from rerank_lab.methods.best import SPREAD_IN_TAUS
 
 TOP = 100
-DIVISOR = 2.0
 Contrast = Callable[[np.ndarray], np.ndarray]
 CONTRASTS: dict[str, Contrast] = {
     "max − mean": lambda A: A.max(0) - A.mean(0),
@@ -41,7 +40,8 @@ class Constants:
 
     Attributes:
         way: the projection; "": the model's own.
-        soft: the temperature: σ/c as "σ/2", a number, or "max".
+        soft: the temperature: a number, "σ/2" (σ: the standard deviation of the similarities), "max", or "auto", the collected one
+            that is nearest to the default.
         contrast: how query tokens are weighed.
         alpha: weight of the token term.
         maxsim: weight of z(Σ_i max_j s_ij), beside the cosine.
@@ -52,19 +52,19 @@ class Constants:
     """
 
     way: str = ""
-    soft: str = f"σ/{DIVISOR:g}"
+    soft: str = "auto"
     contrast: str = "max − mean"
     alpha: float = 2.0
     maxsim: float = 0.0
     cosine: float = 1.0
     length: float = 0.0
-    prior: float = 0.0
+    prior: float = 0.3
     growth: float = 0.0
 
 
 BASE = Constants()
 PARTS: dict[str, dict[str, Constants]] = {
-    "tau": {name: Constants(soft=name) for name in ("σ/2", "0.1", "0.05", "0.025", "σ/1", "σ/1.5", "σ/2.5", "σ/3", "σ/4", "max", "lme σ/2", "lme σ/3")},
+    "tau": {name: Constants(soft=name) for name in ("auto", "0.1", "0.05", "0.025", "σ/1", "σ/1.5", "σ/2", "σ/2.5", "σ/3", "σ/4", "max", "lme σ/2", "lme σ/3")},
     "projection": {"own": BASE} | {f"{way}, {soft}": Constants(way=way, soft=soft) for way in ("I", "128", "3..130", "mean", "mean, 2", "without 2") for soft in ("σ/2", "σ/3")},
     "alpha": {f"alpha {value:g}": Constants(alpha=value) for value in (2, 0.5, 1, 1.5, 3, 4, 8)},
     "contrast": {name: Constants(contrast=name) for name in CONTRASTS},
@@ -75,9 +75,9 @@ PARTS: dict[str, dict[str, Constants]] = {
         "both": Constants(maxsim=1),
         "both, ½": Constants(maxsim=0.5, cosine=0.5),
     },
-    "length": {"0": BASE} | {f"z(ln L) {value:+g}": Constants(length=value) for value in (-1, -0.5, -0.25, 0.25, 0.5, 1)}
-    | {f"λ = {value:+g}": Constants(prior=value) for value in (-0.5, -0.25, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)}
-    | {f"growth {value:+g}": Constants(growth=value) for value in (-0.5, -0.25, 0.25, 0.5)},
+    "length": {"λ = +0.3": BASE} | {f"z(ln L) {value:+g}": Constants(length=value, prior=0) for value in (-1, -0.5, -0.25, 0.25, 0.5, 1)}
+    | {f"λ = {value:+g}": Constants(prior=value) for value in (-0.5, -0.25, 0, 0.1, 0.2, 0.4, 0.5, 0.75, 1)}
+    | {f"growth {value:+g}": Constants(growth=value, prior=0) for value in (-0.5, -0.25, 0.25, 0.5)},
 }  # fmt: skip
 
 
@@ -109,10 +109,22 @@ class Pools:
         found: np.ndarray = self.arrays[name][self.spans[i]].reshape(TOP, -1).astype(np.float32)
         return found
 
+    def temperature(self, way: str, name: str) -> float:
+        """tau of a collected temperature."""
+        return self.facts["sigma"][way] / float(name[2:]) if name.startswith("σ/") else float(name)
+
+    def soft(self, way: str, c: Constants) -> str:
+        """The name of the collected temperature."""
+        if c.soft != "auto":
+            return c.soft
+        names = [name.split("|")[1] for name in self.arrays if name.startswith(f"{way}|") and not name.endswith("max") and "lme" not in name]
+        wanted = self.facts["spread"] / SPREAD_IN_TAUS
+        return min(names, key=lambda name: abs(np.log(self.temperature(way, name) / wanted)))
+
     def score(self, c: Constants, i: int) -> np.ndarray:
         """b of query i's TOP documents."""
         way = c.way or self.own
-        A, length = self.A(f"{way}|{c.soft}", i), self.row("length", i)
+        A, length = self.A(f"{way}|{self.soft(way, c)}", i), self.row("length", i)
         if c.growth:
             A = A + c.growth * self.facts["sigma"][way] * np.sqrt(2 * np.log(1 + length))[:, None]
         w = CONTRASTS[c.contrast](A)
@@ -152,7 +164,7 @@ def part(title: str, rows: Mapping[str, Constants], pools: list[Pools]) -> str:
         cells, means = [], []
         for p in pools:
             way = constants.way or p.own
-            if f"{way}|{constants.soft}" not in p.arrays:
+            if f"{way}|{p.soft(way, constants)}" not in p.arrays:
                 cells.append("")
                 continue
             values = p.best(constants)
@@ -168,16 +180,12 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="+", type=path_of)
     p.add_argument("--only", help="parts, comma-separated (default: all)")
-    p.add_argument("--base", help="constants that every row takes, as in soft=σ/3,alpha=3")
     p.add_argument("--write", type=path_of)
     options = p.parse_args()
-    changed = dict(item.split("=", 1) for item in options.base.split(",")) if options.base else {}
-    typed: dict[str, Any] = {name: float(value) if isinstance(getattr(BASE, name), float) else value for name, value in changed.items()}
     pools = [Pools(path) for path in options.files]
     parts = []
     for name in options.only.split(",") if options.only else PARTS:
-        rows = {label: replace(c, **{k: v for k, v in typed.items() if getattr(c, k) == getattr(BASE, k)}) for label, c in PARTS[name].items()}
-        parts.append(part(name, rows, pools))
+        parts.append(part(name, PARTS[name], pools))
         print(parts[-1], flush=True)
     if options.write:
         options.write.write_text("\n".join(parts), encoding="utf-8")

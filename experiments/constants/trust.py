@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
-from study import Constants, Pools, z
+from study import BASE, Pools, z
 
 from rerank_lab.cli import path_of
 
@@ -78,14 +78,12 @@ def summed(rule: Weight, bs: list[np.ndarray], xs: list[np.ndarray], i: int) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=path_of)
-    parser.add_argument("--soft", default="σ/1.5")
     parser.add_argument("--write", type=path_of)
     options = parser.parse_args()
     pools = [Pools(Path(f)) for f in options.files]
-    constants = Constants(soft=options.soft)
     lines = ["| | " + " | ".join(p.name for p in pools) + " | least | mean |", "| --- |" + " --- |" * (len(pools) + 2)]
-    base = [p.best(constants) for p in pools]
-    bs = [[p.score(constants, i) for i in range(p.count)] for p in pools]
+    base = [p.best(BASE) for p in pools]
+    bs = [[p.score(BASE, i) for i in range(p.count)] for p in pools]
     xs = [[p.row("logit", i) for i in range(p.count)] for p in pools]
     standard = [p.ndcg(partial(p.row, "logit")) for p in pools]
     for name, values in (("best", base), ("standard", standard)):
