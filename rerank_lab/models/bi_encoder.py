@@ -96,7 +96,7 @@ class BiEncoder(TransformerEncoder):
         """How the model compares pooled vectors: "cosine" or "dot"."""
         return self.checkpoint.similarity
 
-    @cached_property
+    @property
     def token_dimensions(self) -> int:
         """Columns of the token vectors: r, or d without a subspace or head."""
         if self.head is not None:
