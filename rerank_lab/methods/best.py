@@ -11,7 +11,11 @@ from torch import Tensor
 from rerank_kernels import MIN_TAU, contrast_score
 from rerank_lab.methods.method import Method, setting
 from rerank_lab.methods.pool import Pool
-from rerank_lab.models.base import Detail
+from rerank_lab.methods.spread import COLLECTION, SPLIT, TEXTS, Spread, known
+from rerank_lab.models.base import Detail, Origin
+
+AUTO = "auto"
+SPREAD_IN_TAUS = 2.0  # c: tau=auto is σ/c
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Best(Method):
         b     = z(z(cos) + alpha z(a) [+ lexical z(bm25)] [+ cross_weight z(logit), where a cross-encoder is given])
         score = b + gamma z(e_k · f),  f = Σ_k softmax(b / 0.3)_k e_k
 
+    tau = auto is σ/c, c being SPREAD_IN_TAUS, and at least MIN_TAU, the smallest above 0 that the kernels take. σ is the spread of the
+    model's token similarities, a property of the model that is measured once on a fixed text (methods/spread.py).
+
     w, z and f depend on the whole pool: a score ranks within one request and is not a calibrated probability. Shown as its sigmoid.
 
     A late-interaction model has no cosine. Stage 1 then keeps the first documents as they came in, and b = z(alpha z(a) [+ …]).
@@ -35,7 +42,7 @@ class Best(Method):
     optional_cross: ClassVar[bool] = True
     about_cross: ClassVar[str] = "best, with the cross-encoder's logit in its sum"
     stage1_top_k: int = setting(100, "documents that stage 1 keeps")
-    tau: float = setting(0.1, "temperature; 0 or at least 0.025, below which exp underflows in fp32")
+    tau: float | str = setting(AUTO, f"temperature: auto, which is σ/{SPREAD_IN_TAUS:g} of the model, or a number, 0 or at least {MIN_TAU:g}", words=(AUTO,))
     alpha: float = setting(2.0, "weight of the token term")
     gamma: float = setting(0.0, "weight of the feedback term")
     lexical: float = setting(0.0, "weight of BM25 among the candidates; 0.25 is worth a try where exact names matter")
@@ -43,11 +50,24 @@ class Best(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if 0 < self.tau < MIN_TAU:
-            raise ValueError(f"best: tau must be 0 (MaxSim) or at least {MIN_TAU}, not {self.tau}")
+        if not isinstance(self.tau, str) and 0 < self.tau < MIN_TAU:
+            raise ValueError(f"best: tau must be 0 (MaxSim) or at least {MIN_TAU}, not {self.tau}; auto chooses one for the model")
 
     def needs_pooled(self) -> str | None:
         return "best: gamma weighs feedback from vectors of whole texts" if self.gamma else None
+
+    def needs_spread(self) -> bool:
+        return self.tau == AUTO
+
+    def in_use(self, spread: Spread | None) -> dict[str, float]:
+        return {} if spread is None or not self.needs_spread() else {"tau": self.temperature(spread)}
+
+    def temperature(self, spread: Spread | None) -> float:
+        """tau as a number. `spread` is the model's; a tau that is a number needs none."""
+        if not isinstance(self.tau, str):
+            return self.tau
+        assert spread is not None
+        return max(MIN_TAU, spread.sigma / SPREAD_IN_TAUS)
 
     def score(self, pool: Pool) -> Tensor:
         query = pool.query_vectors(detail=Detail.TOKENS)
@@ -60,7 +80,7 @@ class Best(Method):
             count, length = len(kept), len(query.tokens)
             places = torch.arange(count + 1, dtype=torch.int64, device=cosine.device)
             scores = contrast_score(
-                pool.attention(query, documents, self.tau),
+                pool.attention(query, documents, self.temperature(pool.spread)),
                 places * length,
                 places[[0, -1]],
                 cosine[kept],
@@ -70,3 +90,11 @@ class Best(Method):
                 embeddings=documents.pooled if self.gamma else None,
             )
         return pool.scatter(kept, scores)
+
+
+def told(origin: Origin, cache: str | None) -> str:
+    """What `--list MODEL` says of a model's spread and of tau = auto on it. Arguments as for spread.known."""
+    found = known(origin, cache)
+    if found is None:
+        return f"measured at first use, on {TEXTS} {SPLIT} queries and {TEXTS} documents of {COLLECTION}; tau=auto is σ/{SPREAD_IN_TAUS:g}"
+    return f"{found} ({found.source}); tau=auto is {Best().temperature(found):.4g}"
