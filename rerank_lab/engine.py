@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rerank_lab.cache.vectors import DISK_BYTES, ProgressCallback, VectorCache, ensure, text_key
+from rerank_lab.methods.spread import Spread, spread_of
 from rerank_lab.models.base import Detail, Encoder, Overrides, Scorer
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.registry import DEFAULT_MODEL
@@ -77,10 +78,21 @@ class Engine:
         cross: scores pairs; None: no cross-encoder.
         caches: one for `encoder`, and one for the encoder that `cross` needs.
         spec: what the models were loaded from; None: they were passed in loaded, and the engine cannot be pickled.
+        spreads: id() of an encoder → the spread of its token similarities, filled on demand. Engines of the same encoders share it.
+        here: whether its models run in this process; False: they describe those of other processes.
     """
 
-    def __init__(self, encoder: Encoder | None, cross: Scorer | None, caches: Caches, spec: EngineSpec | None = None):
-        self.encoder, self.cross, self.caches, self.spec = encoder, cross, caches, spec
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        cross: Scorer | None,
+        caches: Caches,
+        spec: EngineSpec | None = None,
+        spreads: dict[int, Spread] | None = None,
+        here: bool = True,
+    ):
+        self.encoder, self.cross, self.caches, self.spec, self.here = encoder, cross, caches, spec, here
+        self.spreads = {} if spreads is None else spreads
 
     def __reduce__(self) -> tuple[Callable[[], Engine], tuple[()]]:
         """Pickles the spec without weights and vectors. Unpickling loads the models again."""
@@ -89,12 +101,26 @@ class Engine:
         return self.spec.load, ()
 
     def elsewhere(self, **changes: str | int | None) -> Engine:
-        """The same engine, with a changed spec: other processes that unpickle it load it with these changes, such as another device."""
-        return Engine(self.encoder, self.cross, self.caches, None if self.spec is None else replace(self.spec, **changes))  # type: ignore[arg-type]
+        """The same engine, with a changed spec, for other processes: those that unpickle it load it with these changes, such as another device."""
+        spec = None if self.spec is None else replace(self.spec, **changes)  # type: ignore[arg-type]
+        return Engine(self.encoder, self.cross, self.caches, spec, self.spreads, here=False)
 
     def fresh(self) -> Engine:
         """The same models with empty caches in memory."""
-        return Engine(self.encoder, self.cross, new_caches(self.encoder, self.cross), self.spec)
+        return Engine(self.encoder, self.cross, new_caches(self.encoder, self.cross), self.spec, self.spreads, self.here)
+
+    @property
+    def spread(self) -> Spread:
+        """The spread of the bi-encoder's token similarities: shipped, from the cache, or measured now.
+
+        Raises:
+            ModelError: the model gave a NaN or an infinite value.
+        """
+        assert self.encoder is not None
+        found = self.spreads.get(id(self.encoder))
+        if found is None:
+            found = self.spreads[id(self.encoder)] = spread_of(self.encoder, self.caches[id(self.encoder)].store)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -150,6 +176,31 @@ class Engine:
             yield self.encoder, detail if other is None else min(detail, Detail.TOKENS)
         if other is not None and detail >= other.detail:
             yield other.encoder, other.detail
+
+
+def fingerprints(encoder: Encoder | None, cross: Scorer | None, arithmetic: str, spread: Spread | None) -> dict[str, str | None]:
+    """Identifies models in results: each one's name, hash, settings of its folder that differ from the defaults, and spread, if a method needs it."""
+    found: dict[str, str | None] = {
+        "model": None if encoder is None else encoder.name,
+        "model_vectors": None if encoder is None else encoder.key(),
+        "model_cross": None if cross is None else cross.name,
+        "model_cross_files": None if cross is None else cross.fingerprint,
+        "arithmetic": arithmetic,
+    }
+    for role, model in (("model_reading", encoder), ("model_cross_reading", cross)):
+        if model is not None and (reading := model.reading()):
+            found[role] = reading
+    return found if spread is None else found | {"model_spread": spread.write()}
+
+
+def spread_in(models: Mapping[str, str | None]) -> Spread | None:
+    """The spread in what `fingerprints` has made; None: no method needed it.
+
+    Raises:
+        ValueError: it does not read back.
+    """
+    found = models.get("model_spread")
+    return None if found is None else Spread.read(found)
 
 
 class Engines:

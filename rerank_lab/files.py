@@ -163,7 +163,7 @@ def decode(kind: type[T], value: Any, place: str = "") -> T:
 def _decoded(kind: Any, value: Any, place: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        if kind == Json or (value is None and type(None) in inner):
+        if kind == Json or (value is None and type(None) in inner) or (isinstance(value, str) and str in inner):
             return value
         kind = next(one for one in inner if one is not type(None))
         origin, inner = typing.get_origin(kind), typing.get_args(kind)

@@ -15,12 +15,13 @@ from torch import Tensor
 from rerank_kernels import exactly, zscore
 from rerank_lab.cache.vectors import DISK_BYTES, ProgressCallback, VectorCache, ensure
 from rerank_lab.datasets.runs import order
-from rerank_lab.engine import Engine, EngineSpec
+from rerank_lab.engine import Engine, EngineSpec, fingerprints
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.files import valid_text
-from rerank_lab.methods import DROPPED, Method, Pool, as_method, inputs
+from rerank_lab.methods import DROPPED, Method, Pool, Value, as_method, inputs
 from rerank_lab.methods.inputs import Document
 from rerank_lab.methods.pool import Flops
+from rerank_lab.methods.spread import Spread
 from rerank_lab.models.base import Detail, Encoder, Scorer
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
 from rerank_lab.timing import Clock
@@ -131,7 +132,6 @@ class Reranker:
         asked = inputs.overrides(query_prompt, document_prompt, truncate_dim, instruction, first, second)
         spec = EngineSpec(named[0], named[1], subspace, str(device), runtime, precision, **asdict(asked), cache_dir=cache_dir, cache_bytes=cache_bytes)
         self._set(spec.load(*loaded), method, max_tokens, fuse, True)
-        method.check_models(self.encoder, self.cross)
 
     @classmethod
     def of(cls, engine: Engine, method: str | Method, *, max_tokens_per_doc: int = 512, fuse_first_stage: float = 0.0, cross: bool = True) -> Reranker:
@@ -142,12 +142,13 @@ class Reranker:
         """
         made: Reranker = object.__new__(cls)
         made._set(engine, as_method(method), max_tokens_per_doc, fuse_first_stage, cross)
-        made.method.check_models(made.encoder, made.cross)
         return made
 
     def _set(self, engine: Engine, method: Method, max_tokens: int, fuse_first_stage: float, cross: bool) -> None:
         self.engine, self.method, self.max_tokens, self.fuse_first_stage = engine, method, max_tokens, fuse_first_stage
         self.encoder, self.cross = engine.encoder, engine.cross if cross else None
+        method.check_models(self.encoder, self.cross)
+        _ = self.spread  # measured now if it is not known, and in no request
 
     def rank(self, query: str, documents: Iterable[Document], top_n: int | None = None, *, first_stage: Iterable[float] | None = None) -> list[Result]:
         """Ranks documents for a query, best first. Equal scores stay in input order.
@@ -201,7 +202,7 @@ class Reranker:
                 raise UserError(f"{f'documents[{i - 1}]' if i else 'the query'} holds half of a surrogate pair, which is no text")
         return kind(
             query, texts, encoder=self.encoder, cross=self.scorer, caches=self.engine.caches, detail=Detail.TOKENS if self.method.tokens else Detail.POOLED,
-            max_tokens=self.max_tokens, clock=Clock(None if self.encoder is None else self.encoder.device),
+            max_tokens=self.max_tokens, spread=self.spread, clock=Clock(None if self.encoder is None else self.encoder.device),
         )  # fmt: skip
 
     @exactly(tensors=True)
@@ -257,6 +258,16 @@ class Reranker:
         return self.cross if self.method.uses_cross else None
 
     @property
+    def spread(self) -> Spread | None:
+        """The spread of the bi-encoder's token similarities; None: the method needs none, or the models run elsewhere."""
+        return self.engine.spread if self.engine.here and self.method.needs_spread() else None
+
+    @property
+    def settings(self) -> dict[str, Value]:
+        """Name → value of the method's settings as they are in use: a number where "auto" was set."""
+        return self.method.settings() | self.method.in_use(self.spread)
+
+    @property
     def cache(self) -> VectorCache | None:
         """The cache of the bi-encoder's vectors; None without a bi-encoder."""
         return None if self.encoder is None else self.engine.caches[id(self.encoder)]
@@ -299,18 +310,8 @@ class Reranker:
         return [min(self.max_tokens, model.limit) for model in models]
 
     def fingerprints(self) -> dict[str, str | None]:
-        """Identifies the models in results: each one's name, hash, and settings of its folder that differ from the defaults."""
-        found: dict[str, str | None] = {
-            "model": None if self.encoder is None else self.encoder.name,
-            "model_vectors": None if self.encoder is None else self.encoder.key(),
-            "model_cross": None if self.cross is None else self.cross.name,
-            "model_cross_files": None if self.cross is None else self.cross.fingerprint,
-            "arithmetic": self.arithmetic,
-        }
-        for role, model in (("model_reading", self.encoder), ("model_cross_reading", self.cross)):
-            if model is not None and (reading := model.reading()):
-                found[role] = reading
-        return found
+        """Identifies the models in results (engine.fingerprints)."""
+        return fingerprints(self.encoder, self.cross, self.arithmetic, self.spread)
 
     def encode(self, texts: Sequence[str], *, detail: Detail, progress: ProgressCallback = lambda done, total: None) -> None:
         """Encodes documents into the caches, in this detail, so that ranking them later runs no encoder on them. Arguments as for Engine.encode."""

@@ -138,7 +138,7 @@ def study(model: BiEncoder, data: Any, options: argparse.Namespace) -> None:
     ways = projections(shipped, fitted)
     sigmas = {name: float((way(named_queries) @ way(named_documents).T).std()) for name, way in ways.items()}
     model.subspace = shipped
-    spread = spread_of(model).sigma  # of the model's own projection
+    spread = spread_of(model).value  # of the model's own projection
     model.subspace = None
     queries = [q for q in data.queries if any(g > 0 for g in data.qrels[q].values())]
     queries = sorted(rng.sample(queries, min(options.queries, len(queries))))

@@ -117,7 +117,7 @@ class Pools:
         """The name of the collected temperature."""
         if c.soft != "auto":
             return c.soft
-        names = [name.split("|")[1] for name in self.arrays if name.startswith(f"{way}|") and not name.endswith("max") and "lme" not in name]
+        names: list[str] = [name.split("|")[1] for name in self.arrays if name.startswith(f"{way}|") and not name.endswith("max") and "lme" not in name]
         wanted = self.facts["spread"] / SPREAD_IN_TAUS
         return min(names, key=lambda name: abs(np.log(self.temperature(way, name) / wanted)))
 

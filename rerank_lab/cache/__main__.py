@@ -86,12 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def contents(folder: Path) -> list[CacheFolder]:
     """The folders in a cache, the largest first. Files that disappear meanwhile are left out."""
-    from rerank_lab.cache.shards import ABOUT, abandoned, shards
+    from rerank_lab.cache.shards import ABOUT, SPREADS, abandoned, shards
 
     found = []
     for place in sorted((folder / VECTORS).glob("*/")):
         files = []
-        for path in (*(path for _, path in shards(place)), *abandoned(place)):
+        for path in (*(path for _, path in shards(place)), *place.glob(SPREADS), *abandoned(place)):
             with suppress(OSError):
                 files.append((path, path.stat().st_size, path.stat().st_mtime))
         try:

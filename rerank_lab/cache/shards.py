@@ -27,6 +27,7 @@ from rerank_lab.models.base import Detail, Vectors
 log = logging.getLogger(__name__)
 SHARD_SCHEMA = "2"
 ABOUT = "about.json"
+SPREADS = "spread-*.json"  # how far a model's token similarities spread (methods/spread.py), a file for each query prompt
 ABANDONED = 3600.0  # seconds after which a temporary file is taken to be abandoned
 
 

@@ -145,6 +145,11 @@ class Store:
         write_atomically(self.folder / name, content)
         self.publish(name)
 
+    def write_once(self, name: str, content: bytes) -> None:
+        """`write`, unless the file is in `folder` already."""
+        if not (self.folder / name).is_file():
+            self.write(name, content)
+
     def remove(self, name: str) -> None:
         """Deletes a file in `folder` and in the shared folder. Does nothing if it does not exist."""
         (self.folder / name).unlink(missing_ok=True)

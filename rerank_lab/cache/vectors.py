@@ -177,8 +177,7 @@ class VectorCache:
 
     def _write(self, store: Store, keys: Sequence[bytes], vectors: Vectors, detail: Detail) -> Path:
         store.folder.mkdir(parents=True, exist_ok=True)
-        if not (store.folder / shards.ABOUT).is_file():
-            store.write(shards.ABOUT, json.dumps(self.about, indent=1).encode())
+        store.write_once(shards.ABOUT, json.dumps(self.about, indent=1).encode())
         path = shards.write(store.folder, keys, vectors, detail)
         store.publish(path.name)
         return path

@@ -112,20 +112,25 @@ def _executor(settings: EvalSettings) -> Executor:
 
 def _description(settings: EvalSettings, model: str) -> str:
     """How a model would be read with these prompts, dimensions and instruction, a line for each title."""
+    from rerank_lab.eval.evaluate import cache_place
+    from rerank_lab.methods import best
     from rerank_lab.models.base import Overrides
-    from rerank_lab.models.kinds import described
+    from rerank_lab.models.kinds import described, origin
 
-    width = 17
+    width, asked = 17, Overrides(**{name: getattr(settings, name) for name in OVERRIDES})
+    titles = dict(described(model, asked))
+    if (own := origin(model, asked, settings.subspace)) is not None:
+        titles["token spread"] = best.told(own, cache_place(settings))
     return "\n".join(
         textwrap.fill(f"{title:<{width - 1}} {text}", 80, subsequent_indent=" " * width, break_long_words=False, break_on_hyphens=False)
-        for title, text in described(model, Overrides(**{name: getattr(settings, name) for name in OVERRIDES})).items()
+        for title, text in titles.items()
     )
 
 
 def _listing() -> str:
     from rerank_lab.datasets.beir import bundled_names
     from rerank_lab.measures.quality import known_measures
-    from rerank_lab.methods import METHODS, labels
+    from rerank_lab.methods import METHODS, labels, shown
     from rerank_lab.models.registry import REGISTRY
 
     def wrapped(title: str, text: str) -> str:
@@ -136,7 +141,7 @@ def _listing() -> str:
     lines += ["methods and their settings"]
     for label, about in labels().items():
         if label in METHODS:
-            settings = ", ".join(f"{k}={v:g}" for k, v in METHODS[label]().settings().items()) or "no settings"
+            settings = ", ".join(f"{k}={shown(v)}" for k, v in METHODS[label]().settings().items()) or "no settings"
             about += f"; needs a {' and a '.join(METHODS[label].roles)}; {settings}"
         lines += [wrapped(label, about)]
     crossed = ", ".join(label for label in labels() if label not in METHODS)

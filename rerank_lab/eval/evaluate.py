@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cache
@@ -23,6 +23,7 @@ from rerank_lab.client.endpoint import Endpoint, key_from
 from rerank_lab.client.v3 import KEY
 from rerank_lab.datasets.dataset import Dataset
 from rerank_lab.datasets.load import load_dataset
+from rerank_lab.engine import spread_in
 from rerank_lab.errors import UserError
 from rerank_lab.eval import kernel_check, rows, sweep
 from rerank_lab.eval.executors.base import Executor
@@ -71,7 +72,7 @@ def evaluate(options: EvalSettings, executor: Executor) -> str:
     config = effective(options) | {"methods": list(systems), "baseline": baseline}
     if journal.finished:
         found = journal.results(config)
-        _check_same(found, options, out)
+        _check_same(found, options, systems, out)
         return table(found) + f"\n{out} was finished already; nothing done\n"
     with ExitStack() as connections:
         remote = {}
@@ -83,15 +84,18 @@ def evaluate(options: EvalSettings, executor: Executor) -> str:
             return _evaluate(options, systems, remote, journal, config, executor)
 
 
-def _check_same(found: Results, options: EvalSettings, out: Path) -> None:
-    """Checks that finished results still belong to the files that the options name.
+def _check_same(found: Results, options: EvalSettings, systems: Mapping[str, System], out: Path) -> None:
+    """Checks that finished results still belong to the files that the options name, and to the methods as they are set today.
 
     Raises:
-        UserError: the collection or the run file has changed since.
+        UserError: the collection, the run file or a default of a method has changed since.
     """
     file = file_of(options.candidates)
     changed = [options.candidates] if file is not None and file_hash(file) != found.candidates.details.get("file_sha256") else []
     changed += [options.dataset] if collection_hash(options.dataset, options.split) != found.dataset.hash else []
+    for row in found.rows:
+        now = {} if row.system.remote else systems[row.label].method.settings()
+        changed += [f"the default {name} of {row.label}" for name, value in now.items() if row.settings.get(name, value) != value]
     if changed:
         raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
 
@@ -160,7 +164,9 @@ def _evaluate(
     for note in work.candidates.notes:
         log.warning("%s", note)
 
-    journal.begin(config | {"dataset": dataset.hash, "candidates": work.candidates.hash, "models": about.models})
+    in_use = {system.label: numbers for system in local if (numbers := system.method.in_use(spread_in(about.models)))}
+    depends = {"dataset": dataset.hash, "candidates": work.candidates.hash, "models": about.models}
+    journal.begin(config | depends | ({"in_use": in_use} if in_use else {}))
     collected: dict[str, RowRecords] = {}
     for label in systems:
         ranker = rankers[label]
@@ -278,12 +284,15 @@ def _endpoint(url: str, system: System, options: EvalSettings) -> Endpoint:
 
 
 def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool = False) -> Reranker:
-    """Loads the models that these systems need; exact: by torch in fp32 instead of the runtime and precision in the options."""
+    """Loads the models that these systems need; exact: by torch in fp32 instead of the runtime and precision in the options.
+
+    Its method is one that needs the spread of the model's token similarities, if a row or a sweep does: results then name it.
+    """
     needs_cross = any(system.crossed for system in systems)
     elsewhere = options.executor == "ray"  # the models here then only describe those on the workers; this machine may lack the workers' device
     made = Reranker(
         options.model,
-        systems[0].method if systems else "maxsim",
+        "maxsim",
         options.model_cross if needs_cross else None,
         max_tokens_per_doc=options.max_tokens_per_doc,
         fuse_first_stage=options.fuse_first_stage,
@@ -295,7 +304,8 @@ def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool =
         precision="fp32" if exact else options.precision,
         **{name: getattr(options, name) for name in OVERRIDES},
     )
-    return made.elsewhere(device=options.device)
+    made = made.elsewhere(device=options.device) if elsewhere else made
+    return made.using(max(sweep.methods(options.sweep, systems), key=lambda method: method.needs_spread(), default="maxsim"))
 
 
 def cache_place(options: EvalSettings) -> str | None:

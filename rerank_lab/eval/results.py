@@ -111,7 +111,8 @@ class Row:
         agreement: of a server's row with the row that runs the same method here.
         vs_fp32: the change against torch in fp32, if another runtime or precision ranked.
         vs_definition: dtype → the change that the kernels make against their definition in fp32.
-        settings: the method's effective settings.
+        settings: the method's settings, as they were set.
+        in_use: the number of each setting that was set to a word: tau, where it was "auto".
         phases_ms, cold_phases_ms: median milliseconds by phase.
         docs_per_s, peak_rss_mb, flops_per_query: throughput, memory in MiB, FLOPs by formula; None: unknown, for a server's row.
         coverage, unjudged_share, truncated_share, tie_rate: shares, 0 to 1.
@@ -131,7 +132,8 @@ class Row:
     agreement: Agreement | None = None
     vs_fp32: Change | None = None
     vs_definition: dict[str, Change] | None
-    settings: dict[str, float]
+    settings: dict[str, float | str]
+    in_use: dict[str, float] = field(default_factory=dict)
     latency_ms: Latency | None
     cold_latency_ms: Latency | None
     cold_sample: ColdSample
@@ -154,13 +156,17 @@ class Row:
         """The label, parsed."""
         return System.parse(self.label)
 
+    def setting(self, name: str) -> float:
+        """A setting as a number, the one that ranked."""
+        return float(self.in_use.get(name, self.settings[name]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
     """A row under one value of a swept setting. Recall and ceiling are over the documents that the method ranked."""
 
     setting: str
-    value: float
+    value: float | str
     label: str = json_name("method")
     queries: int = 0
     measures: dict[str, float]
@@ -301,6 +307,8 @@ def write(results: Results) -> str:
     )
     value["sweeps"] = [_renamed(point, {"oracle_": f"oracle_{measure}"}) for point in value["sweeps"]]
     for row in value["rows"]:
+        if not row["in_use"]:
+            del row["in_use"]
         row["vs_fp32"] = row["vs_fp32"] and _flat_change(row["vs_fp32"])
         row["vs_definition"] = row["vs_definition"] and {name: _flat_change(change) for name, change in row["vs_definition"].items()}
     if value["environment"]["executor"] is None:

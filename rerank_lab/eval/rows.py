@@ -75,7 +75,7 @@ def cold(
         return ColdCost(measured="no vectors are cached for this method: each run is new")
     if not queries:
         return ColdCost()
-    depends = [label, reranker.method.settings(), reranker.fuse_first_stage, reranker.token_limit, reranker.fingerprints()]
+    depends = [label, reranker.settings, reranker.fuse_first_stage, reranker.token_limit, reranker.fingerprints()]
     key = _digest([*depends, about, [q.id for q in queries], vars(describe(reranker.device))])
     store, name = None if cache is None else cache.child(TIMINGS), f"{key}.json"
     try:

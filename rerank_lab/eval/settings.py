@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,7 @@ class EvalSettings(ComputeOptions):
         methods: labels of rows; None: all that can run.
         measures: names known to ir-measures; the first is tested and plotted.
         baseline: a label; None: the first method's.
-        sweep: setting → its values, ascending.
+        sweep: setting → its values, numbers first, ascending.
         out: the results folder; None: one in results/, named after the day and the collection.
         cache: a folder or a URL; None: the user's default cache.
         resources: a worker's share of a node; None: one CPU.
@@ -96,7 +95,7 @@ class EvalSettings(ComputeOptions):
     fuse_first_stage: float = 0.0
     measures: Sequence[str] = field(default_factory=lambda: [*MEASURES])
     baseline: str | None = None
-    sweep: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    sweep: Mapping[str, Sequence[float | str]] = field(default_factory=dict)
     no_kernel_check: bool = False
     cold_queries: int = 3
     seed: int = 0
@@ -338,27 +337,28 @@ def _names(value: str) -> list[str]:
     return names
 
 
-def _sweep(text: str) -> tuple[str, list[float]]:
+def _sweep(text: str) -> tuple[str, list[float | str]]:
     """Parses NAME=V,V,…; NAME is a setting of some method, max_tokens_per_doc or top_k."""
-    from rerank_lab.methods import METHODS  # which need torch
+    from rerank_lab.methods import METHODS, Setting, settings_of  # which need torch
 
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
-    types = {field.name: typing.get_type_hints(kind)[field.name] for kind in METHODS.values() for field in fields(kind)} | dict.fromkeys(COMMON_SETTINGS, int)
-    if not equals or name not in types:
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE,VALUE… with NAME one of {', '.join(sorted(types))}")
+    declared = {key: own for kind in METHODS.values() for key, own in settings_of(kind).items()} | dict.fromkeys(COMMON_SETTINGS, Setting(int, 1))
+    if not equals or name not in declared:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE,VALUE… with NAME one of {', '.join(sorted(declared))}")
     try:
-        numbers = [types[name](value) for value in values.split(",") if value.strip()]
+        found = [declared[name].parse(value) for value in values.split(",") if value.strip()]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{name} takes {types[name].__name__} values, not {values!r}") from None
-    if len(set(numbers)) < max(len(numbers), 1):
+        raise argparse.ArgumentTypeError(f"{name} takes {declared[name].takes}, not {values!r}") from None
+    if len(set(found)) < max(len(found), 1):
         raise argparse.ArgumentTypeError(f"{name} needs one value or more, each once, not {values!r}")
-    if types[name] is int and min(numbers) < 1:
+    numbers = sorted(value for value in found if not isinstance(value, str))
+    if declared[name].kind is int and min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{name} must be at least 1, not {min(numbers)}")
-    return name, sorted(numbers)
+    return name, [*numbers, *(value for value in found if isinstance(value, str))]
 
 
-def _check_once(sweeps: Sequence[tuple[str, list[float]]] | None) -> None:
+def _check_once(sweeps: Sequence[tuple[str, list[float | str]]] | None) -> None:
     names = [name for name, _ in sweeps or ()]
     if len(set(names)) < len(names):
         raise UserError(f"--sweep {max(names, key=names.count)} stands there twice; give all its values at once")

@@ -13,6 +13,7 @@ import pandas as pd
 from rerank_lab.client.endpoint import sent_settings
 from rerank_lab.datasets.dataset import Dataset, Qrels
 from rerank_lab.datasets.runs import Ranked, Run, tie_rate, trec_lines
+from rerank_lab.engine import spread_in
 from rerank_lab.environment import Environment
 from rerank_lab.eval.journal import RESULTS, file_name
 from rerank_lab.eval.records import Cost, KernelRecords, Record, RowRecords
@@ -152,6 +153,7 @@ def _row(
         vs_fp32=None if own.exact is None else _change(evaluation, records, own.exact, "torch, fp32"),
         vs_definition=None if own.kernels is None else _vs_definition(evaluation, own.kernels),
         settings=sent_settings(system.method, config.max_tokens_per_doc) if system.remote else system.method.settings(),
+        in_use={} if system.remote else system.method.in_use(spread_in(evaluation.models)),
         latency_ms=_latency(seconds),
         cold_latency_ms=_latency(cold.seconds),
         cold_sample=ColdSample(len(cold.seconds), cold.measured),

@@ -11,9 +11,10 @@ from rerank_lab.eval.settings import COMMON_SETTINGS
 from rerank_lab.eval.system import System
 from rerank_lab.eval.work import RankingWork
 from rerank_lab.first_stage.candidates import Candidates
+from rerank_lab.methods import Method, Value
 from rerank_lab.reranker import Reranker
 
-Sweeps = Mapping[str, Sequence[float]]
+Sweeps = Mapping[str, Sequence[Value]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SweepRecords:
     """
 
     setting: str
-    value: float
+    value: Value
     label: str
     records: Sequence[Record]
 
@@ -55,9 +56,15 @@ def problems(sweeps: Sweeps, systems: Sequence[System], pools: bool) -> list[str
     return found
 
 
+def methods(sweeps: Sweeps, systems: Sequence[System]) -> list[Method]:
+    """Every method that a row or a point of a sweep runs, the rows' first."""
+    swept = [(name, value) for name, values in sweeps.items() if name not in COMMON_SETTINGS for value in values]
+    return [*(system.method for system in systems), *(replace(system.method, **{name: value}) for name, value in swept for system in _having(name, systems))]
+
+
 def deepest(sweeps: Sweeps, top_k: int) -> int:
     """How many candidates each query needs, for the rows and for all sweeps."""
-    return int(max([top_k, *sweeps.get("stage1_top_k", []), *sweeps.get("top_k", [])]))
+    return max(int(depth) for depth in (top_k, *sweeps.get("stage1_top_k", []), *sweeps.get("top_k", [])))
 
 
 def run(
@@ -78,7 +85,7 @@ def run(
     for name, values in sweeps.items():
         for value in values:
             pool, encoded = work.candidates, False
-            if name == "top_k" or (name == "stage1_top_k" and value > pool.top_k):
+            if name == "top_k" or (name == "stage1_top_k" and int(value) > pool.top_k):
                 pool = deep.cut(int(value))
             for system in _having(name, systems):
                 label, method, row = system.label, system.method, rows[system.label]

@@ -6,7 +6,7 @@ from rerank_lab.errors import UserError
 from rerank_lab.methods.best import Best
 from rerank_lab.methods.fast import Fast
 from rerank_lab.methods.maxsim import MaxSim
-from rerank_lab.methods.method import Method, Setting, setting, settings_of
+from rerank_lab.methods.method import Method, Setting, Value, setting, settings_of, shown
 from rerank_lab.methods.optimal import Optimal
 from rerank_lab.methods.pool import DROPPED, Pool
 from rerank_lab.methods.standard import Standard
@@ -15,7 +15,7 @@ METHODS: dict[str, type[Method]] = {m.name: m for m in (Fast, Standard, Optimal,
 CROSS_SUFFIX = "+cross"  # best+cross is the row of best with a cross-encoder, best the row without
 
 __all__ = [
-    "CROSS_SUFFIX", "DROPPED", "METHODS", "Method", "Pool", "Setting", "as_method", "labels", "make_method", "setting", "settings_of",
+    "CROSS_SUFFIX", "DROPPED", "METHODS", "Method", "Pool", "Setting", "Value", "as_method", "labels", "make_method", "setting", "settings_of", "shown",
 ]  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def as_method(given: str | Method) -> Method:
     return given
 
 
-def make_method(spec: str, **defaults: float) -> Method:
+def make_method(spec: str, **defaults: Value) -> Method:
     """Makes a method from its name and settings: "best", "best:tau=0.05:gamma=0.25".
 
     Args:
@@ -69,9 +69,9 @@ def make_method(spec: str, **defaults: float) -> Method:
             raise UserError(f"method {spec!r}: {key} stands there twice")
         given.add(key)
         try:
-            settings[key] = declared[key].kind(value)
+            settings[key] = declared[key].parse(value)
         except ValueError:
-            raise UserError(f"method {spec!r}: {key} takes {declared[key].kind.__name__} values, not {value!r}") from None
+            raise UserError(f"method {spec!r}: {key} takes {declared[key].takes}, not {value!r}") from None
     try:
         return kind(**settings)
     except ValueError as error:

@@ -13,9 +13,11 @@ from torch import Tensor
 from rerank_lab.errors import UserError
 from rerank_lab.methods import inputs
 from rerank_lab.methods.pool import Pool
+from rerank_lab.methods.spread import Spread
 from rerank_lab.models.base import Encoder, Scorer
 
-Number = TypeVar("Number", int, float)
+Value = float | str  # of a setting: a number, or one of its words
+Number = TypeVar("Number", int, float, Value)
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,30 @@ class Setting:
         default: its value unless the user gives one.
         about: a short description.
         least, most: inclusive bounds; None: those of `inputs.whole` or `inputs.weight`.
+        words: what it takes besides numbers. The method finds the number that a word stands for (Method.in_use).
     """
 
     kind: type[int | float]
-    default: float
+    default: Value
     about: str = ""
     least: float | None = None
     most: float | None = None
+    words: tuple[str, ...] = ()
 
-    def read(self, name: str, value: Any) -> float:
+    @property
+    def takes(self) -> str:
+        """What its values are, for messages."""
+        return " or ".join([f"{self.kind.__name__} values", *self.words])
+
+    def parse(self, text: str) -> Value:
+        """A value as it is written on a command line.
+
+        Raises:
+            ValueError: it is neither a number of the setting's type nor one of its words.
+        """
+        return text.strip() if text.strip() in self.words else self.kind(text)
+
+    def read(self, name: str, value: Any) -> Value:
         """Converts a value to the setting's type and checks its bounds.
 
         Args:
@@ -45,13 +62,26 @@ class Setting:
         Raises:
             UserError: the value has another type or is out of bounds.
         """
+        if isinstance(value, str) and value in self.words:
+            return str(value)
         bounds: dict[str, float] = {key: bound for key, bound in (("least", self.least), ("most", self.most)) if bound is not None}
-        return inputs.whole(name, value, **{key: int(bound) for key, bound in bounds.items()}) if self.kind is int else inputs.weight(name, value, **bounds)
+        try:
+            return inputs.whole(name, value, **{key: int(bound) for key, bound in bounds.items()}) if self.kind is int else inputs.weight(name, value, **bounds)
+        except UserError as error:
+            raise error if not self.words else UserError(f"{error}; beside numbers it takes {' and '.join(self.words)}") from None
 
 
-def setting(default: Number, about: str, *, least: Number | None = None, most: Number | None = None) -> Number:
-    """Declares a field of a method as a setting: `tau: float = setting(0.1, "temperature")`. Arguments as for Setting."""
-    return field(default=default, metadata={"about": about, "least": least, "most": most})
+def setting(default: Number, about: str, *, least: float | None = None, most: float | None = None, words: tuple[str, ...] = ()) -> Number:
+    """Declares a field of a method as a setting: `alpha: float = setting(2.0, "weight")`. Arguments as for Setting.
+
+    A setting with words is a float | str: `tau: float | str = setting("auto", "temperature", words=("auto",))`.
+    """
+    return field(default=default, metadata={"about": about, "least": least, "most": most, "words": words})
+
+
+def shown(value: Value) -> str:
+    """A setting's value for people."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +149,14 @@ class Method:
         """Why the method, as it is set, cannot do without a vector of each whole text; None: it can. Stage 1 then keeps the documents' own order."""
         return f"method {self.name} compares vectors of whole texts"
 
+    def needs_spread(self) -> bool:
+        """Whether the method, as it is set, needs the spread of the model's token similarities (`Pool.spread`)."""
+        return False
+
+    def in_use(self, spread: Spread | None) -> dict[str, float]:
+        """Name → number of each setting that is a word now, on a model whose token similarities spread so; empty where that is not known."""
+        return {}
+
     def score(self, pool: Pool) -> Tensor:
         """Scores the pool's n documents.
 
@@ -131,8 +169,8 @@ class Method:
         """The shown scores, fp64: a strictly increasing function of the scores, from 0 to 1 unless the method's docstring says otherwise."""
         return torch.sigmoid(scores.double())
 
-    def settings(self) -> dict[str, float]:
-        """Name → value of all settings."""
+    def settings(self) -> dict[str, Value]:
+        """Name → value of all settings, as they were set."""
         return {name: getattr(self, name) for name in settings_of(type(self))}
 
 
@@ -140,15 +178,17 @@ def settings_of(kind: type[Method]) -> Mapping[str, Setting]:
     """The settings that a method's class declares, by name.
 
     Raises:
-        TypeError: a field is neither int nor float, or has no default.
+        TypeError: a field is neither int nor float (with words: float | str), or has no default.
     """
     found = _DECLARED.get(kind)
     if found is None:
         types, found = typing.get_type_hints(kind), {}
         for one in fields(kind):
-            if types[one.name] not in (int, float) or not isinstance(one.default, (int, float)):
+            words, default = one.metadata.get("words", ()), one.default
+            number = float if words and types[one.name] == Value else types[one.name]
+            if number not in (int, float) or not (isinstance(default, (int, float)) or (isinstance(default, str) and default in words)):
                 raise TypeError(f"{kind.__name__}.{one.name}: a setting is an int or a float with a default")
-            found[one.name] = Setting(types[one.name], one.default, **one.metadata)
+            found[one.name] = Setting(number, default, **one.metadata)
         _DECLARED[kind] = found
     return found
 

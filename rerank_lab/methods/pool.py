@@ -11,6 +11,7 @@ from torch import Tensor
 from rerank_kernels import similarity_topk, subspace_attention
 from rerank_lab.cache.vectors import VectorCache, ensure
 from rerank_lab.first_stage.lexical import BM25
+from rerank_lab.methods.spread import Spread
 from rerank_lab.models.base import Detail, EncodedQuery, Encoder, Inputs, Scorer, Vectors, WorkItem
 from rerank_lab.timing import Clock
 
@@ -42,6 +43,7 @@ class Pool:
         detail: the most detailed vectors of a document that the method will ask for. If `cross` needs more, documents are
             encoded in that detail at once, so that each is encoded only once.
         max_tokens: tokens kept of each document, special ones not counted.
+        spread: of the encoder's token similarities; None: the method needs none.
         clock: measures the phases.
 
     Attributes:
@@ -58,9 +60,10 @@ class Pool:
         caches: Mapping[int, VectorCache] | None = None,
         detail: Detail = Detail.POOLED,
         max_tokens: int = 512,
+        spread: Spread | None = None,
         clock: Clock | None = None,
     ):
-        self.query, self.documents, self.max_tokens = query, documents, max_tokens
+        self.query, self.documents, self.max_tokens, self.spread = query, documents, max_tokens, spread
         self.encoder, self.cross, self.caches, self.detail = encoder, cross, caches or {}, detail
         self.needs = None if cross is None else cross.needs
         self.clock, self.flops = clock or Clock(), Flops()

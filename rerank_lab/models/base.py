@@ -44,6 +44,22 @@ AS_IT_IS = Overrides()
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What decides an encoder's token vectors, apart from device, runtime and precision.
+
+    Attributes:
+        weights: hash of the weights.
+        projection: hash of what makes token vectors of the last hidden states: a subspace or layers of their own; "" for nothing.
+        query_prompt, document_prompt: put before texts.
+    """
+
+    weights: str
+    projection: str
+    query_prompt: str
+    document_prompt: str
+
+
+@dataclass(frozen=True)
 class Vectors:
     """N encoded texts with nnz tokens together. Tensors of a detail that was not asked for have no rows.
 
@@ -210,6 +226,9 @@ class Encoder(Model, Protocol):
 
     def about(self) -> Mapping[str, str]:
         """A description of the vectors with this `key`, for people: at least model, arithmetic and token_dimensions."""
+
+    def origin(self) -> Origin:
+        """What decides its token vectors, wherever they are computed."""
 
     def prompt(self, kind: str) -> str:
         """What the model puts before a text of a kind, "query" or "document"."""

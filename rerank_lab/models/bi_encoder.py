@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rerank_kernels import exactly, pool_normalize, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.after import Normalize, after_pooling, check_width, width_after
-from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Overrides, Tokens, Vectors
+from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Origin, Overrides, Tokens, Vectors
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import BI, T5_ENCODERS, weights_of
@@ -96,7 +96,7 @@ class BiEncoder(TransformerEncoder):
         """How the model compares pooled vectors: "cosine" or "dot"."""
         return self.checkpoint.similarity
 
-    @cached_property
+    @property
     def token_dimensions(self) -> int:
         """Columns of the token vectors: r, or d without a subspace or head."""
         if self.head is not None:
@@ -115,13 +115,16 @@ class BiEncoder(TransformerEncoder):
     def key(self) -> str:
         """As Encoder.key: 24 hexadecimal digits."""
         head = self.checkpoint.token_head
-        subspace = b"" if self.subspace is None else self.subspace.cpu().numpy().tobytes()
-        parts = [self.fingerprint, hashlib.sha256(subspace).hexdigest(), self.arithmetic, self.device.type, *self.checkpoint.newly_read]
+        parts = [self.fingerprint, subspace_hash(self.subspace), self.arithmetic, self.device.type, *self.checkpoint.newly_read]
         parts += ["truncated from the left"] * (self.truncation_side == "left") + ["no tokens, no vector"] * (not self.specials)
         parts += ["no padding"] * self.network.equal_lengths
         parts += [head, fingerprint(self.folder, (head,))] if head else []
         parts += [f"{name} asked for: {value!r}" for name in ("document_prompt", "truncate_dim") if (value := getattr(self.overrides, name)) is not None]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+    def origin(self) -> Origin:
+        """As Encoder.origin."""
+        return origin_of(self.folder, self.checkpoint, self.weights, self.subspace)
 
     def prompt(self, kind: str) -> str:
         """What the model puts before a text of a kind, "query" or "document"."""
@@ -254,6 +257,24 @@ def shipped_subspace(model_fingerprint: str) -> Tensor | None:
                 V: Tensor = file.get_tensor("V")
                 return V
     return None
+
+
+def subspace_hash(subspace: Tensor | None) -> str:
+    """SHA-256 of a projection's numbers; None: of nothing."""
+    return hashlib.sha256(b"" if subspace is None else subspace.cpu().numpy().tobytes()).hexdigest()
+
+
+def origin_of(folder: Path, found: Checkpoint, weights: str, subspace: Tensor | None) -> Origin:
+    """What decides the token vectors of a checkpoint with these weights (their hash) and this projection."""
+    by = fingerprint(folder, (found.token_head,)) if found.token_head else "" if subspace is None else subspace_hash(subspace)
+    return Origin(weights, by, found.query_prompt, found.document_prompt)
+
+
+def origin(source: Source, asked: Overrides, subspace: str | None) -> Origin:
+    """Encoder.origin of the bi-encoder that `load` would make. Its weights are hashed, not loaded. Arguments and errors as for `load`."""
+    found = read_checkpoint(source.folder, BI).overridden(asked)
+    weights = fingerprint(found.root, weights_of(found.root))
+    return origin_of(source.folder.path, found, weights, shipped_subspace(weights) if subspace is None else _read_subspace(subspace))
 
 
 def _token_head(path: Path, name: str, width: int) -> nn.Linear:

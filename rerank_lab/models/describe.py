@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from rerank_lab.errors import UserError
-from rerank_lab.models.base import Overrides
+from rerank_lab.models.base import Origin, Overrides
 from rerank_lab.models.causal_checkpoint import read_causal
 from rerank_lab.models.chat import ChatTemplate
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
@@ -22,7 +22,7 @@ from rerank_lab.models.families import BI, CAUSAL, CROSS, LATE, SPARSE, STATIC, 
 from rerank_lab.models.folder import Folder, read_json
 from rerank_lab.models.forward import fast_tokenizer, limit_of, load_checkpoint
 from rerank_lab.models.late_checkpoint import LateCheckpoint, read_late
-from rerank_lab.models.late_interaction import read_sides
+from rerank_lab.models.late_interaction import Side, origin_of, read_sides
 from rerank_lab.models.registry import DEFAULT_MODEL, REGISTRY, Source, locate
 from rerank_lab.models.sparse import read_sparse
 from rerank_lab.models.static import read_static, read_tokenizer
@@ -48,10 +48,7 @@ def bi_encoder(source: Source, asked: Overrides) -> Mapping[str, str]:
 
 def late_interaction(source: Source, asked: Overrides) -> Mapping[str, str]:
     """A late-interaction model, by title."""
-    found = read_late(source.folder)
-    found.check(asked)
-    model, tokenizer = shape("AutoModel", found)
-    _, sides = read_sides(found, model, tokenizer, fast_tokenizer(tokenizer, lower=found.lower), asked)
+    found, model, sides = _late(source, asked)
     query, document = sides["query"], sides["document"]
     attend = "" if found.expansion is None else f", which {'are' if found.expansion.attend else 'are not'} attended to"
     expanded = f"; queries are expanded to {query.filled} tokens, special ones counted, by mask tokens{attend}" if query.filled else ""
@@ -66,6 +63,20 @@ def late_interaction(source: Source, asked: Overrides) -> Mapping[str, str]:
         "score": "maxsim: the sum of each query token's best match",
         **notes(found.notes),
     }
+
+
+def late_origin(source: Source, asked: Overrides, subspace: str | None = None) -> Origin:
+    """Encoder.origin of a late-interaction model. Its weights are hashed, not loaded. It takes no subspace."""
+    found, _, sides = _late(source, asked)
+    return origin_of(found, fingerprint(found.root, weights_of(found.root)), sides)
+
+
+def _late(source: Source, asked: Overrides) -> tuple[LateCheckpoint, Any, dict[str, Side]]:
+    """A late-interaction model's checkpoint, its transformer without weights, and how it reads queries and documents."""
+    found = read_late(source.folder)
+    found.check(asked)
+    model, tokenizer = shape("AutoModel", found)
+    return found, model, read_sides(found, model, tokenizer, fast_tokenizer(tokenizer, lower=found.lower), asked)[1]
 
 
 def sparse(source: Source, asked: Overrides) -> Mapping[str, str]:

@@ -12,14 +12,14 @@ import torch
 from rerank_kernels import exactly
 from rerank_lab.files import expanded
 from rerank_lab.models import bi_encoder, causal, cross_encoder, cross_modules, describe, late_interaction, one_way, sparse, static
-from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Overrides, Scorer
+from rerank_lab.models.base import AS_IT_IS, Detail, Encoder, Origin, Overrides, Scorer
 from rerank_lab.models.families import BI, CROSS, LATE, MASKED, OPTIONS, SPARSE, STATIC, family
 from rerank_lab.models.one_way import ADAPTERS, backbone_of
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL, REGISTRY, ModelInfo, Placement, Source, locate, pick_device
 
 __all__ = [
     "ADAPTERS", "DEFAULT_CROSS", "DEFAULT_MODEL", "ENCODERS", "REGISTRY", "SCORERS", "EncoderKind", "ModelInfo", "Overrides", "Placement", "ScorerKind", "Source", "backbone_of", "described",
-    "load_bi_encoder", "load_cross_encoder", "load_sparse_encoder", "locate", "needs_of", "pick_device", "pools",
+    "load_bi_encoder", "load_cross_encoder", "load_sparse_encoder", "locate", "needs_of", "origin", "pick_device", "pools",
 ]  # fmt: skip
 
 
@@ -30,12 +30,15 @@ class EncoderKind:
     Attributes:
         takes: whether a model is of this kind, by its name, or by its folder, which is fetched if it is asked for.
         load: source, placement, and the file of a token projection or None → the model.
+        origin: source, what is asked of it, and the file of a token projection or None → what decides the model's token vectors. No weight is
+            loaded.
         pools: whether its models make a vector of a whole text. Known before anything is loaded.
         describe: source and what is asked of it → what `--list MODEL` says, by title. No weight is loaded.
     """
 
     takes: Callable[[Source], bool]
     load: Callable[[Source, Placement, str | None], Encoder]
+    origin: Callable[[Source, Overrides, str | None], Origin]
     pools: bool = True
     describe: Callable[[Source, Overrides], Mapping[str, str]] = lambda source, asked: {}
 
@@ -60,9 +63,11 @@ class ScorerKind:
 
 # The last kind that takes a model loads it. The first kind takes every model.
 ENCODERS = {
-    "bi-encoder": EncoderKind(lambda source: True, bi_encoder.load, describe=describe.bi_encoder),
-    "static": EncoderKind(lambda source: family(source.folder)[0] == STATIC, static.load, describe=describe.static),
-    "late-interaction": EncoderKind(lambda source: family(source.folder)[0] == LATE, late_interaction.load, False, describe.late_interaction),
+    "bi-encoder": EncoderKind(lambda source: True, bi_encoder.load, bi_encoder.origin, describe=describe.bi_encoder),
+    "static": EncoderKind(lambda source: family(source.folder)[0] == STATIC, static.load, static.origin, describe=describe.static),
+    "late-interaction": EncoderKind(
+        lambda source: family(source.folder)[0] == LATE, late_interaction.load, describe.late_origin, False, describe.late_interaction
+    ),
 }
 SCORERS = {
     "cross-encoder": ScorerKind(lambda source: True, cross_encoder.load, describe=describe.cross_encoder),
@@ -165,15 +170,35 @@ def described(name: str, asked: Overrides = AS_IT_IS) -> Mapping[str, str]:
     Raises:
         UserError: the model is not found, or would be refused.
     """
+    source, option = _recognised(name)
+    if option == OPTIONS[SPARSE]:
+        return {"model": name, "give it as": option, **describe.sparse(source, asked)}
+    kind = _kind(SCORERS, source) if option == OPTIONS[CROSS] else _kind(ENCODERS, source)
+    return {"model": name, "give it as": option, **kind.describe(source, asked)}
+
+
+def origin(name: str, asked: Overrides = AS_IT_IS, subspace: str | None = None) -> Origin | None:
+    """What decides the token vectors of the encoder of this name; None: it is no encoder. Its weights are hashed, not loaded.
+
+    Args:
+        name, asked: as for `described`.
+        subspace: as for load_bi_encoder.
+
+    Raises:
+        UserError: as `described`, or the file holds no projection.
+    """
+    source, option = _recognised(name)
+    return _kind(ENCODERS, source).origin(source, asked, subspace) if option == OPTIONS[BI] else None
+
+
+def _recognised(name: str) -> tuple[Source, str]:
+    """A model of any family, and the option that takes it."""
     source = Source(expanded(name), REGISTRY[name].role if name in REGISTRY else BI)
     by_name = any(kind.needs is not None and kind.takes(source) for kind in SCORERS.values())
     found = CROSS if by_name else family(source.folder)[0]
     # A bare masked language model may be a sparse encoder. The reader of bi-encoders refuses any other without a pooling.
-    if found == SPARSE or (found == BI and not source.folder.types and source.folder.architecture.endswith(MASKED[0])):
-        return {"model": name, "give it as": OPTIONS[SPARSE], **describe.sparse(source, asked)}
-    option = OPTIONS[found]
-    kind = _kind(SCORERS, source) if option == OPTIONS[CROSS] else _kind(ENCODERS, source)
-    return {"model": name, "give it as": option, **kind.describe(source, asked)}
+    sparse_too = found == BI and not source.folder.types and source.folder.architecture.endswith(MASKED[0])
+    return source, OPTIONS[SPARSE if sparse_too else found]
 
 
 def _kind(registry: Mapping[str, AnyKind], source: Source) -> AnyKind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rerank_kernels import exactly, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.after import TOKENS, read_dense
-from rerank_lab.models.base import AS_IT_IS, Detail, Overrides, Tokens, Vectors
+from rerank_lab.models.base import AS_IT_IS, Detail, Origin, Overrides, Tokens, Vectors
 from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import weights_of
 from rerank_lab.models.folder import Folder
@@ -112,6 +112,10 @@ class LateInteraction(TransformerEncoder):
         parts += ["truncated from the left"] * (self.truncation_side == "left") + ["no padding"] * self.network.equal_lengths
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
+    def origin(self) -> Origin:
+        """As Encoder.origin."""
+        return origin_of(self.checkpoint, self.weights, self.sides)
+
     def prompt(self, kind: str) -> str:
         """What the model puts before a text of a kind, "query" or "document": its marker and its prompt."""
         return self.sides[kind].prompt
@@ -158,6 +162,12 @@ class LateInteraction(TransformerEncoder):
         lengths = lengths + self.specials
         maps = sum(module.weight.numel() for module in self.project.modules() if isinstance(module, nn.Linear))
         return encoder_flops(self.config, lengths) + 2 * int(lengths.sum()) * maps
+
+
+def origin_of(found: LateCheckpoint, weights: str, sides: Mapping[str, Side]) -> Origin:
+    """What decides the token vectors of a checkpoint with these weights (their hash), whose texts are read so."""
+    dense = "".join(fingerprint(place) for place in found.dense)
+    return Origin(weights, hashlib.sha256(dense.encode()).hexdigest() if dense else "", sides["query"].prompt, sides["document"].prompt)
 
 
 def read_sides(found: LateCheckpoint, model: Any, tokenizer: Any, fast: Tokenizer, asked: Overrides) -> tuple[int | None, dict[str, Side]]:

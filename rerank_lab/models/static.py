@@ -22,7 +22,7 @@ from torch.nn.functional import embedding_bag
 from rerank_kernels import exactly, project_normalize
 from rerank_lab.errors import ModelError, UserError
 from rerank_lab.models.after import after_pooling, check_width, width_after
-from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Overrides, Tokens, Vectors
+from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Origin, Overrides, Tokens, Vectors
 from rerank_lab.models.checkpoint import AFTER, KNOWN_MODULE, Checkpoint, read_pooled, refuse_leftovers
 from rerank_lab.models.families import STATIC, family, refuse_parts, wrong_role
 from rerank_lab.models.folder import Folder, last_part
@@ -138,6 +138,10 @@ class StaticEncoder:
     def about(self) -> dict[str, str]:
         """As Encoder.about."""
         return {"model": self.name, "arithmetic": self.precision, "token_dimensions": str(self.token_dimensions), "weights": self.fingerprint}
+
+    def origin(self) -> Origin:
+        """As Encoder.origin."""
+        return Origin(self.fingerprint, "", self.prompt("query"), self.prompt("document"))
 
     def prompt(self, kind: str) -> str:
         """As Encoder.prompt."""
@@ -256,3 +260,9 @@ def load(source: Source, placement: Placement, subspace: str | None = None) -> S
     if subspace is not None:
         raise UserError(f"model {source.name!r} is a static embedding model, whose token vectors are rows of its table; leave out the subspace {subspace}")
     return StaticEncoder(source.folder.path, source.name, device=pick_device(placement.device), overrides=placement.overrides)
+
+
+def origin(source: Source, asked: Overrides, subspace: str | None = None) -> Origin:
+    """Encoder.origin of the model that `load` would make, without loading it. It takes no subspace."""
+    found = read_static(source.folder).overridden(asked)
+    return Origin(fingerprint(source.folder.path), "", found.query_prompt, found.document_prompt)

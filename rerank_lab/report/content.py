@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
+from rerank_lab.engine import spread_in
 from rerank_lab.eval.kernel_check import CHECKED_DTYPES
 from rerank_lab.eval.results import Latency, Row
 from rerank_lab.eval.table import changes, head, interval, p_text
 from rerank_lab.files import Json
+from rerank_lab.methods import shown
 from rerank_lab.report import figures
 from rerank_lab.report.blocks import Block, Cell, Code, Paragraph, Plot, Plots, Quoted, Section, Table
 from rerank_lab.report.figures import TestedDifference
@@ -197,12 +199,12 @@ def _swept(one: ResultsFolder) -> list[Block]:
         own = [point for point in points if point.setting == setting]
         labels = list(dict.fromkeys(point.label for point in own))
         rows = []
-        for value in sorted({point.value for point in own}):
+        for value in dict.fromkeys(point.value for point in own):
             at = {point.label: point for point in own if point.value == value}
             cells = [number(at[label].measures[one.primary] if label in at else None, ".4f") for label in labels]
             limits = [number(max(point.recall for point in at.values()), ".4f"), number(max(point.ceiling for point in at.values()), ".4f")]
             cut = number(100 * max(point.truncated_share for point in at.values()), ".1f")
-            rows.append([Cell(f"{value:,g}", value), *cells, *limits, cut])
+            rows.append([Cell(value) if isinstance(value, str) else Cell(f"{value:,g}", value), *cells, *limits, cut])
         columns = [setting, *labels, "recall of what is ranked, at most", f"oracle's {ceiling}, at most", "documents cut, %, at most"]
         blocks.append(Table(columns, rows, f"{one.primary} by {setting}"))
     return blocks
@@ -225,7 +227,7 @@ def _kernels(one: ResultsFolder) -> list[Block]:
 def _trust(one: ResultsFolder) -> list[Block]:
     rows = [
         [
-            Cell(label), Cell(", ".join(f"{name}={value:g}" for name, value in row.settings.items()) or "none"),
+            Cell(label), Cell(", ".join(_setting(row, name) for name in row.settings) or "none"),
             *(number(share, ".1%") for share in (row.coverage, row.unjudged_share, row.truncated_share, row.tie_rate)), number(row.token_limit, "d"),
         ]
         for label, row in one.rows.items()
@@ -233,6 +235,11 @@ def _trust(one: ResultsFolder) -> list[Block]:
     columns = ["method", "settings", "queries covered", "unjudged in the top 10", "documents truncated", "tied neighbours", "token limit"]
     notes = [*one.result.dataset.notes, *one.result.candidates.notes]
     return [Table(columns, rows), *(Paragraph([Quoted(note)], item=True) for note in [*notes, *changes(one.result)] or ["No notes on the collection."])]
+
+
+def _setting(row: Row, name: str) -> str:
+    """A setting, with the number that was in use where it was set to a word."""
+    return f"{name}={shown(row.settings[name])}" + (f" ({row.in_use[name]:.4g})" if name in row.in_use else "")
 
 
 def _made(one: ResultsFolder) -> list[Block]:
@@ -243,8 +250,9 @@ def _made(one: ResultsFolder) -> list[Block]:
         machine += f", Ray {cluster.version} with {cluster.workers} workers"
     made = f"at commit {env.commit or 'unknown'} on {machine}, Python {env.python}, {versions}. "
     readings = [f"# {models[role]} is read with {said}" for role in ("model", "model_cross") if (said := models.get(f"{role}_reading"))]
-    shown = "\n".join([command(one.result.config.options), *readings])
-    return [Code(shown), Paragraph([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
+    spread = spread_in(models)
+    readings += [] if spread is None else [f"# token similarities of {models['model']}: {spread}"]
+    return [Code("\n".join([command(one.result.config.options), *readings])), Paragraph([f"{made}Collection {data.hash[:16]}, candidates {first.hash[:16]}."])]
 
 
 def command(options: Mapping[str, Json]) -> str:

@@ -70,7 +70,7 @@ def loaded_model(one: ResultsFolder, cache: str | None) -> Reranker:
     except DecodeError as problem:
         raise UserError(f"the model is not to be loaded: {problem}") from None
     reranker = Reranker(
-        given.model, "best", max_tokens_per_doc=given.max_tokens_per_doc, subspace=given.subspace, cache_dir=cache,
+        given.model, "maxsim", max_tokens_per_doc=given.max_tokens_per_doc, subspace=given.subspace, cache_dir=cache,
         runtime=given.runtime, precision=given.precision, device=given.device,
         query_prompt=given.query_prompt, document_prompt=given.document_prompt, truncate_dim=given.truncate_dim,
     )  # fmt: skip
@@ -167,6 +167,7 @@ def _alignment(one: ResultsFolder, source: ExampleSource, label: str, q: str, ra
     assert source.dataset is not None and source.reranker is not None and source.reranker.encoder is not None
     method = one.rows[label].system.method
     assert isinstance(method, Best)
+    tau = one.rows[label].setting("tau")
     assert one.scores is not None
     seen = one.scores[one.scores["query"] == q].drop_duplicates("document").sort_values("first_stage", ascending=False, kind="stable")
     pool_ids = [*seen["document"]]
@@ -180,12 +181,12 @@ def _alignment(one: ResultsFolder, source: ExampleSource, label: str, q: str, ra
         kept = pool.stage1(method.stage1_top_k)[1]
         if not len(read.tokens):
             return Paragraph([Quoted(q), " has no tokens."])
-        A = pool.attention(read, pool.vectors(kept, detail=Detail.TOKENS), method.tau).view(len(kept), len(read.tokens)).cpu()
+        A = pool.attention(read, pool.vectors(kept, detail=Detail.TOKENS), tau).view(len(kept), len(read.tokens)).cpu()
         weight = A.amax(0) - A.mean(0)
         weight = weight / weight.sum() if float(weight.sum()) else torch.full_like(weight, 1 / len(weight))
         places = torch.tensor([pool_ids.index(d) for d in shown], dtype=torch.int64, device="cpu")
         documents = pool.vectors(places, detail=Detail.TOKENS)
-        found = pool.attention(read, documents, method.tau).view(len(shown), len(read.tokens)).cpu()
+        found = pool.attention(read, documents, tau).view(len(shown), len(read.tokens)).cpu()
     encoder, columns = source.reranker.encoder, []
     for n, d in enumerate(shown):
         vectors = documents.row(n)

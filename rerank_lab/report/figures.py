@@ -277,29 +277,31 @@ def phases(one: ResultsFolder) -> Figure:
 def swept(one: ResultsFolder, setting: str) -> Figure:
     """Quality over the values of one setting. A panel above shows what the candidates allow: recall, and the measure of their best order."""
     points = [point for point in one.result.sweeps if point.setting == setting]
-    values, labels = sorted({point.value for point in points}), list(dict.fromkeys(point.label for point in points))
+    values, labels = list(dict.fromkeys(point.value for point in points)), list(dict.fromkeys(point.label for point in points))
+    numbers = [value for value in values if not isinstance(value, str)]
+    places = dict(zip(values, numbers if len(numbers) == len(values) else range(len(values))))  # beside a word, values stand at equal distances
     look = looks(one.rows)
     figure = Figure(figsize=(4.8, 4.4))
     above, axes = figure.subplots(2, sharex=True, height_ratios=[1, 2.2])
     at = [[point for point in points if point.value == value] for value in values]
     recall, ceiling = [max(p.recall for p in own) for own in at], [max(p.ceiling for p in own) for own in at]
-    above.plot(values, recall, color=INK, ls="-", lw=1.2, marker="", label="recall of what is ranked, at most")
-    above.plot(values, ceiling, color=INK, ls=(0, (4, 2)), lw=1.2, marker="", label=f"its best order's {one.result.ceiling_measure}")
+    above.plot(list(places.values()), recall, color=INK, ls="-", lw=1.2, marker="", label="recall of what is ranked, at most")
+    above.plot(list(places.values()), ceiling, color=INK, ls=(0, (4, 2)), lw=1.2, marker="", label=f"its best order's {one.result.ceiling_measure}")
     low, high = above.get_ylim()
     above.set_ylim(min(low, high - 0.05), high)  # values that hardly change look level
     above.legend(loc="lower right")
     for label in labels:
-        own = sorted((p.value, p.measures[one.primary]) for p in points if p.label == label)
+        own = sorted((places[p.value], p.measures[one.primary]) for p in points if p.label == label)
         axes.plot(*zip(*own), **look[label], label=label)
     for label, row in one.rows.items():
         if label not in labels and not row.system.remote:
             level, top_k = row.measures[one.primary], one.result.candidates.top_k
             axes.axhline(level, color=look[label]["color"], ls=(0, (1, 1.5)), lw=1.3, label=f"{label}, top {top_k}")
-    if min(values) > 0 and max(values) / min(values) >= 4:
+    if len(numbers) == len(values) and min(numbers) > 0 and max(numbers) / min(numbers) >= 4:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
-    axes.set_xticks(values, [f"{value:,g}" for value in values])
+    axes.set_xticks(list(places.values()), [value if isinstance(value, str) else f"{value:,g}" for value in values])
     axes.set_xlabel(f"{setting}{UNITS.get(setting, '')}")
     axes.set_ylabel(one.primary)
     above.set_ylabel("ceiling")

@@ -12,6 +12,7 @@ from rerank_lab.cache.vectors import MEMORY_BYTES, VectorCache
 from rerank_lab.engine import Engine, encoders
 from rerank_lab.errors import UserError
 from rerank_lab.methods import METHODS, Method
+from rerank_lab.methods.spread import Spread
 from rerank_lab.models.base import AS_IT_IS, Encoder, Overrides, Scorer
 from rerank_lab.models.kinds import load_bi_encoder, load_cross_encoder
 from rerank_lab.models.registry import DEFAULT_CROSS, DEFAULT_MODEL
@@ -28,12 +29,14 @@ class Fleet:
         encoders, crosses: name → model, under the names that were given.
         caches: id() of an encoder → its cache.
         engines: (name of an encoder, name of a cross-encoder) → their engine, filled on demand.
+        spreads: as Engine's. `warm` fills it.
     """
 
     encoders: dict[str, Encoder]
     crosses: dict[str, Scorer]
     caches: dict[int, VectorCache]
     engines: dict[tuple[str | None, str | None], Engine] = field(default_factory=dict)
+    spreads: dict[int, Spread] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -75,7 +78,7 @@ class Fleet:
         if engine is None:
             encoder, reader = None if model is None else self.encoders[model], None if cross is None else self.crosses[cross]
             caches = {id(one): self.caches[id(one)] for one in encoders(encoder, reader)}
-            engine = self.engines[model, cross] = Engine(encoder, reader, caches)
+            engine = self.engines[model, cross] = Engine(encoder, reader, caches, spreads=self.spreads)
         return Reranker.of(engine, method, max_tokens_per_doc=max_tokens_per_doc)
 
     @property

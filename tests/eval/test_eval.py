@@ -349,7 +349,7 @@ def test_kernels_that_cannot_run_here_are_wrong_input(folder: str, tmp_path: Pat
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     text = capsys.readouterr().out
-    for name in ("all-MiniLM-L6-v2", "bi-encoder", "fast", "standard", "optimal", "best", "maxsim", "tau=0.1", "numpydoc", "nDCG"):
+    for name in ("all-MiniLM-L6-v2", "bi-encoder", "fast", "standard", "optimal", "best", "maxsim", "tau=auto", "numpydoc", "nDCG"):
         assert name in text
     assert all(len(line) <= 80 for line in text.splitlines())
 

@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray", reason="no ray: pip install -e '.[dev]'")
 
 WHAT = [
     "--methods", "fast,standard,best", "--limit-queries", "20", "--top-k", "20", "--max-tokens-per-doc", "24", "--cold-queries", "1", "--no-kernel-check",
-    "--sweep", "tau=0.1,0.2", "--threads", "1",
+    "--sweep", "tau=auto,0.2", "--threads", "1",
 ]  # fmt: skip
 ON_RAY = ["--executor", "ray", "--address", "local"]
 

@@ -23,12 +23,12 @@ def command(beir: Callable[..., Path], tmp_path: Path) -> list[str]:
     return ["--dataset", str(beir()), "--cold-queries", "0", "--top-k", "3", "--out", str(tmp_path / "out"), "--methods"]
 
 
-def points(out: Path, setting: str) -> dict[tuple[str, float], dict[str, Any]]:
+def points(out: Path, setting: str) -> dict[tuple[str, float | str], dict[str, Any]]:
     return {(p["method"], p["value"]): p for p in load(out)["sweeps"] if p["setting"] == setting}
 
 
 def test_each_value_is_what_a_run_under_it_gives(command: list[str], tmp_path: Path) -> None:
-    sweeps = ["--sweep", "stage1_top_k=1,2,5", "--sweep", "max_tokens_per_doc=2,512", "--sweep", "top_k=2,6", "--sweep", "tau=0,0.1"]
+    sweeps = ["--sweep", "stage1_top_k=1,2,5", "--sweep", "max_tokens_per_doc=2,512", "--sweep", "top_k=2,6", "--sweep", "tau=0,auto"]
     assert main([*command, "fast,optimal,best", *sweeps]) == 0
     out = tmp_path / "out"
     main_rows = {r["method"]: r for r in load(out)["rows"]}
@@ -38,7 +38,7 @@ def test_each_value_is_what_a_run_under_it_gives(command: list[str], tmp_path: P
     for p in load(out)["sweeps"]:
         assert p["measures"]["nDCG@10"] <= p["oracle_ndcg@10"] + 1e-9 and p["queries"] == 4 and p["latency_ms"]["p50"] > 0
     assert depth["best", 1]["recall"] < depth["best", 5]["recall"] and depth["best", 5]["oracle_ndcg@10"] > depth["best", 1]["oracle_ndcg@10"]
-    assert points(out, "tau")["best", 0.1]["measures"] == main_rows["best"]["measures"], "the value that it has already"
+    assert points(out, "tau")["best", "auto"]["measures"] == main_rows["best"]["measures"], "the value that it has already"
 
     arguments = ["--overwrite", "--no-kernel-check"]
     for extra, setting, value in [
@@ -86,10 +86,10 @@ def test_an_interrupted_sweep_goes_on(command: list[str], tmp_path: Path, monkey
 
 
 def test_a_toml_file_sweeps_too(command: list[str], tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text("[sweep]\nstage1-top-k = [1, 2]\ntau = 0\n")
+    (tmp_path / "x.toml").write_text('[sweep]\nstage1-top-k = [1, 2]\ntau = [0, "auto"]\n')
     assert main([*command, "best", "--config", str(tmp_path / "x.toml")]) == 0
-    assert load(tmp_path / "out")["config"]["sweep"] == {"stage1_top_k": [1, 2], "tau": [0.0]}
-    assert len(load(tmp_path / "out")["sweeps"]) == 3
+    assert load(tmp_path / "out")["config"]["sweep"] == {"stage1_top_k": [1, 2], "tau": [0.0, "auto"]}
+    assert len(load(tmp_path / "out")["sweeps"]) == 4
     assert main([*command, "best", "--config", str(tmp_path / "x.toml"), "--sweep", "tau=0.2", "--overwrite"]) == 0
     assert load(tmp_path / "out")["config"]["sweep"] == {"stage1_top_k": [1, 2], "tau": [0.2]}, "flags win"
 
@@ -102,7 +102,7 @@ def test_only_what_a_value_changes_is_ranked_again(command: list[str], small_cro
         return real(work, label, ranker)
 
     monkeypatch.setattr("rerank_lab.eval.work.RankingWork.records", watched)
-    sweeps = ["--sweep", "tau=0.1,0.2", "--sweep", "max_tokens_per_doc=254,300,512", "--sweep", "top_k=2,3"]
+    sweeps = ["--sweep", "tau=auto,0.2", "--sweep", "max_tokens_per_doc=254,300,512", "--sweep", "top_k=2,3"]
     assert main([*command, "fast,best,best+cross", "--no-kernel-check", "--model-cross", str(small_cross), *sweeps]) == 0
     assert [label for label in seen if "=" in label] == [  # the bi-encoder reads 254 tokens, this cross-encoder 512 of a pair
         "best at tau=0.2", "best+cross at tau=0.2", "best+cross at max_tokens_per_doc=254", "best+cross at max_tokens_per_doc=300",

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from rerank_lab.methods import METHODS, labels, settings_of
+from rerank_lab.methods import METHODS, labels, settings_of, shown
 from rerank_lab.methods.best import Best
 from rerank_lab.server import contract
 from tests.conftest import ROOT
@@ -32,10 +32,10 @@ def test_the_readmes_table() -> None:
 
 
 def test_the_page_of_methods() -> None:
-    methods, settings = tables(PAGE)
+    methods, settings, *_ = tables(PAGE)
     wanted = {name: needs(kind.roles) + " (and a cross-encoder, if named)" * kind.optional_cross for name, kind in METHODS.items()}
     assert {row["method"].strip("`"): row["models"] for row in methods} == wanted
-    expected = [{"setting": name, "default": f"{own.default:g}", "what it does": own.about} for name, own in settings_of(Best).items()]
+    expected = [{"setting": name, "default": shown(own.default), "what it does": own.about} for name, own in settings_of(Best).items()]
     assert [plain(row) for row in settings] == expected
     assert all(f"`{setting}`" in PAGE for kind in METHODS.values() for setting in settings_of(kind))
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from rerank_kernels import MIN_TAU
 from rerank_lab import Reranker
 from rerank_lab.errors import UserError
 from rerank_lab.first_stage.lexical import BM25
 from rerank_lab.methods import METHODS, Method, labels, make_method, setting, settings_of
+from rerank_lab.methods.best import SPREAD_IN_TAUS
+from rerank_lab.methods.spread import spread_of
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.models.cross_encoder import CrossEncoder
 from tests.conftest import DOCUMENTS
@@ -50,6 +53,11 @@ def token_score(A: np.ndarray) -> np.ndarray:
     return mean
 
 
+def lengths(encoder: BiEncoder) -> np.ndarray:
+    """ln(1 + tokens) of each document."""
+    return np.log1p([len(encoder.encode([text]).tokens) for text in TEXTS])
+
+
 def raw_scores(reranker: Reranker, texts: list[str] = TEXTS) -> np.ndarray:
     ranking = reranker.score(QUERY, texts)
     scores = np.full(len(texts), -np.inf)
@@ -82,10 +90,17 @@ def test_optimal_cuts_by_cosine_then_sums_z(encoder: BiEncoder, small_cross: Pat
     np.testing.assert_allclose(raw_scores(reranker), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.05, 0.0])
-def test_best_is_steps_1_to_5(reranker: Reranker, encoder: BiEncoder, tau: float) -> None:
-    expected = z(z(cosines(encoder)) + 2 * z(token_score(attention(encoder, tau))))
-    np.testing.assert_allclose(raw_scores(reranker.using(f"best:tau={tau}")), expected, atol=1e-4)
+def auto(encoder: BiEncoder) -> float:
+    """The default tau of `best` on this model."""
+    return spread_of(encoder).value / SPREAD_IN_TAUS
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.05, 0.0, "auto"])
+def test_best_is_steps_1_to_5(reranker: Reranker, encoder: BiEncoder, tau: float | str) -> None:
+    number = auto(encoder) if isinstance(tau, str) else tau
+    total = z(cosines(encoder)) + 2 * z(token_score(attention(encoder, number)))
+    for length, spec in ((0.3, f"best:tau={tau}"), (0.0, f"best:tau={tau}:length=0"), (-0.7, f"best:tau={tau}:length=-0.7")):
+        np.testing.assert_allclose(raw_scores(reranker.using(spec)), z(total + length * lengths(encoder)), atol=1e-4)
 
 
 def test_best_with_feedback_lexical_term_and_cross_encoder(encoder: BiEncoder, small_cross: Path) -> None:
@@ -93,7 +108,7 @@ def test_best_with_feedback_lexical_term_and_cross_encoder(encoder: BiEncoder, s
     assert isinstance(reranker.cross, CrossEncoder)
     cosine, logits = cosines(encoder), reranker.cross.score(QUERY, TEXTS)[0].double().numpy()
     bm25 = BM25(TEXTS).scores(QUERY).astype(np.float64)
-    b = z(z(cosine) + 3 * z(token_score(attention(encoder, 0.1))) + 0.5 * z(bm25) + 0.6 * z(logits))
+    b = z(z(cosine) + 3 * z(token_score(attention(encoder, auto(encoder)))) + 0.3 * lengths(encoder) + 0.5 * z(bm25) + 0.6 * z(logits))
     p = np.exp(b / 0.3) / np.exp(b / 0.3).sum()
     e = encoder.encode(TEXTS).pooled.double().numpy()
     np.testing.assert_allclose(raw_scores(reranker), b + 0.25 * z(e @ (p @ e)), atol=2e-4)
@@ -133,8 +148,8 @@ def test_relevance_rises_with_the_score(name: str) -> None:
         ("bets", "valid: fast, standard, optimal, best, maxsim"),
         ("best:tua=1", "valid: stage1_top_k, tau"),
         ("best:tau", "SETTING=VALUE"),
-        ("best:tau=warm", "float values"),
-        ("best:tau=0.01", "0.013"),
+        ("best:tau=warm", "float values or auto"),
+        ("best:tau=0.01", f"at least {MIN_TAU}, not 0.01; auto chooses"),
         ("best:tau=nan", "finite"),
         ("best:stage1_top_k=2.5", "int values"),
         ("optimal:stage1_top_k=0", "at least 1"),

@@ -126,6 +126,14 @@ def test_lower_casing_is_done_where_asked_for(variant: Variant, encoder: BiEncod
     assert not torch.allclose(load_bi(str(variant(cased)), device="cpu").encode(["MERGE Two"]).pooled, wanted, atol=1e-2)
 
 
+def test_a_projection_may_be_taken_off_after_loading() -> None:
+    """As experiments/training/fit_subspace.py does."""
+    model = BiEncoder(MODEL, "real")
+    assert model.encode(TEXTS[:1]).tokens.shape[1] == 128
+    model.subspace = None
+    assert model.encode(TEXTS[:1]).tokens.shape[1] == model.token_dimensions == 384
+
+
 @pytest.mark.parametrize("rank", [None, 16])
 def test_token_vectors_are_projected_last_hidden_states(encoder: BiEncoder, rank: int | None) -> None:
     if rank is not None:

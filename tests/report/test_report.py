@@ -20,6 +20,8 @@ from rerank_lab.datasets.runs import read_trec
 from rerank_lab.eval.__main__ import main as evaluation
 from rerank_lab.eval.results import Latency, Versus, read
 from rerank_lab.measures import stats
+from rerank_lab.methods.best import SPREAD_IN_TAUS
+from rerank_lab.methods.spread import spread_of
 from rerank_lab.models.bi_encoder import BiEncoder
 from rerank_lab.report import figures
 from rerank_lab.report.__main__ import main
@@ -235,17 +237,17 @@ def test_examples_are_those_that_gained_and_lost_most_with_their_ranks(made: Pat
             assert f"{d}: {places[0]} → {places[1]}" in line
 
 
-def soft(q: Tensor, d: Tensor) -> Tensor:
+def soft(q: Tensor, d: Tensor, tau: float) -> Tensor:
     """For each query token, its soft maximum over a document's tokens, as docs/methods.md defines it; -1 if the document has no tokens."""
     s = (q.float() @ d.float().T).double()
-    weights = ((s - 1) / 0.1).exp()
+    weights = ((s - 1) / tau).exp()
     return (weights * s).sum(1) / weights.sum(1) if len(d) else torch.full((len(q),), -1.0, dtype=torch.float64)
 
 
 def test_token_alignment_shows_what_each_query_token_found(made: Path, one: ResultsFolder, encoder: BiEncoder, tmp_path: Path) -> None:
     assert main([str(made / "a"), "--out", str(tmp_path), "--examples", "6"]) == 0
     text = (tmp_path / "report.md").read_text()
-    change = one.measure("best") - one.measure("fast")
+    change, tau = one.measure("best") - one.measure("fast"), spread_of(encoder).value / SPREAD_IN_TAUS
     part = text.partition("<summary>best against fast</summary>")[2]
     tables = re.findall(r"<summary>(.*?) \((?:gained|lost), .*?\)</summary>\n+((?:\|.*\n)+)", part.partition("<summary>best:tau")[0])
     assert len(tables) == (change != 0).sum() > 0
@@ -257,13 +259,13 @@ def test_token_alignment_shows_what_each_query_token_found(made: Path, one: Resu
         document = " ".join(HOSTILE[shown[1]]).strip()
         q, d = encoder.encode([query], kind="query"), encoder.encode([document])
         found = read_trec(made / "a" / "runs" / "fast.trec")[next(i for i, text in QUERIES.items() if text == query)].documents
-        pool = torch.stack([soft(q.tokens, encoder.encode([" ".join(HOSTILE[d]).strip()]).tokens) for d in found])
+        pool = torch.stack([soft(q.tokens, encoder.encode([" ".join(HOSTILE[d]).strip()]).tokens, tau) for d in found])
         contrast = pool.amax(0) - pool.mean(0)
         assert [float(row[1]) for row in rows] == pytest.approx((contrast / contrast.sum()).tolist(), abs=0.006)
         if document == "":
             assert {row[2] for row in rows} == {"no tokens -1.00"}
             continue
-        s, A = q.tokens.float() @ d.tokens.float().T, soft(q.tokens, d.tokens).tolist()
+        s, A = q.tokens.float() @ d.tokens.float().T, soft(q.tokens, d.tokens, tau).tolist()
         (tokens,) = encoder.tokenize([document], "document", 512)
         words = [encoder.tokenizer.id_to_token(int(i)) for i, special in zip(tokens.ids, tokens.special) if not special]
         assert [row[2] for row in rows] == [f"{words[j]} {value:.2f}" for j, value in zip(s.argmax(1).tolist(), A)]
