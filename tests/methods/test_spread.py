@@ -42,6 +42,12 @@ QUERY, TEXTS = QUERIES["q2"], [f"{title} {text}".strip() for title, text in DOCU
 Make = Callable[[Path], Path]
 
 
+@pytest.fixture(autouse=True)
+def told(caplog: pytest.LogCaptureFixture) -> None:
+    """What is logged is seen, whatever level a command has left behind."""
+    caplog.set_level(logging.INFO, "rerank_lab")
+
+
 def prompted(folder: Path) -> Path:
     return bi_encoder(folder, about={"prompts": {"query": "query: ", "document": "passage: "}})
 
@@ -219,7 +225,6 @@ def test_it_is_measured_when_models_are_loaded_and_in_no_request(tmp_path: Path,
         return real(encoder, *texts)
 
     monkeypatch.setattr(spread, "measure", watched)
-    caplog.set_level(logging.INFO)
     reranker = Reranker(folder, "maxsim", device="cpu")
     elsewhere = reranker.elsewhere(device="cuda").using("best")
     assert seen == [] and elsewhere.spread is None and elsewhere.settings["tau"] == "auto", "models that describe those of other processes"
