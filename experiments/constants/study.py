@@ -58,7 +58,7 @@ class Constants:
     maxsim: float = 0.0
     cosine: float = 1.0
     length: float = 0.0
-    prior: float = 0.3
+    prior: float = 0.2
     growth: float = 0.0
 
 
@@ -75,8 +75,8 @@ PARTS: dict[str, dict[str, Constants]] = {
         "both": Constants(maxsim=1),
         "both, ½": Constants(maxsim=0.5, cosine=0.5),
     },
-    "length": {"λ = +0.3": BASE} | {f"z(ln L) {value:+g}": Constants(length=value, prior=0) for value in (-1, -0.5, -0.25, 0.25, 0.5, 1)}
-    | {f"λ = {value:+g}": Constants(prior=value) for value in (-0.5, -0.25, 0, 0.1, 0.2, 0.4, 0.5, 0.75, 1)}
+    "length": {"λ = +0.2": BASE} | {f"z(ln L) {value:+g}": Constants(length=value, prior=0) for value in (-1, -0.5, -0.25, 0.25, 0.5, 1)}
+    | {f"λ = {value:+g}": Constants(prior=value) for value in (-0.5, -0.25, 0, 0.1, 0.3, 0.4, 0.5, 0.75, 1)}
     | {f"growth {value:+g}": Constants(growth=value, prior=0) for value in (-0.5, -0.25, 0.25, 0.5)},
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from rerank_lab.models.base import Detail, Origin, Vectors
 
 AUTO = "auto"
 MOST_LENGTH = 100.0
-SPREAD_IN_TAUS = 6.0  # tau=auto is the model's spread over so many
+SPREAD_IN_TAUS = 5.0  # tau=auto is the model's spread over so many
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Best(Method):
         AUTO, f"temperature: auto, which is the model's spread / {SPREAD_IN_TAUS:g}, or a number, 0 or at least {MIN_TAU:g}", words=(AUTO,)
     )
     alpha: float = setting(2.0, "weight of the token term")
-    length: float = setting(0.3, "weight of ln(1 + tokens of the document)", least=-MOST_LENGTH, most=MOST_LENGTH)
+    length: float = setting(0.2, "weight of ln(1 + tokens of the document)", least=-MOST_LENGTH, most=MOST_LENGTH)
     gamma: float = setting(0.0, "weight of the feedback term")
     lexical: float = setting(0.0, "weight of BM25 among the candidates; 0.25 is worth a try where exact names matter")
-    cross_weight: float = setting(3.0, "weight of the cross-encoder's logit")
+    cross_weight: float = setting(1.0, "weight of the cross-encoder's logit")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,6 +35,7 @@ SHIPPED = BUNDLED / "spreads" / "spreads.json"
 SCHEMA = 1
 COLLECTION, SPLIT, TEXTS = "numpydoc", "train", 64  # the text: so many queries of the split, each with a document that is relevant to it
 SHIPPED_AGAIN = "install the package again, or make the file by experiments/training/measure_spread.py"
+DIGITS = 2  # of a spread: what a text of this size gives it, so that machines and precisions agree
 SLOW = 5.0  # seconds of measuring after which a person is told how long it may take
 
 
@@ -45,7 +46,7 @@ class Spread:
     Attributes:
         value: how far a query token's best match in a relevant document stands above the document's average: the mean of
             max_j s_ij − mean_j s_ij, s_ij = x_i · x_j, over all tokens i of the text's queries, each with the tokens j of its own
-            document; rounded to 4 significant digits, so that machines agree.
+            document; rounded to DIGITS significant digits.
         text: the text's name, and the beginning of its SHA-256.
         query_tokens, document_tokens: how many tokens of the text have vectors.
         source: where the figure is from: "shipped", "cache" or "measured".
@@ -197,7 +198,7 @@ def known(origin: Origin, cache: str | None) -> Spread | None:
 
 @exactly(tensors=True)
 def measure(encoder: Encoder, queries: Sequence[Tokens], documents: Sequence[Tokens]) -> float:
-    """The spread over N queries, query i with document i, to 4 significant digits.
+    """The spread over N queries, query i with document i, to DIGITS significant digits.
 
     Raises:
         ModelError: the model gave a NaN or an infinite value.
@@ -218,8 +219,8 @@ def measure(encoder: Encoder, queries: Sequence[Tokens], documents: Sequence[Tok
         progress(len(queries))
         vectors = encoder.encode_tokens(documents, detail=Detail.TOKENS, progress=progress)
         value = mean_reach(read, [vectors.row(i).tokens.cpu() for i in range(len(documents))])
-    log.info("model %r: spread %.4g, measured in %.1f seconds", encoder.name, value, time.perf_counter() - start)
-    return float(f"{value:.4g}")
+    log.info("model %r: spread %.3g, measured in %.1f seconds", encoder.name, value, time.perf_counter() - start)
+    return float(f"{value:.{DIGITS}g}")
 
 
 def mean_reach(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> float:

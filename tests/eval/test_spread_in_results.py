@@ -122,8 +122,7 @@ def test_list_tells_the_shipped_figure_and_of_scorers_none(tmp_path: Path, capsy
     assert main(["--list", "all-MiniLM-L6-v2"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "token spread 0.4989, of 676 query tokens and 12,497 document tokens of numpydoc" in said
-        and f"(shipped); tau=auto is {0.4989 / SPREAD_IN_TAUS:.4g}" in said
+        "token spread 0.5, of 676 query tokens and 12,497 document tokens of numpydoc" in said and f"(shipped); tau=auto is {0.5 / SPREAD_IN_TAUS:.4g}" in said
     )
     for name in ("minilm-cross", str(cross_encoder(tmp_path / "cross"))):
         assert main(["--list", name]) == 0 and "token spread" not in capsys.readouterr().out

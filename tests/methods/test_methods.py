@@ -99,7 +99,7 @@ def auto(encoder: BiEncoder) -> float:
 def test_best_is_steps_1_to_5(reranker: Reranker, encoder: BiEncoder, tau: float | str) -> None:
     number = auto(encoder) if isinstance(tau, str) else tau
     total = z(cosines(encoder)) + 2 * z(token_score(attention(encoder, number)))
-    for length, spec in ((0.3, f"best:tau={tau}"), (0.0, f"best:tau={tau}:length=0"), (-0.7, f"best:tau={tau}:length=-0.7")):
+    for length, spec in ((0.2, f"best:tau={tau}"), (0.0, f"best:tau={tau}:length=0"), (-0.7, f"best:tau={tau}:length=-0.7")):
         np.testing.assert_allclose(raw_scores(reranker.using(spec)), z(total + length * lengths(encoder)), atol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_best_with_feedback_lexical_term_and_cross_encoder(encoder: BiEncoder, s
     assert isinstance(reranker.cross, CrossEncoder)
     cosine, logits = cosines(encoder), reranker.cross.score(QUERY, TEXTS)[0].double().numpy()
     bm25 = BM25(TEXTS).scores(QUERY).astype(np.float64)
-    b = z(z(cosine) + 3 * z(token_score(attention(encoder, auto(encoder)))) + 0.3 * lengths(encoder) + 0.5 * z(bm25) + 0.6 * z(logits))
+    b = z(z(cosine) + 3 * z(token_score(attention(encoder, auto(encoder)))) + 0.2 * lengths(encoder) + 0.5 * z(bm25) + 0.6 * z(logits))
     p = np.exp(b / 0.3) / np.exp(b / 0.3).sum()
     e = encoder.encode(TEXTS).pooled.double().numpy()
     np.testing.assert_allclose(raw_scores(reranker), b + 0.25 * z(e @ (p @ e)), atol=2e-4)

@@ -84,8 +84,8 @@ def plain(encoder: Encoder) -> tuple[float, int, int]:
 
 
 def same(found: Spread, wanted: tuple[float, int, int]) -> None:
-    assert found.value == pytest.approx(wanted[0], rel=1e-3) and (found.query_tokens, found.document_tokens) == wanted[1:]
-    assert found.value == float(f"{found.value:.4g}") and found.text == measured_text().name
+    assert found.value == pytest.approx(wanted[0], rel=0.051) and (found.query_tokens, found.document_tokens) == wanted[1:]
+    assert found.value in (float(f"{wanted[0] * off:.2g}") for off in (1 - 1e-3, 1, 1 + 1e-3)) and found.text == measured_text().name
 
 
 @pytest.mark.parametrize("make", [bi_encoder, prompted, m3, late_interaction, stanford, static, model2vec, crowded], ids=lambda make: make.__name__)
