@@ -32,7 +32,7 @@ from rerank_lab.models.base import Detail, Encoder, Origin, Tokens
 
 log = logging.getLogger(__name__)
 SHIPPED = BUNDLED / "spreads" / "spreads.json"
-SCHEMA = 1
+SCHEMA = 1  # rises with the definition of a spread too, so that older figures are left alone
 COLLECTION, SPLIT, TEXTS = "numpydoc", "train", 64  # the text: so many queries of the split, each with a document that is relevant to it
 SHIPPED_AGAIN = "install the package again, or make the file by experiments/training/measure_spread.py"
 DIGITS = 2  # of a spread: what a text of this size gives it, so that machines and precisions agree
@@ -235,7 +235,7 @@ def mean_reach(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> float:
 
 def file_name(query_prompt: str, text: str) -> str:
     """The file of a spread beside its model's vectors. The folder's name, the vectors' key, says everything else that decides the figure."""
-    return SPREADS.replace("*", hashlib.sha256(f"{query_prompt}\0{text}".encode()).hexdigest()[:16])
+    return SPREADS.replace("*", hashlib.sha256(f"{SCHEMA}\0{query_prompt}\0{text}".encode()).hexdigest()[:16])
 
 
 @dataclass(frozen=True)
