@@ -178,9 +178,9 @@ def test_the_cache_keeps_a_figure_for_each_model_and_query_prompt(tmp_path: Path
 
 def test_a_shared_cache_behind_a_url_and_one_that_is_no_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder = loaded(static(tmp_path / "model"))
-    own = spread_of(encoder, Store(f"memory://{tmp_path.name}/x"))
+    own = spread_of(encoder, Store(f"memory://{tmp_path}/x"))
     (tmp_path / "file").touch()
-    for name, source in ((f"memory://{tmp_path.name}/x", "cache"), (str(tmp_path / "file"), "measured")):
+    for name, source in ((f"memory://{tmp_path}/x", "cache"), (str(tmp_path / "file"), "measured")):
         found = spread_of(encoder, Store(name))
         assert (found, found.source) == (own, source)
     assert "cannot be written" in caplog.text
