@@ -53,7 +53,7 @@ class Best(Method):
     length: float = setting(0.2, "weight of ln(1 + tokens of the document)", least=-MOST_LENGTH, most=MOST_LENGTH)
     gamma: float = setting(0.0, "weight of the feedback term")
     lexical: float = setting(0.0, "weight of BM25 among the candidates; 0.25 is worth a try where exact names matter")
-    cross_weight: float = setting(1.0, "weight of the cross-encoder's logit")
+    cross_weight: float = setting(2.0, "weight of the cross-encoder's logit")
 
     def __post_init__(self) -> None:
         super().__post_init__()
