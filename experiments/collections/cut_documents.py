@@ -34,6 +34,7 @@ def first_sentence(text: str) -> str:
 
 def cut(lines: list[str], seed: int) -> tuple[str, int]:
     """The corpus with half of its documents cut, as JSON lines, and how many were cut."""
+    lines = [line for line in lines if line.strip()]
     chosen = set(random.Random(seed).sample(range(len(lines)), len(lines) // 2))
     records = [json.loads(line) for line in lines]
     for i in chosen:
@@ -52,7 +53,9 @@ def main() -> int:
     try:
         if not (folder / "corpus.jsonl").is_file():
             raise UserError(f"{options.collection}: no folder with a corpus.jsonl, and no bundled collection")
-        corpus, count = cut((folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines(), options.seed)
+        if options.out.resolve() == folder.resolve():
+            raise UserError(f"--out {options.out} is the collection itself, whose texts would be lost; name another folder")
+        corpus, count = cut((folder / "corpus.jsonl").read_text(encoding="utf-8").split("\n"), options.seed)
         write_atomically(options.out / "corpus.jsonl", corpus)
         shutil.copyfile(folder / "queries.jsonl", options.out / "queries.jsonl")
         shutil.copytree(folder / "qrels", options.out / "qrels", dirs_exist_ok=True)

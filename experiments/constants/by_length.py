@@ -17,6 +17,7 @@ import numpy as np
 from study import BASE, Constants, Pools, z
 
 from rerank_lab.cli import path_of
+from rerank_lab.errors import UserError
 
 Score = Callable[[Pools, int], np.ndarray]
 SCORES: dict[str, Score] = {
@@ -37,7 +38,8 @@ def along(p: Pools, score: Score, relevant: bool) -> float:
         keep = chosen if relevant else np.ones(len(length), dtype=bool)
         x.append(length[keep])
         y.append(value[keep])
-    return float(np.corrcoef(np.concatenate(x), np.concatenate(y))[0, 1])
+    a, b = np.concatenate(x), np.concatenate(y)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
 
 
 def thirds(p: Pools, score: Score) -> list[float]:
@@ -54,8 +56,12 @@ def main() -> int:
     p.add_argument("--write", type=path_of)
     options = p.parse_args()
     lines = ["| | score | r with length, all | r, relevant | nDCG@10 short | middle | long |", "| --- |" + " --- |" * 6]
-    for file in options.files:
-        pools = Pools(file)
+    try:
+        found = [Pools(file) for file in options.files]
+    except UserError as error:
+        print(f"by_length: error: {error}", file=sys.stderr)
+        return 2
+    for pools in found:
         scores = SCORES | {f"best, {prior:g}": partial(scored, replace(BASE, prior=prior)) for prior in (0.0, BASE.prior)}
         longer = np.mean(
             [z(np.log1p(pools.row("length", i)))[pools.row("grade", i) > 0].mean() for i in range(pools.count) if (pools.row("grade", i) > 0).any()]

@@ -112,6 +112,8 @@ def main() -> int:
     options = p.parse_args()
     try:
         data = load_dataset(options.collection, options.split)
+        if len(data.corpus) < TOP:
+            raise UserError(f"{options.collection} has {len(data.corpus)} documents; {TOP} are needed")
         model = load(Source(options.model, "bi-encoder"), Placement("cpu", precision=options.precision))
         study(model, data, options)
     except (UserError, OSError) as error:

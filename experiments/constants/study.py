@@ -19,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 from rerank_lab.cli import path_of
+from rerank_lab.errors import UserError
 from rerank_lab.methods.best import SPREAD_IN_TAUS
 
 TOP = 100
@@ -90,10 +91,13 @@ class Pools:
     """What collect.py kept of one model on one collection."""
 
     def __init__(self, path: Path):
-        with np.load(path) as file:
-            self.facts = json.loads(str(file["facts"]))
-            self.lengths = file["lengths"]
-            self.arrays = {name: file[name] for name in file.files if name not in ("facts", "lengths")}
+        try:
+            with np.load(path) as file:
+                self.facts = json.loads(str(file["facts"]))
+                self.lengths = file["lengths"]
+                self.arrays = {name: file[name] for name in file.files if name not in ("facts", "lengths")}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: no file of collect.py ({error})") from None
         self.name = path.stem
         self.count = len(self.lengths)
         self.own = "V" if "V|max" in self.arrays else "I"
@@ -182,9 +186,16 @@ def main() -> int:
     p.add_argument("--only", help="parts, comma-separated (default: all)")
     p.add_argument("--write", type=path_of)
     options = p.parse_args()
-    pools = [Pools(path) for path in options.files]
+    chosen = options.only.split(",") if options.only else list(PARTS)
+    if unknown := [name for name in chosen if name not in PARTS]:
+        p.error(f"--only {', '.join(unknown)}: there are {', '.join(PARTS)}")
+    try:
+        pools = [Pools(path) for path in options.files]
+    except UserError as error:
+        print(f"study: error: {error}", file=sys.stderr)
+        return 2
     parts = []
-    for name in options.only.split(",") if options.only else PARTS:
+    for name in chosen:
         parts.append(part(name, PARTS[name], pools))
         print(parts[-1], flush=True)
     if options.write:

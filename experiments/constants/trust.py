@@ -18,6 +18,7 @@ from scipy import stats
 from study import BASE, Pools, z
 
 from rerank_lab.cli import path_of
+from rerank_lab.errors import UserError
 
 Weight = Callable[[np.ndarray, np.ndarray], float]  # b of best and logits of one query's documents → weight of z(logit)
 
@@ -80,7 +81,13 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=path_of)
     parser.add_argument("--write", type=path_of)
     options = parser.parse_args()
-    pools = [Pools(Path(f)) for f in options.files]
+    try:
+        pools = [Pools(Path(f)) for f in options.files]
+        if lacking := [p.name for p in pools if "logit" not in p.arrays]:
+            raise UserError(f"{', '.join(lacking)}: no logits; collect_logits.py adds them")
+    except UserError as error:
+        print(f"trust: error: {error}", file=sys.stderr)
+        return 2
     lines = ["| | " + " | ".join(p.name for p in pools) + " | least | mean |", "| --- |" + " --- |" * (len(pools) + 2)]
     base = [p.best(BASE) for p in pools]
     bs = [[p.score(BASE, i) for i in range(p.count)] for p in pools]

@@ -2,7 +2,7 @@
 
 nDCG@10 of optimal and best+cross over their weights, on train queries.
 Each RESULTS is a folder that rerank_lab.eval wrote with --methods
-fast,standard,best on a development split, as train_cross_encoder.py leaves them
+fast,standard,best:length=0 on a development split, as train_cross_encoder.py leaves them
 in its --work folder. Nothing is ranked again: sums are made from its scores.
 """
 
@@ -28,6 +28,7 @@ from rerank_lab.measures.quality import measure_run
 OPTIMAL = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 BEST = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 KEEP = 50
+BEST_ALONE = "best:length=0"  # its scores are z(z(cos) + 2 z(a)), which token_sum takes apart
 
 
 def z(values: Any) -> np.ndarray:
@@ -59,13 +60,13 @@ def sweep(folder: Path) -> dict[str, float]:
         table = pd.read_parquet(folder / "scores.parquet")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no results of rerank_lab.eval ({error})") from None
-    missing = {"fast", "standard", "best"} - set(table["method"])
+    missing = {"fast", "standard", BEST_ALONE} - set(table["method"])
     if missing:
-        raise UserError(f"{folder}: needs the methods fast, standard and best; {', '.join(sorted(missing))} missing")
+        raise UserError(f"{folder}: needs the methods fast, standard and {BEST_ALONE}; {', '.join(sorted(missing))} missing")
     if config["limit_queries"]:
         raise UserError(f"{folder}: made with --limit-queries; all queries are needed")
     qrels = load_dataset(config["dataset"], config["split"]).qrels
-    wide = table.pivot(index=["query", "document"], columns="method", values="score").reset_index("document")
+    wide = table.pivot(index=["query", "document"], columns="method", values="score").rename(columns={BEST_ALONE: "best"}).reset_index("document")
     settings = [(f"optimal {w:g}", w, None) for w in OPTIMAL] + [(f"best+cross {w:g}", None, w) for w in BEST]
     pools = {q: pool.set_index("document") for q, pool in wide.groupby(level="query")}
     found = {label: measured({q: ranked(pool[label]) for q, pool in pools.items()}, qrels) for label in ("fast", "standard")}

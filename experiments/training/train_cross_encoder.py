@@ -303,7 +303,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--labelled", type=path_of, action="append", default=[], metavar="DIR", help="BEIR folder with a train split; may be repeated")
     p.add_argument("--text", type=path_of, action="append", default=[], metavar="DIR", help="BEIR folder of which the corpus alone is read; may be repeated")
     p.add_argument("--watch", type=path_of, action="append", default=[], metavar="DIR", help="as --labelled, for the development score alone")
-    p.add_argument("--teacher", default="best:lexical=1.25:gamma=0.5", metavar="METHOD", help="a method with settings, or bm25 (default: %(default)s)")
+    p.add_argument(
+        "--teacher", default="best:tau=0.1:length=0:lexical=1.25:gamma=0.5", metavar="METHOD", help="a method with settings, or bm25 (default: %(default)s)"
+    )
     p.add_argument("--held-out", type=int, default=200, metavar="N", help="judged queries of each collection kept for development (default: 200)")
     p.add_argument("--pseudo", type=int, default=4000, metavar="N", help="queries made from each corpus, at most one a document (default: 4000)")
     p.add_argument("--judged", type=float, default=0.5, metavar="SHARE", help="of lists with a judged query (default: 0.5)")
