@@ -165,8 +165,9 @@ def _evaluate(
         log.warning("%s", note)
 
     in_use = {system.label: numbers for system in local if (numbers := system.method.in_use(spread_in(about.models)))}
+    settings = {label: system.recorded(options.max_tokens_per_doc) for label, system in systems.items() if system.method.settings()}
     depends = {"dataset": dataset.hash, "candidates": work.candidates.hash, "models": about.models}
-    journal.begin(config | depends | ({"in_use": in_use} if in_use else {}))
+    journal.begin(config | depends | {name: value for name, value in (("settings", settings), ("in_use", in_use)) if value})
     collected: dict[str, RowRecords] = {}
     for label in systems:
         ranker = rankers[label]

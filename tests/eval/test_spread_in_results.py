@@ -89,6 +89,14 @@ def test_a_run_goes_on_under_the_same_figure_alone(
     path.write_text(json.dumps(value))
     assert "the interrupted run differs in in_use, models" in failing(capsys, *command, "fast,best", "--resume")
     path.write_text(text)
+    begun = tmp_path / "out" / "partial" / "config.json"
+    config = json.loads(begun.read_text())
+    assert config["settings"] == {"best": Best(stage1_top_k=config["settings"]["best"]["stage1_top_k"]).settings()}
+    older = config["settings"]["best"] | {"length": 0.5}
+    for before in (config | {"settings": {"best": older}}, {name: value for name, value in config.items() if name != "settings"}):
+        begun.write_text(json.dumps(before))  # as an earlier release, with another default or without the record, left it
+        assert "the interrupted run differs in settings;" in failing(capsys, *command, "fast,best", "--resume")
+    begun.write_text(json.dumps(config))
     assert main([*command, "fast,best", "--resume"]) == 0
     done = load(tmp_path / "out")
     assert main([*command, "fast,best", "--resume"]) == 0 and "finished already" in capsys.readouterr().out
