@@ -95,7 +95,7 @@ def _check_same(found: Results, options: EvalSettings, systems: Mapping[str, Sys
     changed += [options.dataset] if collection_hash(options.dataset, options.split) != found.dataset.hash else []
     for row in found.rows:
         now = {} if row.system.remote else systems[row.label].method.settings()
-        changed += [f"the default {name} of {row.label}" for name, value in now.items() if row.settings.get(name, value) != value]
+        changed += [f"the default {name} of {row.label}" for name, value in now.items() if row.settings.get(name) != value]
     if changed:
         raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
 

@@ -104,6 +104,10 @@ def test_a_run_goes_on_under_the_same_figure_alone(
     del done["rows"][1]["in_use"]
     (tmp_path / "out" / "results.json").write_text(json.dumps(done))
     assert "was finished before the default tau of best changed" in failing(capsys, *command, "fast,best", "--resume")
+    done["rows"][1]["settings"]["tau"] = "auto"
+    del done["rows"][1]["settings"]["length"]  # as a release without this setting left it
+    (tmp_path / "out" / "results.json").write_text(json.dumps(done))
+    assert "was finished before the default length of best changed" in failing(capsys, *command, "fast,best", "--resume")
 
 
 @pytest.mark.parametrize("make", [bi_encoder, late_interaction, static], ids=lambda make: make.__name__)
