@@ -173,11 +173,11 @@ def _evaluate(
         ranker = rankers[label]
         collected[label] = RowRecords(work.records(label, ranker), ranker.token_limit, work.cold(label, ranker, options.cold_queries))
     if local and reranker.arithmetic != EXACT:
-        # The same rankings in fp32 show how much quality a faster runtime or precision costs.
+        # The same rankings in fp32, by the same numbers, show how much quality a faster runtime or precision costs.
         exact = _reranker(options, local, exact=True)
         _encode_candidates(exact, dataset, work.candidates, detail, "encode candidates in fp32", executor)
         for system in local:
-            row = exact.using(system.method, cross=system.crossed)
+            row = exact.using(replace(system.method, **in_use.get(system.label, {})), cross=system.crossed)
             collected[system.label].exact = work.records(f"{system.label} in fp32", row)
     for label, row in own.items() if not options.no_kernel_check else ():
         if "bi-encoder" in row.method.roles and row.cross is None:  # these kernels compute nothing of a cross-encoder's scores
@@ -287,7 +287,8 @@ def _endpoint(url: str, system: System, options: EvalSettings) -> Endpoint:
 def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool = False) -> Reranker:
     """Loads the models that these systems need; exact: by torch in fp32 instead of the runtime and precision in the options.
 
-    Its method is one that needs the spread of the model's token similarities, if a row or a sweep does: results then name it.
+    Its method is one that needs the spread of the model's token similarities, if a row or a sweep does: results then name it. If exact, it is
+    maxsim, which needs none: rows in fp32 take the numbers that the rows have found.
     """
     needs_cross = any(system.crossed for system in systems)
     elsewhere = options.executor == "ray"  # the models here then only describe those on the workers; this machine may lack the workers' device
@@ -306,7 +307,7 @@ def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool =
         **{name: getattr(options, name) for name in OVERRIDES},
     )
     made = made.elsewhere(device=options.device) if elsewhere else made
-    return made.using(max(sweep.methods(options.sweep, systems), key=lambda method: method.needs_spread(), default="maxsim"))
+    return made if exact else made.using(max(sweep.methods(options.sweep, systems), key=lambda method: method.needs_spread(), default="maxsim"))
 
 
 def cache_place(options: EvalSettings) -> str | None:

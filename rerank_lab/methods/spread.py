@@ -35,7 +35,7 @@ SHIPPED = BUNDLED / "spreads" / "spreads.json"
 SCHEMA = 1  # rises with the definition of a spread too, so that older figures are left alone
 COLLECTION, SPLIT, TEXTS = "numpydoc", "train", 64  # the text: so many queries of the split, each with a document that is relevant to it
 SHIPPED_AGAIN = "install the package again, or make the file by experiments/training/measure_spread.py"
-DIGITS = 2  # of a spread: what a text of this size gives it, so that machines and precisions agree
+DIGITS = 2  # of a spread: what a text of this size gives it. Machines and precisions mostly agree on them; near a boundary they may round differently
 SLOW = 5.0  # seconds of measuring after which a person is told how long it may take
 
 
