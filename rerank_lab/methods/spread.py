@@ -136,7 +136,7 @@ def spread_of(encoder: Encoder, store: Store | None = None, known: Sequence[Entr
     documents = encoder.tokenize(text.documents, "document", encoder.limit)
     counts = _count(queries), _count(documents)
     for found in shipped() if known is None else known:
-        # Another limit or tokenizer beside the same weights would show in the numbers of tokens.
+        # Another tokenizer beside the same weights would show in the numbers of tokens.
         if found.fits(origin, text.name) and (found.spread.query_tokens, found.spread.document_tokens) == counts:
             return replace(found.spread, source="shipped")
     name = file_name(origin.query_prompt, text.name)
@@ -178,12 +178,13 @@ def with_entry(entries: Sequence[Entry], new: Entry) -> str:
     return json.dumps({"schema": SCHEMA, "entries": [_plain(one) for one in every]}, indent=1, ensure_ascii=False) + "\n"
 
 
-def known(origin: Origin, cache: str | None) -> Spread | None:
+def known(origin: Origin, cache: str | None, precision: str = "fp32") -> Spread | None:
     """A model's spread as far as it is known without its weights: shipped, or measured before. None: it is not.
 
     Args:
         origin: of the model.
         cache: the cache's folder or URL; None: there is none. Behind a URL nothing is looked for.
+        precision: of the transformer; a figure that was measured in it comes before those of others.
     """
     text = measured_text().name
     every = [replace(one, spread=replace(one.spread, source="shipped")) for one in shipped()]
@@ -193,6 +194,7 @@ def known(origin: Origin, cache: str | None) -> Spread | None:
             with suppress(OSError, ValueError):
                 found = _read(path)
                 every.append(replace(found, spread=replace(found.spread, source=f"measured before in {found.arithmetic}")))
+    every.sort(key=lambda one: (one.spread.source != "shipped", not one.arithmetic.startswith(precision)))
     return next((one.spread for one in every if one.fits(origin, text)), None)
 
 
