@@ -90,9 +90,17 @@ class Entry:
     origin: Origin
     spread: Spread
 
-    def fits(self, origin: Origin, text: str) -> bool:
-        """Whether it is of this model and this text, and can be a difference of cosines."""
-        return self.origin == origin and self.spread.text == text and 0 <= self.spread.value <= 2
+    def fits(self, origin: Origin, text: str, counts: tuple[int, int] | None = None) -> bool:
+        """Whether it is of this model and this text, and can be a difference of cosines.
+
+        Args:
+            origin: of the model.
+            text: the text's name.
+            counts: how many tokens of queries and documents the model makes of the text. Another tokenizer beside the same weights shows in
+                them. None: that is not known.
+        """
+        own = self.spread
+        return self.origin == origin and own.text == text and 0 <= own.value <= 2 and counts in (None, (own.query_tokens, own.document_tokens))
 
 
 @dataclass(frozen=True)
@@ -136,11 +144,10 @@ def spread_of(encoder: Encoder, store: Store | None = None, known: Sequence[Entr
     documents = encoder.tokenize(text.documents, "document", encoder.limit)
     counts = _count(queries), _count(documents)
     for found in shipped() if known is None else known:
-        # Another tokenizer beside the same weights would show in the numbers of tokens.
-        if found.fits(origin, text.name) and (found.spread.query_tokens, found.spread.document_tokens) == counts:
+        if found.fits(origin, text.name, counts):
             return replace(found.spread, source="shipped")
     name = file_name(origin.query_prompt, text.name)
-    if store is not None and (kept := _kept(store, name, origin, text.name)) is not None:
+    if store is not None and (kept := _kept(store, name, origin, text.name, counts)) is not None:
         return replace(kept.spread, source="cache")
     spread = Spread(measure(encoder, queries, documents), text.name, *counts)
     if store is not None:
@@ -261,20 +268,20 @@ def _read(path: Path) -> Entry:
     return decode(Entry, json.loads(path.read_text(encoding="utf-8")))
 
 
-def _kept(store: Store, name: str, origin: Origin, text: str) -> Entry | None:
-    """The cache's entry; None: there is none that reads back. A damaged file is deleted."""
+def _kept(store: Store, name: str, origin: Origin, text: str, counts: tuple[int, int]) -> Entry | None:
+    """The cache's entry; None: there is none that reads back and fits. A file that does not is deleted."""
     try:
         path = store.fetch(name)
         found = _read(path)
-        if not found.fits(origin, text):
-            raise DecodeError("of another model")
+        if not found.fits(origin, text, counts):
+            raise DecodeError("of another model or tokenizer")
     except FileNotFoundError:
         return None
     except OSError as error:
         log.warning("vector cache: %s/%s cannot be read (%s); measured again", store.shown, name, error.strerror)
         return None
     except ValueError:
-        log.warning("vector cache: %s/%s does not read back; deleted and measured again", store.shown, name)
+        log.warning("vector cache: %s/%s does not read back as this model's; deleted and measured again", store.shown, name)
         with suppress(OSError):
             store.remove(name)
         return None

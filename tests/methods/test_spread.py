@@ -165,7 +165,9 @@ def test_the_cache_keeps_a_figure_for_each_model_and_query_prompt(tmp_path: Path
     assert longer != own and len(files(cache)) == 2 and {one.parent for one in files(cache)} == {path.parent}
     assert found(document_prompt="") not in (own, longer) and len({one.parent for one in files(cache)}) == 2
     assert found() == own and found().source == "cache"
-    for damaged in ("", text[:-20], text.replace(str(own.value), "NaN"), text.replace('"query_prompt": "query: "', '"query_prompt": "q"'), "[]"):
+    fewer = text.replace(f'"document_tokens": {own.document_tokens}', f'"document_tokens": {own.document_tokens - 1}')
+    assert fewer != text
+    for damaged in (fewer, "", text[:-20], text.replace(str(own.value), "NaN"), text.replace('"query_prompt": "query: "', '"query_prompt": "q"'), "[]"):
         path.write_text(damaged)
         caplog.clear()
         assert found() == own and found().source == "cache" and path.read_text() == text
