@@ -1,7 +1,7 @@
 """python experiments/training/measure_spread.py --model all-MiniLM-L6-v2
 
 Measures the spread of a bi-encoder's token similarities and writes it into the file of those that the package ships
-(rerank_lab/data/spreads). An entry of the same weights, subspace and prompts is replaced; entries of another text, which nothing
+(rerank_lab/data/spreads). An entry of the same weights, configuration, subspace and prompts is replaced; entries of another text, which nothing
 takes any more, are dropped.
 """
 

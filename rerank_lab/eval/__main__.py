@@ -120,7 +120,7 @@ def _description(settings: EvalSettings, model: str) -> str:
     width, asked = 17, Overrides(**{name: getattr(settings, name) for name in OVERRIDES})
     titles = dict(described(model, asked))
     if (own := origin(model, asked, settings.subspace)) is not None:
-        titles["token spread"] = best.told(own, cache_place(settings))
+        titles["token spread"] = best.told(own, cache_place(settings), settings.precision)
     return "\n".join(
         textwrap.fill(f"{title:<{width - 1}} {text}", 80, subsequent_indent=" " * width, break_long_words=False, break_on_hyphens=False)
         for title, text in titles.items()

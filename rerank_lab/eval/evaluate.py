@@ -95,7 +95,7 @@ def _check_same(found: Results, options: EvalSettings, systems: Mapping[str, Sys
     changed += [options.dataset] if collection_hash(options.dataset, options.split) != found.dataset.hash else []
     for row in found.rows:
         now = {} if row.system.remote else systems[row.label].method.settings()
-        changed += [f"the default {name} of {row.label}" for name, value in now.items() if row.settings.get(name, value) != value]
+        changed += [f"the default {name} of {row.label}" for name, value in now.items() if row.settings.get(name) != value]
     if changed:
         raise UserError(f"{out} was finished before {' and '.join(changed)} changed; --overwrite replaces its results, another --out keeps them")
 
@@ -165,18 +165,19 @@ def _evaluate(
         log.warning("%s", note)
 
     in_use = {system.label: numbers for system in local if (numbers := system.method.in_use(spread_in(about.models)))}
+    settings = {label: system.recorded(options.max_tokens_per_doc) for label, system in systems.items() if system.method.settings()}
     depends = {"dataset": dataset.hash, "candidates": work.candidates.hash, "models": about.models}
-    journal.begin(config | depends | ({"in_use": in_use} if in_use else {}))
+    journal.begin(config | depends | {name: value for name, value in (("settings", settings), ("in_use", in_use)) if value})
     collected: dict[str, RowRecords] = {}
     for label in systems:
         ranker = rankers[label]
         collected[label] = RowRecords(work.records(label, ranker), ranker.token_limit, work.cold(label, ranker, options.cold_queries))
     if local and reranker.arithmetic != EXACT:
-        # The same rankings in fp32 show how much quality a faster runtime or precision costs.
+        # The same rankings in fp32, by the same numbers, show how much quality a faster runtime or precision costs.
         exact = _reranker(options, local, exact=True)
         _encode_candidates(exact, dataset, work.candidates, detail, "encode candidates in fp32", executor)
         for system in local:
-            row = exact.using(system.method, cross=system.crossed)
+            row = exact.using(replace(system.method, **in_use.get(system.label, {})), cross=system.crossed)
             collected[system.label].exact = work.records(f"{system.label} in fp32", row)
     for label, row in own.items() if not options.no_kernel_check else ():
         if "bi-encoder" in row.method.roles and row.cross is None:  # these kernels compute nothing of a cross-encoder's scores
@@ -286,7 +287,8 @@ def _endpoint(url: str, system: System, options: EvalSettings) -> Endpoint:
 def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool = False) -> Reranker:
     """Loads the models that these systems need; exact: by torch in fp32 instead of the runtime and precision in the options.
 
-    Its method is one that needs the spread of the model's token similarities, if a row or a sweep does: results then name it.
+    Its method is one that needs the spread of the model's token similarities, if a row or a sweep does: results then name it. If exact, it is
+    maxsim, which needs none: rows in fp32 take the numbers that the rows have found.
     """
     needs_cross = any(system.crossed for system in systems)
     elsewhere = options.executor == "ray"  # the models here then only describe those on the workers; this machine may lack the workers' device
@@ -305,7 +307,7 @@ def _reranker(options: EvalSettings, systems: Sequence[System], *, exact: bool =
         **{name: getattr(options, name) for name in OVERRIDES},
     )
     made = made.elsewhere(device=options.device) if elsewhere else made
-    return made.using(max(sweep.methods(options.sweep, systems), key=lambda method: method.needs_spread(), default="maxsim"))
+    return made if exact else made.using(max(sweep.methods(options.sweep, systems), key=lambda method: method.needs_spread(), default="maxsim"))
 
 
 def cache_place(options: EvalSettings) -> str | None:

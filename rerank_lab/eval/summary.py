@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from rerank_lab.client.endpoint import sent_settings
 from rerank_lab.datasets.dataset import Dataset, Qrels
 from rerank_lab.datasets.runs import Ranked, Run, tie_rate, trec_lines
 from rerank_lab.engine import spread_in
@@ -152,7 +151,7 @@ def _row(
         agreement=_mean_agreement(system.twin, agreed),
         vs_fp32=None if own.exact is None else _change(evaluation, records, own.exact, "torch, fp32"),
         vs_definition=None if own.kernels is None else _vs_definition(evaluation, own.kernels),
-        settings=sent_settings(system.method, config.max_tokens_per_doc) if system.remote else system.method.settings(),
+        settings=system.recorded(config.max_tokens_per_doc),
         in_use={} if system.remote else system.method.in_use(spread_in(evaluation.models)),
         latency_ms=_latency(seconds),
         cold_latency_ms=_latency(cold.seconds),

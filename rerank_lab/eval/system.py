@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from rerank_lab.client.endpoint import URL_PATTERN, address_wanted, check_address, is_secret
+from rerank_lab.client.endpoint import URL_PATTERN, address_wanted, check_address, is_secret, sent_settings
 from rerank_lab.errors import UserError
-from rerank_lab.methods import CROSS_SUFFIX, METHODS, Method, labels, make_method
+from rerank_lab.methods import CROSS_SUFFIX, METHODS, Method, Value, labels, make_method
 
 SERVER = "endpoint"
 
@@ -81,6 +81,10 @@ class System:
     def remote(self) -> bool:
         """Whether a server runs the row."""
         return self.server is not None
+
+    def recorded(self, max_tokens_per_doc: int) -> dict[str, Value]:
+        """The row's settings as results have them: all of its method's, or those that a request to its server carries."""
+        return sent_settings(self.method, max_tokens_per_doc) if self.remote else self.method.settings()
 
     @property
     def twin(self) -> str:

@@ -106,9 +106,9 @@ class Best(Method):
         return pool.scatter(kept, scores)
 
 
-def told(origin: Origin, cache: str | None) -> str:
+def told(origin: Origin, cache: str | None, precision: str) -> str:
     """What `--list MODEL` says of a model's spread and of tau = auto on it. Arguments as for spread.known."""
-    found = known(origin, cache)
+    found = known(origin, cache, precision)
     if found is None:
         return f"measured at first use, on {TEXTS} {SPLIT} queries of {COLLECTION} and their documents; tau=auto is it / {SPREAD_IN_TAUS:g}"
     return f"{found} ({found.source}); tau=auto is {Best().temperature(found):.4g}"

@@ -35,7 +35,7 @@ SHIPPED = BUNDLED / "spreads" / "spreads.json"
 SCHEMA = 1  # rises with the definition of a spread too, so that older figures are left alone
 COLLECTION, SPLIT, TEXTS = "numpydoc", "train", 64  # the text: so many queries of the split, each with a document that is relevant to it
 SHIPPED_AGAIN = "install the package again, or make the file by experiments/training/measure_spread.py"
-DIGITS = 2  # of a spread: what a text of this size gives it, so that machines and precisions agree
+DIGITS = 2  # of a spread: what a text of this size gives it. Machines and precisions mostly agree on them; near a boundary they may round differently
 SLOW = 5.0  # seconds of measuring after which a person is told how long it may take
 
 
@@ -90,9 +90,17 @@ class Entry:
     origin: Origin
     spread: Spread
 
-    def fits(self, origin: Origin, text: str) -> bool:
-        """Whether it is of this model and this text, and can be a difference of cosines."""
-        return self.origin == origin and self.spread.text == text and 0 <= self.spread.value <= 2
+    def fits(self, origin: Origin, text: str, counts: tuple[int, int] | None = None) -> bool:
+        """Whether it is of this model and this text, and can be a difference of cosines.
+
+        Args:
+            origin: of the model.
+            text: the text's name.
+            counts: how many tokens of queries and documents the model makes of the text. Another tokenizer beside the same weights shows in
+                them. None: that is not known.
+        """
+        own = self.spread
+        return self.origin == origin and own.text == text and 0 <= own.value <= 2 and counts in (None, (own.query_tokens, own.document_tokens))
 
 
 @dataclass(frozen=True)
@@ -136,11 +144,10 @@ def spread_of(encoder: Encoder, store: Store | None = None, known: Sequence[Entr
     documents = encoder.tokenize(text.documents, "document", encoder.limit)
     counts = _count(queries), _count(documents)
     for found in shipped() if known is None else known:
-        # Another limit or tokenizer beside the same weights would show in the numbers of tokens.
-        if found.fits(origin, text.name) and (found.spread.query_tokens, found.spread.document_tokens) == counts:
+        if found.fits(origin, text.name, counts):
             return replace(found.spread, source="shipped")
     name = file_name(origin.query_prompt, text.name)
-    if store is not None and (kept := _kept(store, name, origin, text.name)) is not None:
+    if store is not None and (kept := _kept(store, name, origin, text.name, counts)) is not None:
         return replace(kept.spread, source="cache")
     spread = Spread(measure(encoder, queries, documents), text.name, *counts)
     if store is not None:
@@ -178,12 +185,13 @@ def with_entry(entries: Sequence[Entry], new: Entry) -> str:
     return json.dumps({"schema": SCHEMA, "entries": [_plain(one) for one in every]}, indent=1, ensure_ascii=False) + "\n"
 
 
-def known(origin: Origin, cache: str | None) -> Spread | None:
+def known(origin: Origin, cache: str | None, precision: str = "fp32") -> Spread | None:
     """A model's spread as far as it is known without its weights: shipped, or measured before. None: it is not.
 
     Args:
         origin: of the model.
         cache: the cache's folder or URL; None: there is none. Behind a URL nothing is looked for.
+        precision: of the transformer; a figure that was measured in it comes before those of others.
     """
     text = measured_text().name
     every = [replace(one, spread=replace(one.spread, source="shipped")) for one in shipped()]
@@ -193,6 +201,7 @@ def known(origin: Origin, cache: str | None) -> Spread | None:
             with suppress(OSError, ValueError):
                 found = _read(path)
                 every.append(replace(found, spread=replace(found.spread, source=f"measured before in {found.arithmetic}")))
+    every.sort(key=lambda one: (one.spread.source != "shipped", not one.arithmetic.startswith(precision)))
     return next((one.spread for one in every if one.fits(origin, text)), None)
 
 
@@ -259,20 +268,20 @@ def _read(path: Path) -> Entry:
     return decode(Entry, json.loads(path.read_text(encoding="utf-8")))
 
 
-def _kept(store: Store, name: str, origin: Origin, text: str) -> Entry | None:
-    """The cache's entry; None: there is none that reads back. A damaged file is deleted."""
+def _kept(store: Store, name: str, origin: Origin, text: str, counts: tuple[int, int]) -> Entry | None:
+    """The cache's entry; None: there is none that reads back and fits. A file that does not is deleted."""
     try:
         path = store.fetch(name)
         found = _read(path)
-        if not found.fits(origin, text):
-            raise DecodeError("of another model")
+        if not found.fits(origin, text, counts):
+            raise DecodeError("of another model or tokenizer")
     except FileNotFoundError:
         return None
     except OSError as error:
         log.warning("vector cache: %s/%s cannot be read (%s); measured again", store.shown, name, error.strerror)
         return None
     except ValueError:
-        log.warning("vector cache: %s/%s does not read back; deleted and measured again", store.shown, name)
+        log.warning("vector cache: %s/%s does not read back as this model's; deleted and measured again", store.shown, name)
         with suppress(OSError):
             store.remove(name)
         return None

@@ -49,11 +49,13 @@ class Origin:
 
     Attributes:
         weights: hash of the weights.
+        reading: hash of what else the folder's JSON files say of them, such as the number of heads and the limit.
         projection: hash of what makes token vectors of the last hidden states: a subspace or layers of their own; "" for nothing.
         query_prompt, document_prompt: put before texts.
     """
 
     weights: str
+    reading: str
     projection: str
     query_prompt: str
     document_prompt: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +19,19 @@ from rerank_lab.models.base import AS_IT_IS, Detail, EncodedQuery, Origin, Overr
 from rerank_lab.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import BI, T5_ENCODERS, weights_of
-from rerank_lab.models.folder import Folder
+from rerank_lab.models.folder import Folder, read_json
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding
 from rerank_lab.models.pooling import pooled
 from rerank_lab.models.prompts import check_room
 from rerank_lab.models.registry import Placement, Source, pick_device
 from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets, warn
+
+# Keys of config.json that say who wrote it, how it is stored or trained, and what heads put out.
+COSMETIC = {
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "dtype", "finetuning_task", "gradient_checkpointing",
+    "id2label", "initializer_range", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
 
 
 class BiEncoder(TransformerEncoder):
@@ -267,7 +275,20 @@ def subspace_hash(subspace: Tensor | None) -> str:
 def origin_of(folder: Path, found: Checkpoint, weights: str, subspace: Tensor | None) -> Origin:
     """What decides the token vectors of a checkpoint with these weights (their hash) and this projection."""
     by = fingerprint(folder, (found.token_head,)) if found.token_head else "" if subspace is None else subspace_hash(subspace)
-    return Origin(weights, by, found.query_prompt, found.document_prompt)
+    return Origin(weights, _reading(found), by, found.query_prompt, found.document_prompt)
+
+
+def _reading(found: Checkpoint) -> str:
+    """Hash of the transformer's config.json, and of how texts are cut. Keys that say nothing of token vectors do not count."""
+    cut = read_json(found.root / "tokenizer_config.json")
+    limit = found.max_seq_length or cut.get("model_max_length")
+    value = [_deciding(read_json(found.root / "config.json")), limit, cut.get("truncation_side", "right"), found.lower]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _deciding(value: object) -> object:
+    """A part of config.json without COSMETIC keys."""
+    return {key: _deciding(one) for key, one in value.items() if key not in COSMETIC} if isinstance(value, dict) else value
 
 
 def origin(source: Source, asked: Overrides, subspace: str | None) -> Origin:

@@ -23,9 +23,9 @@ from rerank_lab.models.exported import choose, network
 from rerank_lab.models.families import weights_of
 from rerank_lab.models.folder import Folder
 from rerank_lab.models.forward import encoder_flops, encodings, fast_tokenizer, forward, limit_of, load_checkpoint, padding, position_count
-from rerank_lab.models.late_checkpoint import PROJECTION, STANFORD, LateCheckpoint, read_late
+from rerank_lab.models.late_checkpoint import METADATA, PROJECTION, STANFORD, LateCheckpoint, read_late
 from rerank_lab.models.registry import Placement, Source, pick_device
-from rerank_lab.models.transformer_encoder import TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets, warn
+from rerank_lab.models.transformer_encoder import READING, TransformerEncoder, fingerprint, own_rows, put_rows, row_offsets, warn
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,8 @@ class LateInteraction(TransformerEncoder):
 def origin_of(found: LateCheckpoint, weights: str, sides: Mapping[str, Side]) -> Origin:
     """What decides the token vectors of a checkpoint with these weights (their hash), whose texts are read so."""
     dense = "".join(fingerprint(place) for place in found.dense)
-    return Origin(weights, hashlib.sha256(dense.encode()).hexdigest() if dense else "", sides["query"].prompt, sides["document"].prompt)
+    by, reading = hashlib.sha256(dense.encode()).hexdigest() if dense else "", fingerprint(found.folder, (*READING, METADATA))
+    return Origin(weights, reading, by, sides["query"].prompt, sides["document"].prompt)
 
 
 def read_sides(found: LateCheckpoint, model: Any, tokenizer: Any, fast: Tokenizer, asked: Overrides) -> tuple[int | None, dict[str, Side]]:

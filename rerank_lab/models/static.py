@@ -29,7 +29,7 @@ from rerank_lab.models.folder import Folder, last_part
 from rerank_lab.models.forward import LONGEST, encodings
 from rerank_lab.models.prompts import check_room
 from rerank_lab.models.registry import Placement, Source, pick_device
-from rerank_lab.models.transformer_encoder import fingerprint, warn
+from rerank_lab.models.transformer_encoder import READING, fingerprint, warn
 
 TOKENS_AT_ONCE = 1 << 16  # whose rows are held beside the table
 MODEL2VEC = "a folder of model2vec without modules.json is read as the one that model2vec writes: the mean of all tokens' rows"
@@ -141,7 +141,7 @@ class StaticEncoder:
 
     def origin(self) -> Origin:
         """As Encoder.origin."""
-        return Origin(self.fingerprint, "", self.prompt("query"), self.prompt("document"))
+        return origin_of(self.checkpoint, self.fingerprint)
 
     def prompt(self, kind: str) -> str:
         """As Encoder.prompt."""
@@ -243,6 +243,11 @@ def _table(found: Checkpoint) -> Tensor:
     return table.contiguous()
 
 
+def origin_of(found: Checkpoint, weights: str) -> Origin:
+    """What decides the token vectors of a checkpoint whose files have this hash."""
+    return Origin(weights, fingerprint(found.folder, READING), "", found.query_prompt, found.document_prompt)
+
+
 def load(source: Source, placement: Placement, subspace: str | None = None) -> StaticEncoder:
     """Loads static embeddings.
 
@@ -265,4 +270,4 @@ def load(source: Source, placement: Placement, subspace: str | None = None) -> S
 def origin(source: Source, asked: Overrides, subspace: str | None = None) -> Origin:
     """Encoder.origin of the model that `load` would make, without loading it. It takes no subspace."""
     found = read_static(source.folder).overridden(asked)
-    return Origin(fingerprint(source.folder.path), "", found.query_prompt, found.document_prompt)
+    return origin_of(found, fingerprint(source.folder.path))

@@ -19,7 +19,8 @@ from rerank_lab.models.base import Detail, EncodedQuery, Tokens, Vectors
 from rerank_lab.models.families import WEIGHTS
 
 log = logging.getLogger(__name__)
-DECIDING = (*WEIGHTS, "*config*.json", "tokenizer.json", "modules.json")
+READING = ("*config*.json", "tokenizer.json", "modules.json")
+DECIDING = (*WEIGHTS, *READING)
 CHAT = ("*.jinja", "chat_template.json")  # read by scorers alone
 # The tokenizer of a folder without tokenizer.json.
 TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")
@@ -144,8 +145,8 @@ def fingerprint(folder: Path, names: Sequence[str] = DECIDING) -> str:
     """
     digest = hashlib.sha256()
     files = {Path(place) / name for place, _, found in os.walk(folder, followlinks=True) for name in found}
-    if names is DECIDING and not any(path.name == "tokenizer.json" for path in files):
-        names = (*DECIDING, *TOKENIZER_FILES)
+    if "tokenizer.json" in names and not any(path.name == "tokenizer.json" for path in files):
+        names = (*names, *TOKENIZER_FILES)
     for path in sorted(path for path in files if any(fnmatch(path.name, name) for name in names)):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:

@@ -17,9 +17,10 @@ from rerank_lab.eval.records import Record
 from rerank_lab.eval.rows import Ranker
 from rerank_lab.eval.settings import _sweep
 from rerank_lab.eval.work import RankingWork
-from rerank_lab.methods import make_method
+from rerank_lab.methods import make_method, spread
 from rerank_lab.methods.best import SPREAD_IN_TAUS, Best
 from rerank_lab.methods.spread import measured_text
+from rerank_lab.reranker import Reranker
 from tests.conftest import report_of
 from tests.eval.test_eval import failing, load
 from tests.models.checkpoints import bi_encoder, cross_encoder, late_interaction, static
@@ -89,6 +90,14 @@ def test_a_run_goes_on_under_the_same_figure_alone(
     path.write_text(json.dumps(value))
     assert "the interrupted run differs in in_use, models" in failing(capsys, *command, "fast,best", "--resume")
     path.write_text(text)
+    begun = tmp_path / "out" / "partial" / "config.json"
+    config = json.loads(begun.read_text())
+    assert config["settings"] == {"best": Best(stage1_top_k=config["settings"]["best"]["stage1_top_k"]).settings()}
+    older = config["settings"]["best"] | {"length": 0.5}
+    for before in (config | {"settings": {"best": older}}, {name: value for name, value in config.items() if name != "settings"}):
+        begun.write_text(json.dumps(before))  # as an earlier release, with another default or without the record, left it
+        assert "the interrupted run differs in settings;" in failing(capsys, *command, "fast,best", "--resume")
+    begun.write_text(json.dumps(config))
     assert main([*command, "fast,best", "--resume"]) == 0
     done = load(tmp_path / "out")
     assert main([*command, "fast,best", "--resume"]) == 0 and "finished already" in capsys.readouterr().out
@@ -96,6 +105,25 @@ def test_a_run_goes_on_under_the_same_figure_alone(
     del done["rows"][1]["in_use"]
     (tmp_path / "out" / "results.json").write_text(json.dumps(done))
     assert "was finished before the default tau of best changed" in failing(capsys, *command, "fast,best", "--resume")
+    done["rows"][1]["settings"]["tau"] = "auto"
+    del done["rows"][1]["settings"]["length"]  # as a release without this setting left it
+    (tmp_path / "out" / "results.json").write_text(json.dumps(done))
+    assert "was finished before the default length of best changed" in failing(capsys, *command, "fast,best", "--resume")
+
+
+def test_the_comparison_with_fp32_ranks_with_the_tau_of_the_row(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, taus = RankingWork.records, dict[str, object]()
+
+    def watched(work: RankingWork, label: str, ranker: Ranker) -> list[Record]:
+        assert isinstance(ranker, Reranker)
+        taus[label] = ranker.settings["tau"]
+        return real(work, label, ranker)
+
+    monkeypatch.setattr(RankingWork, "records", watched)
+    monkeypatch.setattr(spread, "measure", lambda encoder, *texts: {"bf16": 0.25, "fp32": 0.5}[encoder.precision])
+    assert main([*command, "best,best:tau=0.2", "--runtime", "torch", "--precision", "bf16"]) == 0
+    tau = 0.25 / SPREAD_IN_TAUS
+    assert taus == {"best": tau, "best in fp32": tau, "best:tau=0.2": 0.2, "best:tau=0.2 in fp32": 0.2}
 
 
 @pytest.mark.parametrize("make", [bi_encoder, late_interaction, static], ids=lambda make: make.__name__)

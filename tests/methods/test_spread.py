@@ -118,7 +118,7 @@ def test_a_shipped_figure_is_taken_for_the_same_weights_projection_prompts_and_t
     encoder = loaded(prompted(tmp_path / "model"))
     own = entry(encoder, Spread(0.5, measured_text().name, *plain(encoder)[1:]))
     assert spread_of(encoder, known=[own]).value == 0.5
-    other = {"weights": "w", "projection": "p", "query_prompt": "q", "document_prompt": "d"}
+    other = {"weights": "w", "reading": "r", "projection": "p", "query_prompt": "q", "document_prompt": "d"}
     strangers = [replace(own, origin=replace(own.origin, **{name: value})) for name, value in other.items()]
     strangers += [replace(own, spread=replace(own.spread, text="older")), replace(own, spread=replace(own.spread, query_tokens=1))]
     assert spread_of(encoder, known=strangers).source == "measured"
@@ -165,7 +165,9 @@ def test_the_cache_keeps_a_figure_for_each_model_and_query_prompt(tmp_path: Path
     assert longer != own and len(files(cache)) == 2 and {one.parent for one in files(cache)} == {path.parent}
     assert found(document_prompt="") not in (own, longer) and len({one.parent for one in files(cache)}) == 2
     assert found() == own and found().source == "cache"
-    for damaged in ("", text[:-20], text.replace(str(own.value), "NaN"), text.replace('"query_prompt": "query: "', '"query_prompt": "q"'), "[]"):
+    fewer = text.replace(f'"document_tokens": {own.document_tokens}', f'"document_tokens": {own.document_tokens - 1}')
+    assert fewer != text
+    for damaged in (fewer, "", text[:-20], text.replace(str(own.value), "NaN"), text.replace('"query_prompt": "query: "', '"query_prompt": "q"'), "[]"):
         path.write_text(damaged)
         caplog.clear()
         assert found() == own and found().source == "cache" and path.read_text() == text
@@ -206,6 +208,46 @@ def test_what_decides_it_is_known_without_the_weights(make: Make, tmp_path: Path
     found = spread_of(encoder, Store(cache).child("vectors").child(encoder.key()))
     told = known(own, str(cache))
     assert told == found and told is not None and told.source == "measured before in fp32, torch, cpu"
+
+
+def change(path: Path, **keys: object) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | keys))
+
+
+def test_heads_limit_and_truncation_are_part_of_it_and_cosmetic_keys_are_not(tmp_path: Path) -> None:
+    folder = bi_encoder(tmp_path / "model")
+    seen = [loaded(folder).origin()]
+    change(folder / "config.json", transformers_version="9", _name_or_path="elsewhere", dtype="bfloat16", torch_dtype="float16", use_cache=False)
+    assert origin(str(folder)) == loaded(folder).origin() == seen[0]
+    heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
+    others: list[tuple[str, dict[str, object]]] = [
+        ("config.json", {"num_attention_heads": 2 if heads == 1 else 1}),
+        ("tokenizer_config.json", {"truncation_side": "left"}),
+        ("sentence_bert_config.json", {"max_seq_length": 40}),
+    ]
+    for file, keys in others:
+        change(folder / file, **keys)
+        encoder = loaded(folder)
+        assert origin(str(folder)) == encoder.origin() not in seen and encoder.origin().weights == seen[0].weights
+        seen.append(encoder.origin())
+
+
+@pytest.mark.parametrize("make", [late_interaction, static], ids=lambda make: make.__name__)
+def test_the_json_files_of_other_kinds_are_part_of_it(make: Make, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    before = origin(str(folder))
+    change(folder / "config_sentence_transformers.json", __version__={"sentence_transformers": "9"})
+    found = origin(str(folder))
+    assert before is not None and found is not None and found == loaded(folder).origin() and found.reading != before.reading
+
+
+def test_a_figure_of_the_precision_asked_for_comes_first(tmp_path: Path) -> None:
+    encoder = loaded(static(tmp_path / "model"))
+    for folder, precision, value in (("a", "bf16", 0.25), ("b", "fp32", 0.5)):
+        one = replace(entry(encoder, Spread(value, measured_text().name, 1, 1)), arithmetic=f"{precision}, torch, cpu")
+        Store(str(tmp_path / "cache")).child("vectors").child(folder).write("spread-0.json", json.dumps(spread._plain(one)).encode())
+    found = [known(encoder.origin(), str(tmp_path / "cache"), precision) for precision in ("bf16", "fp32", "int8")]
+    assert [one and one.value for one in found] == [0.25, 0.5, 0.5]
 
 
 def test_the_projection_is_part_of_it(tmp_path: Path, encoder: BiEncoder) -> None:
