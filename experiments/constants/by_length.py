@@ -7,17 +7,13 @@ ones are longer than the others, and nDCG@10 by the length of the relevant docum
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from study import BASE, Constants, Pools, z
-
-from rerank_lab.cli import path_of
-from rerank_lab.errors import UserError
+from study import BASE, Constants, Pools, arguments, run, z
 
 Score = Callable[[Pools, int], np.ndarray]
 SCORES: dict[str, Score] = {
@@ -31,7 +27,7 @@ def scored(constants: Constants, p: Pools, i: int) -> np.ndarray:
 
 
 def along(p: Pools, score: Score, relevant: bool) -> float:
-    """Mean over queries of the correlation of z(score) and z(ln(1 + Ld)): over all candidates, or of the relevant ones among all queries' candidates."""
+    """Correlation of z(score) and z(ln(1 + Ld)), both within a query, over the candidates of all queries together, or over the relevant ones alone."""
     x, y = [], []
     for i in range(p.count):
         length, value, chosen = z(np.log1p(p.row("length", i))), z(score(p, i)), p.row("grade", i) > 0
@@ -50,17 +46,8 @@ def thirds(p: Pools, score: Score) -> list[float]:
     return [float(values[part].mean()) for part in np.array_split(known[np.argsort(lengths[known], kind="stable")], 3)]
 
 
-def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="+", type=path_of)
-    p.add_argument("--write", type=path_of)
-    options = p.parse_args()
+def table(found: list[Pools]) -> str:
     lines = ["| | score | r with length, all | r, relevant | nDCG@10 short | middle | long |", "| --- |" + " --- |" * 6]
-    try:
-        found = [Pools(file) for file in options.files]
-    except UserError as error:
-        print(f"by_length: error: {error}", file=sys.stderr)
-        return 2
     for pools in found:
         scores = SCORES | {f"best, {prior:g}": partial(scored, replace(BASE, prior=prior)) for prior in (0.0, BASE.prior)}
         longer = np.mean(
@@ -73,10 +60,11 @@ def main() -> int:
             lines.append(
                 f"| {first} | {name} | " + " | ".join(f"{c:+.2f}" for c in cells) + " | " + " | ".join(f"{v:.3f}" for v in thirds(pools, score)) + " |"
             )
-    print("\n".join(lines))
-    if options.write:
-        options.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return 0
+    return "\n".join(lines)
+
+
+def main() -> int:
+    return run("by_length", arguments(__doc__).parse_args(), table)
 
 
 if __name__ == "__main__":

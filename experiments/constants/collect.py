@@ -155,11 +155,9 @@ def study(model: BiEncoder, data: Any, options: argparse.Namespace) -> None:
         grades = data.qrels[query]
         put = partial(keep, found)
         put("grade", [max(0, grades.get(ids[j], 0)) for j in order])
-        put("judged", [ids[j] in grades for j in order])
         put("ideal", sorted((g for g in grades.values() if g > 0), reverse=True)[:10] + [0] * (10 - min(10, sum(g > 0 for g in grades.values()))))
         put("cos", values[i])
         put("length", ends.diff())
-        put("characters", [len(data.corpus[ids[j]]) for j in order])
         put("place", order)
         for name, way in ways.items():
             s = way(d) @ way(q).T
@@ -173,10 +171,7 @@ def study(model: BiEncoder, data: Any, options: argparse.Namespace) -> None:
                     put(f"{name}|lme σ/{divisor:g}", L)
             for tau in FIXED if name in ("I", "V") else ():
                 put(f"{name}|{tau:g}", soft(s, ends, tau)[0])
-    arrays: dict[str, Any] = {}
-    for name, parts in found.items():
-        flat = np.concatenate([part.ravel() for part in parts])
-        arrays[name] = flat.astype(np.float16 if "|" in name and "e5" not in options.model else np.float32)
+    arrays: dict[str, Any] = {name: np.concatenate([part.ravel() for part in parts]) for name, parts in found.items()}
     lengths = np.array([len(asked.row(i).tokens) for i in range(len(queries))])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"model": options.model, "precision": options.precision, "collection": data.name, "split": data.split, "hash": data.hash, "sigma": sigmas, "spread": spread,

@@ -20,7 +20,8 @@ from scipy import stats
 
 from rerank_lab.cli import path_of
 from rerank_lab.errors import UserError
-from rerank_lab.methods.best import SPREAD_IN_TAUS
+from rerank_lab.files import write_atomically
+from rerank_lab.methods.best import SPREAD_IN_TAUS, Best
 
 TOP = 100
 Contrast = Callable[[np.ndarray], np.ndarray]
@@ -55,11 +56,11 @@ class Constants:
     way: str = ""
     soft: str = "auto"
     contrast: str = "max − mean"
-    alpha: float = 2.0
+    alpha: float = Best.alpha
     maxsim: float = 0.0
     cosine: float = 1.0
     length: float = 0.0
-    prior: float = 0.2
+    prior: float = Best.length
     growth: float = 0.0
 
 
@@ -76,7 +77,7 @@ PARTS: dict[str, dict[str, Constants]] = {
         "both": Constants(maxsim=1),
         "both, ½": Constants(maxsim=0.5, cosine=0.5),
     },
-    "length": {"λ = +0.2": BASE} | {f"z(ln L) {value:+g}": Constants(length=value, prior=0) for value in (-1, -0.5, -0.25, 0.25, 0.5, 1)}
+    "length": {f"λ = {BASE.prior:+g}": BASE} | {f"z(ln L) {value:+g}": Constants(length=value, prior=0) for value in (-1, -0.5, -0.25, 0.25, 0.5, 1)}
     | {f"λ = {value:+g}": Constants(prior=value) for value in (-0.5, -0.25, 0, 0.1, 0.3, 0.4, 0.5, 0.75, 1)}
     | {f"growth {value:+g}": Constants(growth=value, prior=0) for value in (-0.5, -0.25, 0.25, 0.5)},
 }  # fmt: skip
@@ -159,6 +160,27 @@ class Pools:
         return self.ndcg(lambda i: self.score(c, i))
 
 
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a script that makes tables of files."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=path_of, help="files of collect.py")
+    parser.add_argument("--write", type=path_of, help="where the tables go too")
+    return parser
+
+
+def run(name: str, options: argparse.Namespace, table: Callable[[list[Pools]], str]) -> int:
+    """Prints and writes what `table` makes of the files. Returns the exit code."""
+    try:
+        text = table([Pools(path) for path in options.files])
+        if options.write:
+            write_atomically(options.write, text + "\n")
+    except (UserError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
 def part(title: str, rows: Mapping[str, Constants], pools: list[Pools]) -> str:
     lines = [f"### {title}", "", "| | " + " | ".join(p.name for p in pools) + " | mean |", "| --- |" + " --- |" * (len(pools) + 1)]
     first: dict[str, np.ndarray] = {}
@@ -181,26 +203,13 @@ def part(title: str, rows: Mapping[str, Constants], pools: list[Pools]) -> str:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="+", type=path_of)
-    p.add_argument("--only", help="parts, comma-separated (default: all)")
-    p.add_argument("--write", type=path_of)
-    options = p.parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--only", help="parts, comma-separated (default: all)")
+    options = parser.parse_args()
     chosen = options.only.split(",") if options.only else list(PARTS)
     if unknown := [name for name in chosen if name not in PARTS]:
-        p.error(f"--only {', '.join(unknown)}: there are {', '.join(PARTS)}")
-    try:
-        pools = [Pools(path) for path in options.files]
-    except UserError as error:
-        print(f"study: error: {error}", file=sys.stderr)
-        return 2
-    parts = []
-    for name in chosen:
-        parts.append(part(name, PARTS[name], pools))
-        print(parts[-1], flush=True)
-    if options.write:
-        options.write.write_text("\n".join(parts), encoding="utf-8")
-    return 0
+        parser.error(f"--only {', '.join(unknown)}: there are {', '.join(PARTS)}")
+    return run("study", options, lambda pools: "\n".join(part(name, PARTS[name], pools) for name in chosen))
 
 
 if __name__ == "__main__":

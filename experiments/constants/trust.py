@@ -7,17 +7,14 @@ rule gives each query a weight of z(logit) from the two orders or the logits alo
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
-from study import BASE, Pools, z
+from study import BASE, Pools, arguments, run, z
 
-from rerank_lab.cli import path_of
 from rerank_lab.errors import UserError
 
 Weight = Callable[[np.ndarray, np.ndarray], float]  # b of best and logits of one query's documents → weight of z(logit)
@@ -76,18 +73,9 @@ def summed(rule: Weight, bs: list[np.ndarray], xs: list[np.ndarray], i: int) -> 
     return bs[i] + rule(bs[i], xs[i]) * z(xs[i])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=path_of)
-    parser.add_argument("--write", type=path_of)
-    options = parser.parse_args()
-    try:
-        pools = [Pools(Path(f)) for f in options.files]
-        if lacking := [p.name for p in pools if "logit" not in p.arrays]:
-            raise UserError(f"{', '.join(lacking)}: no logits; collect_logits.py adds them")
-    except UserError as error:
-        print(f"trust: error: {error}", file=sys.stderr)
-        return 2
+def table(pools: list[Pools]) -> str:
+    if lacking := [p.name for p in pools if "logit" not in p.arrays]:
+        raise UserError(f"{', '.join(lacking)}: no logits; collect_logits.py adds them")
     lines = ["| | " + " | ".join(p.name for p in pools) + " | least | mean |", "| --- |" + " --- |" * (len(pools) + 2)]
     base = [p.best(BASE) for p in pools]
     bs = [[p.score(BASE, i) for i in range(p.count)] for p in pools]
@@ -107,10 +95,11 @@ def main() -> int:
             sure = not np.array_equal(found, own) and stats.ttest_rel(found, own).pvalue < 0.01
             cells.append(f"**{deltas[-1]:+.4f}**" if sure else f"{deltas[-1]:+.4f}")
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {min(deltas):+.4f} | {np.mean(deltas):+.4f} |")
-    print("\n".join(lines))
-    if options.write:
-        options.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return 0
+    return "\n".join(lines)
+
+
+def main() -> int:
+    return run("trust", arguments(__doc__).parse_args(), table)
 
 
 if __name__ == "__main__":
